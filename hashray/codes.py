@@ -7,14 +7,14 @@ big-endian), so a code of `num_bits` bits is `num_bits // 8` bytes of uint8.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hashray.errors import ConfigError, MismatchError
 
-BIT_ORDER = "big"
+BIT_ORDER: Literal["big"] = "big"
 Codes = NDArray[np.uint8]
 
 

@@ -1,0 +1,51 @@
+"""The methods: one file each, found by the package itself (law 2)."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import lru_cache
+from typing import Any
+
+from hashray.errors import ConfigError, perhaps
+from hashray.methods.backbone import Trunk
+from hashray.methods.base import Method, MethodConfig
+
+_SHARED = {"base", "losses", "backbone"}
+
+
+@lru_cache(maxsize=1)
+def known_methods() -> dict[str, tuple[type[MethodConfig], type[Method]]]:
+    """kind -> (config class, method class), of every module in this folder that holds a method."""
+    found: dict[str, tuple[type[MethodConfig], type[Method]]] = {}
+    for info in pkgutil.iter_modules(__path__):
+        if info.name in _SHARED:
+            continue
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+        configs = [x for x in own if issubclass(x, MethodConfig)]
+        methods = [x for x in own if issubclass(x, Method)]
+        for method in methods:
+            config = next(x for x in configs if x.model_fields["kind"].default == method.kind)
+            found[method.kind] = (config, method)
+    return found
+
+
+def parse_method_config(data: Any) -> MethodConfig:
+    """A method's config from a table with `kind`.
+
+    Raises:
+        ConfigError: no such kind. pydantic.ValidationError: the rest does not validate.
+    """
+    if isinstance(data, MethodConfig):
+        return data
+    kind = data.get("kind") if isinstance(data, dict) else None
+    methods = known_methods()
+    if kind not in methods:
+        raise ConfigError(f"method.kind = {kind!r} is not known{perhaps(str(kind), methods)} Known: {sorted(methods)}")
+    return methods[kind][0].model_validate(data)
+
+
+def build_method(config: MethodConfig, trunk: Trunk, num_classes: int) -> Method:
+    """The method that `config` is the config of, with fresh weights."""
+    return known_methods()[str(config.kind)][1](config, trunk, num_classes)  # type: ignore[attr-defined]

@@ -1,0 +1,192 @@
+"""The corpus: schema, label protocol, reading. No Ray.
+
+corpus/  parts/part-00000.parquet … (id, image, uri, labels, split) · classes.json · quarantine.parquet · manifest.json
+
+`image` holds the bytes as found, or is null where the corpus keeps a reference in `uri`. `labels` are class
+indices into classes.json. A features artifact (a corpus seen through a frozen trunk) has the same rows
+with `feature` in the place of `image` and `uri`, and is read by the same class.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hashray import artifact
+from hashray.artifact import FileRecord, Manifest
+from hashray.data.images import BadImage
+from hashray.data.sources import fetch
+from hashray.errors import CorruptArtifact, HashrayError, InputError
+from hashray.storage import Store, open_store
+
+ROW_FIELDS = [("labels", pa.list_(pa.int32())), ("split", pa.string())]
+CORPUS_SCHEMA = pa.schema([("id", pa.string()), ("image", pa.binary()), ("uri", pa.string()), *ROW_FIELDS])
+QUARANTINE_SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
+ROW_GROUP_ROWS = 1000
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A Parquet file of `table`, the same bytes every time: row groups of 1,000, page checksums."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def read_table(store: Store, record: FileRecord, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a whole Parquet file of an artifact, its sha256 verified before a byte is parsed."""
+    return pq.read_table(io.BytesIO(artifact.read_file(store, record)), columns=columns)
+
+
+def in_split(splits: pa.ChunkedArray | pa.Array, split: str) -> NDArray[np.bool_]:
+    """Which rows [n] are in a split: "train" is in "database+train"."""
+    values = splits.combine_chunks() if isinstance(splits, pa.ChunkedArray) else splits
+    encoded = pc.dictionary_encode(values)
+    if not len(encoded):
+        return np.zeros(0, dtype=bool)
+    member = np.array([split in str(word).split("+") for word in encoded.dictionary.to_pylist()], dtype=bool)
+    return member[encoded.indices.to_numpy()]
+
+
+def multi_hot(labels: pa.ChunkedArray | pa.Array, num_classes: int) -> NDArray[np.uint8]:
+    """Label lists [n] -> multi-hot uint8 [n, num_classes].
+
+    Raises:
+        CorruptArtifact: an index outside 0 .. num_classes - 1.
+    """
+    values = labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels
+    out = np.zeros((len(values), num_classes), dtype=np.uint8)
+    rows, classes = pc.list_parent_indices(values).to_numpy(), pc.list_flatten(values).to_numpy()
+    if len(classes) and (classes.min() < 0 or classes.max() >= num_classes):
+        raise CorruptArtifact(f"a label {int(classes.max())} is outside 0 to {num_classes - 1}")
+    out[rows, classes] = 1
+    return out
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Ids and labels of some rows, in corpus order: ids [n], labels multi-hot uint8 [n, num_classes]."""
+
+    ids: list[str]
+    labels: NDArray[np.uint8]
+
+
+class Corpus:
+    """A finished corpus or features artifact, opened for reading."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.store, self.manifest = store, manifest
+        record = next((r for r in manifest.files if r.name == "classes.json"), None)
+        if record is None:
+            raise CorruptArtifact(f"{store.url}/manifest.json lists no classes.json")
+        self.classes: list[str] = json.loads(artifact.read_file(store, record))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def parts(self) -> list[FileRecord]:
+        """The part files, in order; `info["splits"]` counts the rows of each split in each."""
+        return [r for r in self.manifest.files if r.name.startswith("parts/")]
+
+    def count(self, split: str) -> int:
+        """Rows in a split; "all" is every row."""
+        return sum(self.count_part(record, split) for record in self.parts)
+
+    def count_part(self, record: FileRecord, split: str) -> int:
+        if split == "all":
+            return int(record.rows or 0)
+        return sum(n for word, n in record.info["splits"].items() if split in word.split("+"))
+
+    def require(self, split: str, why: str) -> int:
+        """Rows in a split, or InputError naming the splits that there are."""
+        count = self.count(split)
+        if not count:
+            words = {word for record in self.parts for word in record.info["splits"]}
+            have = ", ".join(
+                f"{word} ({self.count(word):,})" for word in sorted({p for w in words for p in w.split("+")})
+            )
+            raise InputError(
+                f"{self.store.url} has no {split!r} rows, {why} needs them; it has {have or 'no rows'}. "
+                "Ingest again with another --split-protocol"
+            )
+        return count
+
+    def read_part(self, record: FileRecord, split: str = "all", columns: Sequence[str] | None = None) -> pa.Table:
+        """One part, verified, only the rows of a split."""
+        table = read_table(self.store, record, columns)
+        return table if split == "all" else table.filter(pa.array(in_split(table.column("split"), split)))
+
+    def rows(self, split: str) -> Rows:
+        """Ids and labels of a split: only these columns are read, pages checked by their checksums."""
+        ids: list[str] = []
+        labels: list[NDArray[np.uint8]] = [np.zeros((0, self.num_classes), dtype=np.uint8)]
+        for record in self.parts:
+            if not self.count_part(record, split):
+                continue
+            try:
+                with self.store.open(record.name) as handle:
+                    file = pq.ParquetFile(handle, page_checksum_verification=True)
+                    table = file.read(columns=["id", "labels", "split"])
+            except (pa.ArrowException, OSError) as error:
+                raise CorruptArtifact(f"{self.store.url}/{record.name} cannot be read: {error}") from error
+            if split != "all":
+                table = table.filter(pa.array(in_split(table.column("split"), split)))
+            ids += table.column("id").to_pylist()
+            labels.append(multi_hot(table.column("labels"), self.num_classes))
+        return Rows(ids, np.concatenate(labels))
+
+    def features(self, split: str) -> NDArray[np.float32]:
+        """Cached features float32 [n, d] of a split, in corpus order; only of a features artifact."""
+        tables = [self.read_part(r, split, ["split", "feature"]) for r in self.parts if self.count_part(r, split)]
+        if not tables:
+            return np.zeros((0, int(self.manifest.info["feature_dim"])), dtype=np.float32)
+        return np.concatenate([feature_matrix(table.column("feature")) for table in tables])
+
+    def images(self, split: str, ids: Sequence[str]) -> dict[str, bytes]:
+        """The bytes of some rows by id, for galleries."""
+        wanted = set(ids)
+        found: dict[str, bytes] = {}
+        for record in self.parts:
+            if self.count_part(record, split) and len(found) < len(wanted):
+                table = self.read_part(record, split)
+                keep = table.filter(pc.is_in(table.column("id"), pa.array(sorted(wanted))))
+                found.update({row_id: data for row_id, data in iterate_bytes(keep) if isinstance(data, bytes)})
+        return found
+
+
+def feature_matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """A fixed-size-list column -> float32 [n, d]."""
+    values = column.combine_chunks()
+    return values.flatten().to_numpy().reshape(len(values), -1)
+
+
+def iterate_bytes(table: pa.Table) -> Iterator[tuple[str, bytes | BadImage]]:
+    """(id, bytes) of every row of a part, following references; BadImage where a reference leads nowhere."""
+    for row_id, image, uri in zip(*(table.column(n).to_pylist() for n in ("id", "image", "uri")), strict=True):
+        if image is not None:
+            yield row_id, image
+            continue
+        try:
+            yield row_id, fetch(uri)
+        except HashrayError as error:
+            yield row_id, BadImage(f"reference: {error}")
+
+
+def open_corpus(url: str, kind: str | None = "corpus") -> Corpus:
+    """Open a corpus (or, with kind="features", cached features).
+
+    Raises:
+        InputError: not there or not finished. CorruptArtifact: its manifest or classes.json was changed.
+    """
+    store = open_store(url)
+    return Corpus(store, artifact.load_manifest(store, kind))

@@ -1,0 +1,87 @@
+"""Image bytes -> uint8 arrays: decode, resize, augment. No Ray, no torch."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from pydantic import Field
+
+from hashray.config import Config
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+Pixels = NDArray[np.uint8]
+
+
+class BadImage(ValueError):
+    """One image cannot be used; the text is the reason that goes to the quarantine table."""
+
+
+class AugmentConfig(Config):
+    """Random changes of a training image; each a function of seed, epoch and row only."""
+
+    flip: bool = Field(True, description="horizontal flip with probability 1/2")
+    shift: int = Field(0, ge=0, description="largest shift in pixels, both directions, zeros shifted in")
+
+
+def decode(data: bytes | None) -> Image.Image:
+    """Decode the first frame to RGB, turned as its EXIF orientation says.
+
+    Raises:
+        BadImage: empty, no known format, truncated, or suspiciously large; the reason in one line.
+    """
+    if not data:
+        raise BadImage("empty: 0 bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as opened:
+                opened.load()
+                image: Image.Image = opened
+                if image.mode.startswith("I;16"):  # 16-bit grey: PIL's own conversion clips instead of scaling
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes; the row is quarantined
+        text = " ".join(str(error).split()) or "cannot be decoded"
+        text = text.split("<_io")[0].strip()
+        raise BadImage(f"{type(error).__name__}: {text}"[:300]) from error
+
+
+def to_pixels(image: Image.Image, size: int, resize: Literal["crop", "squash"]) -> Pixels:
+    """Resize to uint8 [3, size, size]: bilinear, antialiased.
+
+    `crop` brings the shorter side to `size` and cuts the centre; `squash` changes the aspect ratio.
+    """
+    if resize == "crop":
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    elif image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def augment(images: Pixels, config: AugmentConfig, seeds: NDArray[np.int64]) -> Pixels:
+    """Flip and shift each image of uint8 [n, 3, h, w] by its own seed [n]: independent of the batch around it."""
+    if not config.flip and not config.shift:
+        return images
+    out = images.copy()
+    pad = config.shift
+    for i, seed in enumerate(seeds):
+        bits = np.random.Generator(np.random.PCG64(int(seed))).integers(0, 2 * pad + 1, 3)
+        image = out[i]
+        if config.flip and int(seed) & 1:
+            image = image[:, :, ::-1]
+        if pad:
+            padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
+            top, left = int(bits[0]), int(bits[1])
+            image = padded[:, top : top + image.shape[1], left : left + image.shape[2]]
+        out[i] = image
+    return out

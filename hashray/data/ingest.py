@@ -1,0 +1,179 @@
+"""[Ray] `hashray ingest`: a source of images -> a corpus.
+
+The driver lists the source (ids, labels, splits; no image), names the classes, draws the splits and cuts
+the rows into units; workers fetch each unit's bytes, decode every image once to know that it can be used,
+and write the part. A row that cannot be decoded is quarantined with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+import tyro
+from pydantic import Field
+
+from hashray import __version__, artifact
+from hashray.artifact import FileRecord, Manifest, canonical, sha256_hex
+from hashray.config import Config
+from hashray.data.corpus import CORPUS_SCHEMA
+from hashray.data.images import BadImage, decode
+from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
+from hashray.data.splits import Protocol, SplitConfig, assign_splits, order_key
+from hashray.data.units import BadRow, Part, UnitWorker, clear_progress, run_units, write_quarantine
+from hashray.errors import InputError
+from hashray.progress import say
+from hashray.runtime import WorkersConfig, connect
+from hashray.storage import Store, open_store
+
+FETCH_THREADS = 8
+
+
+class IngestConfig(Config):
+    """Read images from a folder, list files, Parquet or tar shards into a corpus."""
+
+    source: Annotated[str, tyro.conf.Positional] = Field(description="folder, file or s3:// url")
+    out: str = Field(description="the corpus to write")
+    reader: Annotated[SourceConfig, tyro.conf.arg(prefix_name=False)] = SourceConfig()
+    split_protocol: Protocol = "as-given"
+    seed: int = Field(0, ge=0, description="of the split protocol and of the order of rows")
+    query_per_class: int = Field(100, ge=1, description="per-class protocol")
+    train_per_class: int = Field(500, ge=1, description="per-class protocol")
+    train_in_database: bool = True
+    store: Literal["bytes", "reference"] = Field("bytes", description="keep the images, or only where they are")
+    max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
+    rows_per_part: int = Field(1024, ge=1)
+    pool: Annotated[WorkersConfig, tyro.conf.arg(prefix_name=False)] = WorkersConfig()
+
+    def splits(self) -> SplitConfig:
+        """The split protocol's own config."""
+        return SplitConfig(
+            protocol=self.split_protocol,
+            seed=self.seed,
+            query_per_class=self.query_per_class,
+            train_per_class=self.train_per_class,
+            train_in_database=self.train_in_database,
+        )
+
+
+class _IngestWorker(UnitWorker):
+    def __init__(self, store: str) -> None:
+        self.keep_bytes = store == "bytes"
+
+    def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
+        rows, bad, hashes = [], [], []
+        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+            fetched = list(pool.map(_try_fetch, [row["uri"] for row in unit["items"]]))
+        for row, data in zip(unit["items"], fetched, strict=True):
+            try:
+                if isinstance(data, BadImage):
+                    raise data
+                decode(data)
+            except BadImage as error:
+                bad.append(BadRow(id=row["id"], uri=row["uri"], reason=str(error)))
+                continue
+            hashes.append([sha256_hex(data)[:16], row["split"] == "query"])
+            rows.append({**row, "image": data} if self.keep_bytes else {**row, "image": None})
+            if self.keep_bytes:
+                rows[-1]["uri"] = None
+        table = pa.Table.from_pylist(rows, schema=CORPUS_SCHEMA)
+        return table, bad, {"splits": dict(sorted(Counter(row["split"] for row in rows).items()))}, {"hashes": hashes}
+
+
+def _try_fetch(locator: str) -> bytes | BadImage:
+    try:
+        return fetch(locator)
+    except InputError as error:
+        return BadImage(str(error))
+
+
+def ingest(config: IngestConfig) -> Manifest:
+    """Run the stage; return the corpus's manifest. Rerun = resume.
+
+    Raises:
+        InputError: the source, its labels or its splits cannot be used. TooManyBadRows: above `max_bad`.
+        AlreadyExists: `out` holds a corpus of another source or configuration.
+    """
+    source = config.source if config.source.startswith("s3://") else str(Path(config.source).absolute())
+    say(f"listing {source}")
+    listing = list_source(source, config.reader)
+    classes, labels = name_classes(listing)
+    ids = [row.id for row in listing.rows]
+    splits = assign_splits(ids, labels, [row.split for row in listing.rows], config.splits())
+    items: list[dict[str, Any]] = [
+        {"id": row.id, "uri": row.locator, "labels": labels[i], "split": splits[i]}
+        for i, row in enumerate(listing.rows)
+    ]
+    if config.store == "reference" and not by_reference_allowed(items[0]["uri"]):
+        raise InputError("--store reference: a row of a Parquet file is no object of its own; use --store bytes")
+    if listing.random_access:  # mixed on disk, so that a training window sees every class
+        items.sort(key=lambda item: order_key(config.seed, str(item["id"])))
+    result_of = config.model_dump(mode="json", exclude={"out", "max_bad", "pool", "source"}) | {"source": source}
+    plan = sha256_hex(canonical({"config": result_of, "items": items, "version": artifact.FORMAT_VERSION}))[:16]
+    store = open_store(config.out)
+    if artifact.is_finished(store):
+        manifest = artifact.load_manifest(store, "corpus")
+        if manifest.info.get("plan") == plan:
+            say(f"{config.out} is finished already: {manifest.rows_out:,} rows")
+            return manifest
+    connect()
+    chunks = [items[i : i + config.rows_per_part] for i in range(0, len(items), config.rows_per_part)]
+    units = [{"index": i, "rows": len(chunk), "items": chunk} for i, chunk in enumerate(chunks)]
+    parts = run_units(store, plan, units, _IngestWorker, {"store": config.store}, config.pool, "ingest", config.max_bad)
+    return _publish(store, plan, result_of, classes, listing, parts)
+
+
+def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
+    """Class names in order of their integer, and each row's labels as ascending integers.
+
+    Names are sorted; numbers keep their own value and are named by the class-names file or by themselves.
+
+    Raises:
+        InputError: names and numbers mixed, or a name that the class-names file lacks.
+    """
+    found = {label for row in listing.rows for label in row.labels}
+    kinds = {type(label) for label in found}
+    if len(kinds) > 1:
+        raise InputError(f"labels are names and numbers mixed, for example {sorted(map(str, found))[:4]}; use one kind")
+    if kinds == {int}:
+        top = max(int(label) for label in found)
+        classes = listing.class_names or [str(i) for i in range(top + 1)]
+        index: dict[Any, int] = {i: i for i in range(len(classes))}
+    else:
+        classes = listing.class_names or sorted(map(str, found))
+        index = {name: i for i, name in enumerate(classes)}
+        unknown = sorted(str(label) for label in found if label not in index)
+        if unknown:
+            raise InputError(f"{len(unknown)} classes are not in the class-names file, the first {unknown[0]!r}")
+    return classes, [sorted({index[label] for label in row.labels}) for row in listing.rows]
+
+
+def _publish(
+    store: Store, plan: str, config: dict[str, Any], classes: list[str], listing: Listing, parts: list[Part]
+) -> Manifest:
+    files: list[FileRecord] = [part.file for part in parts]
+    files.append(artifact.write_file(store, "classes.json", canonical(classes)))
+    files.append(write_quarantine(store, parts))
+    bad = sum(len(part.bad) for part in parts)
+    rows_in = sum(part.rows_in for part in parts)
+    hashes = [pair for part in parts for pair in part.notes["hashes"]]
+    elsewhere = {name for name, is_query in hashes if not is_query}
+    leaked = sum(is_query and name in elsewhere for name, is_query in hashes)
+    if leaked:
+        say(f"warning: {leaked:,} query images occur, byte for byte, outside the query split too")
+    manifest = artifact.publish(
+        store,
+        Manifest(
+            kind="corpus", project_version=__version__, config=config, parents={}, files=tuple(files),
+            columns={field.name: str(field.type) for field in CORPUS_SCHEMA},
+            rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
+            info={"plan": plan, "format": listing.format, "num_classes": len(classes), "leaked_queries": leaked},
+        ),
+    )  # fmt: skip
+    clear_progress(store)
+    say(f"{store.url}: {rows_in:,} rows in = {rows_in - bad:,} out + {bad:,} quarantined; {len(classes)} classes")
+    return manifest

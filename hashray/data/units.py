@@ -1,0 +1,173 @@
+"""[Ray] A stage as independent units, each finished once: how rows are never lost and reruns resume.
+
+A unit is a fixed range of rows that becomes one part file. A pool of actors takes units one at a time
+(Ray Data restarts a dead actor and hands its unit to another); the actor writes the part, then a small
+record of it under progress/<plan>/. The plan is a hash of everything the result depends on, so a rerun
+with the same arguments finds the records and skips those units, and a rerun with others does not. Parts are
+a function of their unit alone: a unit that ran twice wrote the same bytes twice.
+Pixels never cross the object store: a unit reads, decodes, computes and writes in one process.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import ray
+from pydantic import BaseModel, ConfigDict, Field
+
+from hashray import artifact
+from hashray.artifact import FileRecord
+from hashray.data.corpus import QUARANTINE_SCHEMA, table_bytes
+from hashray.errors import AuditError, InputError, TooManyBadRows
+from hashray.progress import Bar
+from hashray.runtime import WorkersConfig, unwrap
+from hashray.storage import Store
+
+RECORD_THREADS = 16
+
+
+class BadRow(BaseModel):
+    """One row of the quarantine table."""
+
+    model_config = ConfigDict(frozen=True)
+    id: str
+    uri: str | None = None
+    reason: str
+
+
+class Part(BaseModel):
+    """What a unit became: its file, the rows it took, and those it put aside. `notes` stay out of manifests."""
+
+    model_config = ConfigDict(frozen=True)
+    index: int
+    file: FileRecord
+    rows_in: int
+    bad: tuple[BadRow, ...] = ()
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+
+class UnitWorker(ABC):
+    """What a stage does with one unit. Built once per actor, from plain arguments."""
+
+    @abstractmethod
+    def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
+        """Rows of the part, rows put aside, the part's `info` in the manifest, and notes for the driver."""
+
+
+class _Actor:
+    def __init__(self, worker: type[UnitWorker], arguments: dict[str, Any], store: Store, plan: str) -> None:
+        self.worker = worker(**arguments)
+        self.store, self.plan = store, plan
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        done = []
+        for text in batch["unit"]:
+            unit = json.loads(text)
+            table, bad, info, notes = self.worker.process(unit)
+            name = f"parts/part-{unit['index']:05d}.parquet"
+            record = artifact.write_file(self.store, name, table_bytes(table), rows=len(table), info=info)
+            part = Part(index=unit["index"], file=record, rows_in=unit["rows"], bad=tuple(bad), notes=notes)
+            if len(table) + len(bad) != unit["rows"]:
+                raise AuditError(f"{name}: {unit['rows']} rows in, {len(table)} out, {len(bad)} quarantined")
+            data = part.model_dump_json().encode()
+            self.store.write(_record_key(self.plan, part.index), data)
+            done.append(data.decode())
+        return {"part": done}
+
+
+def run_units(
+    store: Store,
+    plan: str,
+    units: Sequence[Mapping[str, Any]],
+    worker: type[UnitWorker],
+    arguments: dict[str, Any],
+    workers: WorkersConfig,
+    title: str,
+    max_bad: float,
+) -> list[Part]:
+    """Run every unit that has no record yet; return the parts of all, in order.
+
+    Args:
+        plan: hash of everything the parts depend on.
+        units: each with `index` (its place) and `rows` (how many rows go in); JSON-able.
+        max_bad: share of all rows that may be quarantined; above it the run stops.
+
+    Raises:
+        TooManyBadRows: with counts, the first reasons and where the table of all of them is.
+    """
+    total = sum(int(unit["rows"]) for unit in units)
+    parts = finished_parts(store, plan, len(units))
+    todo = [unit for unit in units if int(unit["index"]) not in parts]
+    bar = Bar(title, total, "rows", done=sum(part.rows_in for part in parts.values()))
+    with bar:
+        _stop_if_bad(store, parts, total, max_bad, title)
+        if todo:
+            items = [{"unit": json.dumps(dict(unit))} for unit in todo]
+            size = min(len(todo), workers.most())
+            dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+                _Actor,
+                fn_constructor_args=(worker, arguments, store, plan),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=size),
+                num_cpus=workers.cpus_per_worker,
+                num_gpus=workers.gpus_per_worker or None,
+            )
+            try:
+                for row in dataset.iter_rows():
+                    part = Part.model_validate_json(row["part"])
+                    parts[part.index] = part
+                    bar.add(part.rows_in)
+                    _stop_if_bad(store, parts, total, max_bad, title)
+            except Exception as error:
+                raise unwrap(error) from error
+    return [parts[int(unit["index"])] for unit in units]
+
+
+def finished_parts(store: Store, plan: str, count: int) -> dict[int, Part]:
+    """The records an earlier run of the same plan left, by index. A broken record counts as none."""
+
+    def read(key: str) -> Part | None:
+        try:
+            return Part.model_validate_json(store.read(key))
+        except (ValueError, InputError):  # half a record, or gone since the listing: the unit runs again
+            return None
+
+    keys = [key for key, _ in store.list(f"progress/{plan}/")]
+    with ThreadPoolExecutor(RECORD_THREADS) as pool:
+        found = [part for part in pool.map(read, keys) if part is not None]
+    return {part.index: part for part in found if part.index < count and store.exists(part.file.name)}
+
+
+def _record_key(plan: str, index: int) -> str:
+    return f"progress/{plan}/{index:06d}.json"
+
+
+def write_quarantine(store: Store, parts: Sequence[Part]) -> FileRecord:
+    """Write the quarantine table of all parts; an empty one says that nothing was put aside."""
+    rows = [row.model_dump() for part in sorted(parts, key=lambda part: part.index) for row in part.bad]
+    table = pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
+    return artifact.write_file(store, artifact.QUARANTINE, table_bytes(table), rows=len(rows))
+
+
+def clear_progress(store: Store) -> None:
+    """Remove the records of a published stage: its manifest holds all that they said."""
+    for key, _ in list(store.list("progress/")):
+        store.delete(key)
+
+
+def _stop_if_bad(store: Store, parts: Mapping[int, Part], total: int, max_bad: float, title: str) -> None:
+    bad = [row for part in parts.values() for row in part.bad]
+    if len(bad) <= max_bad * total:
+        return
+    write_quarantine(store, list(parts.values()))
+    first = "".join(f"\n  {row.id}: {row.reason}" for row in bad[:5])
+    raise TooManyBadRows(
+        f"{title}: {len(bad):,} of {total:,} rows could not be used, --max-bad allows {max_bad:g} of them; all so far "
+        f"are in {store.url}/{artifact.QUARANTINE}, the first:{first}\nMend or remove them, or raise --max-bad and run "
+        "the same command again: finished parts are kept"
+    )

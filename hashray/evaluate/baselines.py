@@ -1,0 +1,346 @@
+"""The rows every result is read against: codes from the same features without a learned hash (METHODS.md 6.8).
+
+Random codes must score the class prior; a method that does not beat ITQ, or only equals the class code (the
+predicted class as the code), has learned nothing that a classifier or PCA does not give. Each baseline is fitted by
+`X.fit(train_features, num_bits, seed)` and encodes by `.codes(features)`; equal seeds give equal codes.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from hashray.codes import Codes, binarize, check_num_bits, hamming, unpack
+from hashray.errors import ConfigError, InputError, MismatchError
+from hashray.evaluate.metrics import average_precisions, mean_average_precision_float
+
+Features = NDArray[np.float32]
+
+_ITQ_ITERATIONS = 50  # Gong and Lazebnik, section 3.2
+_COMPARED = 1024  # classes whose pairwise distances are worth a matrix
+_FLAT = 1e-6  # a principal direction this much narrower than the widest is rounding noise: its signs mean nothing
+
+
+class Baseline(Protocol):
+    """Anything fitted that turns features into codes."""
+
+    def codes(self, features: Any) -> Codes:
+        """Encode features float [n, d] into packed uint8 [n, num_bits // 8]."""
+
+
+@final
+@dataclass(frozen=True)
+class RandomCodes:
+    """Fair coin flips. Independent between any two different feature arrays, reproducible for the same one."""
+
+    num_bits: int
+    seed: int
+
+    @classmethod
+    def fit(cls, train_features: Any, num_bits: int, seed: int = 0) -> RandomCodes:
+        """Keep `num_bits` and `seed`; the features are only checked.
+
+        >>> RandomCodes.fit(np.zeros((3, 2)), num_bits=16).codes(np.zeros((3, 2))).shape
+        (3, 2)
+        """
+        _check(train_features)
+        return cls(check_num_bits(num_bits), seed)
+
+    def codes(self, features: Any) -> Codes:
+        """Draw codes uint8 [n, num_bits // 8] for features [n, d]."""
+        values = _check(features)
+        rng = np.random.default_rng([self.seed, zlib.crc32(values.tobytes())])
+        return rng.integers(0, 256, size=(len(values), self.num_bits // 8), dtype=np.uint8)
+
+
+@final
+@dataclass(frozen=True)
+class Projection:
+    """Codes by the signs of linear projections: bit = ((x - mean) @ directions >= 0).
+
+    Attributes:
+        mean: float64 [d], of the training features.
+        directions: float64 [d, num_bits].
+    """
+
+    mean: NDArray[np.float64]
+    directions: NDArray[np.float64]
+
+    def codes(self, features: Any) -> Codes:
+        """Encode features float [n, d] into packed uint8 [n, num_bits // 8].
+
+        Raises:
+            MismatchError: d is not that of the training features.
+        """
+        values = _check(features)
+        if values.shape[1] != len(self.mean):
+            raise MismatchError(f"features have {values.shape[1]} dimensions, fitted on {len(self.mean)}")
+        return binarize((values - self.mean) @ self.directions)
+
+
+@final
+class LSH:
+    """Random hyperplanes through the mean of the training features (Charikar, STOC 2002)."""
+
+    @staticmethod
+    def fit(train_features: Any, num_bits: int, seed: int = 0) -> Projection:
+        """Draw `num_bits` Gaussian directions.
+
+        Raises:
+            ConfigError: `num_bits` is not a multiple of 8.
+            ValueError: the features are not finite and two-dimensional.
+
+        >>> LSH.fit(np.eye(3), num_bits=8).codes(np.eye(3)).shape
+        (3, 1)
+        """
+        values = _check(train_features)
+        shape = values.shape[1], check_num_bits(num_bits)
+        return Projection(values.mean(0, dtype=np.float64), np.random.default_rng(seed).standard_normal(shape))
+
+
+@final
+class PCASign:
+    """Signs of the first principal components, unrotated (Wang et al., CVPR 2010)."""
+
+    @staticmethod
+    def fit(train_features: Any, num_bits: int, seed: int = 0) -> Projection:
+        """Fit PCA; `seed` is that of its randomised solver, taken for large inputs.
+
+        Bits beyond the directions in which the training features vary (at most min(n - 1, d)) are constant: they
+        change no distance, so that 128 bits of 64 features score as 64 bits do.
+
+        Raises:
+            ConfigError: `num_bits` is not a multiple of 8.
+            ValueError: the features are not finite and two-dimensional.
+
+        >>> PCASign.fit([[0], [1], [5]], num_bits=8).codes([[0], [1], [5]]).shape
+        (3, 1)
+        """
+        return _principal(_check(train_features), check_num_bits(num_bits), seed)
+
+
+@final
+class ITQ:
+    """Iterative quantization: PCA, then the rotation that brings the projections nearest to their signs.
+
+    Equation: min over B in {-1, +1}, R orthogonal of ||B - V R||^2; alternately B = sign(V R) and, with the SVD
+    B^T V = S O S'^T, R = S' S^T (Gong and Lazebnik, CVPR 2011, Eq. 2). R may reflect: that complements a bit
+    everywhere and changes no distance.
+    Differs: with more bits than principal directions V is padded with zero columns before the random first
+    rotation, so that every bit is a mixture of all directions; the paper has num_bits <= d.
+    """
+
+    @staticmethod
+    def fit(train_features: Any, num_bits: int, seed: int = 0) -> Projection:
+        """Fit PCA and 50 iterations of the rotation from a random orthogonal start.
+
+        Raises:
+            ConfigError: `num_bits` is not a multiple of 8.
+            ValueError: the features are not finite and two-dimensional.
+
+        >>> ITQ.fit([[0, 1], [1, 5], [5, 2]], num_bits=8).directions.shape
+        (2, 8)
+        """
+        values = _check(train_features)
+        principal = _principal(values, check_num_bits(num_bits), seed)
+        V = (values - principal.mean) @ principal.directions
+        rotation, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((num_bits, num_bits)))
+        for _ in range(_ITQ_ITERATIONS):
+            B = np.where(V @ rotation >= 0, 1.0, -1.0)
+            left, _, right = np.linalg.svd(B.T @ V)
+            rotation = right.T @ left.T
+        return Projection(principal.mean, principal.directions @ rotation)
+
+
+@final
+@dataclass(frozen=True)
+class ClassCode:
+    """The predicted class as the code: what supervised hashing must beat (Sablayrolles et al., ICASSP 2017).
+
+    Logistic regression on standardised features: multinomial where every training row has exactly one class, else
+    one against the rest. A class is a fixed codeword; an item takes the sign of the sum of the codewords of the
+    classes predicted for it (of the likeliest one where none is).
+
+    Attributes:
+        codewords: int8 [c, num_bits] in {-1, +1}.
+        classes: int64 [k], the classes that the classifier's k outputs stand for.
+        one_class: whether an item is given exactly one class.
+        model: the fitted classifier.
+    """
+
+    codewords: NDArray[np.int8]
+    classes: NDArray[np.int64]
+    one_class: bool
+    model: Pipeline
+
+    @classmethod
+    def fit(cls, train_features: Any, num_bits: int, seed: int = 0, *, train_labels: Any) -> ClassCode:
+        """Fit the classifier on features [n, d] and multi-hot labels [n, c] (entries > 0 are positive).
+
+        Raises:
+            ConfigError: `num_bits` is not a multiple of 8, or cannot tell c classes apart.
+            InputError: no training row has a class.
+            MismatchError: rows of features and labels differ.
+            ValueError: features or labels are not two-dimensional, or a feature is not finite.
+
+        >>> ClassCode.fit([[0], [1], [5]], 8, train_labels=np.eye(2)[[0, 0, 1]]).codes([[0], [1]]).shape
+        (2, 1)
+        """
+        values, positive = _check(train_features), np.asarray(train_labels) > 0
+        if positive.ndim != 2:
+            raise ValueError(f"train labels have shape {positive.shape}; expected multi-hot rows [n, c]")
+        if len(positive) != len(values):
+            raise MismatchError(f"{len(values)} train features, but {len(positive)} rows of train labels")
+        classes = np.flatnonzero(positive.any(0))
+        if not len(classes):
+            raise InputError("no training row has a class; the class code needs labels")
+        words = codewords(positive.shape[1], num_bits, seed)
+        one_class = bool((positive.sum(1) == 1).all())
+        multinomial = one_class and len(classes) > 1
+        regression = LogisticRegression(max_iter=300, random_state=seed)
+        model = make_pipeline(StandardScaler(), regression if multinomial else OneVsRestClassifier(regression))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # not converged in 300 steps, or a class that every row has
+            model.fit(values, positive.argmax(1) if multinomial else positive[:, classes].astype(int))
+        return cls(words, classes, one_class, model)
+
+    def codes(self, features: Any) -> Codes:
+        """Encode features float [n, d] into packed uint8 [n, num_bits // 8]."""
+        outputs = np.asarray(self.model.predict_proba(_check(features)))
+        probabilities = outputs[:, -len(self.classes) :]  # of a single class scikit-learn gives "not" and "yes"
+        likeliest = np.eye(len(self.classes), dtype=bool)[probabilities.argmax(1)]
+        chosen = likeliest if self.one_class else likeliest | (probabilities > 0.5)
+        return binarize(chosen.astype(np.int64) @ self.codewords[self.classes].astype(np.int64))
+
+
+def codewords(num_classes: int, num_bits: int, seed: int = 0) -> NDArray[np.int8]:
+    """Return distinct codewords int8 [num_classes, num_bits] in {-1, +1}, far apart.
+
+    Rows of a Hadamard matrix and their complements (at least num_bits / 2 apart) where `num_bits` is a power of two
+    and twice as many suffice, else random ones, the farthest apart of 32 draws (beyond 1,024 classes: of one).
+
+    Raises:
+        ConfigError: `num_bits` is not a multiple of 8, or there are more classes than codes of `num_bits` bits.
+
+    >>> codewords(3, 8) @ codewords(3, 8).T
+    array([[8, 0, 0],
+           [0, 8, 0],
+           [0, 0, 8]], dtype=int8)
+    """
+    if num_classes > 2 ** check_num_bits(num_bits):
+        raise ConfigError(f"{num_bits} bits cannot tell {num_classes} classes apart; use more bits")
+    rng = np.random.default_rng(seed)
+    if num_bits & (num_bits - 1) == 0 and num_classes <= 2 * num_bits:
+        hadamard = np.ones((1, 1), dtype=np.int8)
+        while len(hadamard) < num_bits:
+            hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+        order = rng.permutation(num_bits)
+        return np.concatenate([hadamard[order], -hadamard[order]])[:num_classes]
+    best, widest = np.empty((0, num_bits), dtype=np.int8), -1
+    for _ in range(32):
+        packed = _distinct_codes(rng, num_classes, num_bits)
+        if num_classes > _COMPARED:
+            return unpack(packed)
+        nearest = int((hamming(packed, packed) + np.eye(num_classes, dtype=np.int32) * num_bits).min())
+        if nearest > widest:
+            best, widest = unpack(packed), nearest
+    return best
+
+
+def run_baselines(
+    train_features: Any,
+    train_labels: Any,
+    query_features: Any,
+    query_labels: Any,
+    database_features: Any,
+    database_labels: Any,
+    num_bits: int,
+    top_k: int | None = None,
+    ties: str = "expected",
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Score every baseline on the same features [n, d] and multi-hot labels [n, c].
+
+    Returns:
+        One row each for random, lsh, pca-sign, itq, class-code and float-cosine: {"name", "num_bits", "top_k",
+        "ties", "mAP", "queries_without_relevant"}. float-cosine has `num_bits` None, and `ties` None: its ties,
+        rare, are in database order.
+
+    Raises:
+        As the baselines, `mean_average_precision` and `mean_average_precision_float`.
+
+    >>> x, y = [[0.0], [1.0], [5.0], [6.0]], np.eye(2)[[0, 0, 1, 1]]
+    >>> [row["name"] for row in run_baselines(x, y, x, y, x, y, num_bits=8)]
+    ['random', 'lsh', 'pca-sign', 'itq', 'class-code', 'float-cosine']
+    """
+    fitted: dict[str, Baseline] = {
+        "random": RandomCodes.fit(train_features, num_bits, seed),
+        "lsh": LSH.fit(train_features, num_bits, seed),
+        "pca-sign": PCASign.fit(train_features, num_bits, seed),
+        "itq": ITQ.fit(train_features, num_bits, seed),
+        "class-code": ClassCode.fit(train_features, num_bits, seed, train_labels=train_labels),
+    }
+    rows: list[dict[str, Any]] = []
+    missing = 0
+    for name, baseline in fitted.items():
+        query, database = baseline.codes(query_features), baseline.codes(database_features)
+        scores = average_precisions(query, query_labels, database, database_labels, top_k, ties)
+        missing = scores.num_without_relevant
+        rows.append(_row(name, num_bits, top_k, ties, scores.mean, missing))
+    cosine = mean_average_precision_float(
+        query_features, query_labels, database_features, database_labels, None if top_k == -1 else top_k
+    )
+    return [*rows, _row("float-cosine", None, top_k, None, cosine, missing)]
+
+
+def _row(
+    name: str, num_bits: int | None, top_k: int | None, ties: str | None, score: float, missing: int
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "num_bits": num_bits,
+        "top_k": top_k,
+        "ties": ties,
+        "mAP": score,
+        "queries_without_relevant": missing,
+    }
+
+
+def _distinct_codes(rng: np.random.Generator, num: int, num_bits: int) -> Codes:
+    """Draw `num` different codes uint8 [num, num_bits // 8]."""
+    if num_bits <= 16:  # few enough to draw without replacement; redrawing the equal ones would not end
+        drawn = rng.choice(1 << num_bits, size=num, replace=False).astype(">u2")
+        return drawn.view(np.uint8).reshape(num, 2)[:, 2 - num_bits // 8 :]
+    codes = rng.integers(0, 256, size=(num, num_bits // 8), dtype=np.uint8)
+    while len(first := np.unique(codes, axis=0, return_index=True)[1]) < num:
+        again = np.setdiff1d(np.arange(num), first)
+        codes[again] = rng.integers(0, 256, size=(len(again), num_bits // 8), dtype=np.uint8)
+    return codes
+
+
+def _principal(values: Features, num_bits: int, seed: int) -> Projection:
+    """First `num_bits` principal directions [d, num_bits]; zero where the features do not vary."""
+    directions = np.zeros((values.shape[1], num_bits))
+    pca = PCA(n_components=min(num_bits, *values.shape), random_state=seed).fit(values.astype(np.float64))
+    spread = np.sqrt(pca.explained_variance_)
+    moving = spread > _FLAT * spread.max(initial=0.0)
+    directions[:, : len(spread)] = pca.components_.T * moving
+    return Projection(np.asarray(pca.mean_, dtype=np.float64), directions)
+
+
+def _check(features: Any) -> Features:
+    """Return features as float32 [n, d], n and d at least 1, or raise ValueError."""
+    values = np.asarray(features, dtype=np.float32)
+    if values.ndim != 2 or 0 in values.shape or not np.isfinite(values).all():
+        raise ValueError(f"features have shape {values.shape}; expected [n, d], not empty, every number finite")
+    return values

@@ -1,0 +1,153 @@
+"""What a manifest holds, its one serialisation, and what must add up in it. Knows no store.
+
+The stored bytes are the canonical JSON of `Manifest` plus its own "id", the sha256 of that JSON: a
+changed byte anywhere in the file is found on reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
+
+from hashray.errors import CorruptArtifact, MismatchError
+from hashray.storage import check_key
+
+FORMAT_VERSION = 1
+QUARANTINE = "quarantine.parquet"
+
+
+def canonical(data: Any) -> bytes:
+    r"""Serialise to the one JSON text of `data`: sorted keys, two spaces, a newline at the end, no NaN.
+
+    >>> canonical({"b": (1, 2.5), "a": None})
+    b'{\n  "a": null,\n  "b": [\n    1,\n    2.5\n  ]\n}\n'
+    """
+    # There and back first: integer keys become text, and text sorts differently.
+    plain = json.loads(json.dumps(data, allow_nan=False))
+    return (json.dumps(plain, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(canonical(to_jsonable_python(data, inf_nan_mode="constants")))
+
+
+Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
+
+
+class FileRecord(BaseModel):
+    """One file of an artifact. `name` is its key, `bytes` its size, `rows` what it holds where that means something."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, AfterValidator(check_key)]
+    bytes: int
+    sha256: str
+    rows: int | None = None
+    info: Plain = {}
+
+
+class Manifest(BaseModel):
+    """What an artifact is. `parents` holds the manifest ids of what it was made from, by kind."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["corpus", "features", "model", "codes", "index", "evaluation"]
+    project_version: str
+    config: Plain
+    parents: dict[str, str]
+    columns: dict[str, str] = {}
+    bit_order: str | None = None
+    fingerprint: str | None = None
+    rows_in: int | None = None
+    rows_out: int | None = None
+    rows_quarantined: int | None = None
+    files: tuple[FileRecord, ...]
+    info: Plain = {}
+
+    @property
+    def id(self) -> str:
+        """The sha256 of the canonical JSON: equal artifacts have equal ids."""
+        return sha256_hex(canonical(self.model_dump(mode="json")))
+
+    def record(self, name: str) -> FileRecord:
+        """Return the record of the file `name`; raises CorruptArtifact when there is none."""
+        for record in self.files:
+            if record.name == name:
+                return record
+        raise CorruptArtifact(f"the manifest of this {self.kind} lists no file {name!r}")
+
+
+def sha256_hex(data: bytes) -> str:
+    """Return the sha256 of bytes as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the sha256 of a local file, read in blocks."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """Return what is stored."""
+    return canonical({**manifest.model_dump(mode="json"), "id": manifest.id})
+
+
+def from_bytes(data: bytes, name: str) -> Manifest:
+    """Read back what `to_bytes` made; `name` is for the texts of errors.
+
+    Raises:
+        CorruptArtifact: a byte is not what it was.
+        MismatchError: a newer hashray wrote it.
+    """
+    corrupt = CorruptArtifact(
+        f"{name} is corrupt: its bytes are not what was published (the id inside does not match them); "
+        "restore it from a copy, or delete the artifact and run the stage again"
+    )
+    try:
+        fields = json.loads(data)
+        identity = fields.pop("id")
+        if canonical({**fields, "id": identity}) != data or sha256_hex(canonical(fields)) != identity:
+            raise corrupt
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise corrupt from error
+    # Only now: a flipped digit of the version is damage, not a newer hashray.
+    version = fields.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise MismatchError(
+            f"{name} was written by a newer hashray ({fields.get('project_version')}, format {version}; this one "
+            f"reads up to {FORMAT_VERSION}); upgrade hashray"
+        )
+    try:
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        raise CorruptArtifact(f"{name} is no manifest of hashray's: {error}") from error
+    if to_bytes(manifest) != data:
+        raise corrupt
+    return manifest
+
+
+def audit(manifest: Manifest) -> list[str]:
+    """Return what does not add up: rows in, out and in quarantine, rows of the files, names of files."""
+    faults = []
+    rows_in, rows_out, bad = manifest.rows_in, manifest.rows_out, manifest.rows_quarantined
+    if rows_in is not None and rows_out is not None and bad is not None and rows_in != rows_out + bad:
+        faults.append(f"{rows_in} rows came in, but {rows_out} went out and {bad} to quarantine")
+    parts = [record.rows for record in manifest.files if record.name.rpartition("/")[2].startswith("part-")]
+    counted = [rows for rows in parts if rows is not None]
+    if rows_out is not None and counted and len(counted) == len(parts) and sum(counted) != rows_out:
+        faults.append(f"the part files hold {sum(counted)} rows, rows_out is {rows_out}")
+    for record in manifest.files:
+        if record.name == QUARANTINE and None not in (record.rows, bad) and record.rows != bad:
+            faults.append(f"{QUARANTINE} holds {record.rows} rows, rows_quarantined is {bad}")
+    twice = [name for name, count in Counter(record.name for record in manifest.files).items() if count > 1]
+    if twice:
+        faults.append(f"files listed twice: {', '.join(twice)}")
+    return faults

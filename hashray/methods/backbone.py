@@ -1,0 +1,208 @@
+"""Trunks: what turns uint8 images into float features, with their weights and preprocessing.
+
+A trunk normalises inside its forward, so a model's fingerprint covers preprocessing as well as weights.
+Torchvision trunks lose their last linear layer (SqueezeNet its convolutional classifier); `cnn_f` is the
+network of the papers; `resnet9` is a small trunk for 32-pixel images trained from scratch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from typing import Literal, final
+
+import torch
+import torchvision
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from hashray import storage
+from hashray.config import Config
+from hashray.errors import InputError, perhaps
+
+OWN_TRUNKS = ("cnn_f", "resnet9")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class BackboneConfig(Config):
+    """Which trunk, from which weights, on images of which size."""
+
+    name: str = Field("resnet9", description="cnn_f, resnet9 or a torchvision classification model")
+    weights: str | None = Field(
+        None, description="a torchvision weights name (DEFAULT, IMAGENET1K_V1), a state-dict file, or unset"
+    )
+    image_size: int = Field(32, ge=8, le=2048, description="pixels, height and width")
+    resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
+    width: int = Field(32, ge=4, description="channels of resnet9's first layer")
+    frozen: bool = Field(False, description="features are computed once and cached; the trunk is not trained")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        known = [*OWN_TRUNKS, *torchvision.models.list_models(module=torchvision.models)]
+        if value not in known:
+            raise ValueError(f"no trunk is called {value!r}{perhaps(value, known)}")
+        return value
+
+
+@final
+class Trunk(nn.Module):
+    """uint8 images [n, 3, h, w] -> float32 features [n, feature_dim]; features [n, d] pass unchanged.
+
+    `amp` runs the network under bfloat16 autocast; normalisation and what leaves it are float32.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: BackboneConfig, net: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.net = net.to(memory_format=torch.channels_last)
+        self.amp = False
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        if config.frozen:
+            self.requires_grad_(False)
+        self.train(not config.frozen)
+        with torch.no_grad():
+            training, _ = self.training, self.eval()
+            self.feature_dim = int(self(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1])
+            self.train(training)
+
+    def train(self, mode: bool = True) -> Trunk:
+        """A frozen trunk stays in evaluation mode: its batch norms and dropout never move."""
+        super().train(mode and not self.config.frozen)
+        return self
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.ndim == 2:
+            return inputs
+        images = (inputs.to(self.mean.dtype) / 255 - self.mean) / self.std
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            features = self.net(images)
+        return features.to(self.mean.dtype).flatten(1)
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(_conv(channels, channels), _conv(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def _conv(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
+    layers = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
+
+
+def resnet9(width: int = 64) -> nn.Module:
+    """Nine layers for 32-pixel images, after the DAWNBench entries; feature_dim is 8 * width."""
+    w = width
+    return nn.Sequential(
+        _conv(3, w), _conv(w, 2 * w, pool=True), _Residual(2 * w), _conv(2 * w, 4 * w, pool=True),
+        _conv(4 * w, 8 * w, pool=True), _Residual(8 * w), nn.AdaptiveMaxPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+
+
+def cnn_f() -> nn.Module:
+    """CNN-F of Chatfield et al. (BMVC 2014), up to fc7 with dropout 0.5 after fc6 and fc7; 224 pixels."""
+    lrn = lambda: nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)  # noqa: E731
+    relu = lambda: nn.ReLU(inplace=True)  # noqa: E731
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 11, stride=4), relu(), lrn(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(64, 256, 5, padding=2), relu(), lrn(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(256, 256, 3, padding=1), relu(),
+        nn.Conv2d(256, 256, 3, padding=1), relu(),
+        nn.Conv2d(256, 256, 3, padding=1), relu(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.AdaptiveAvgPool2d(6), nn.Flatten(),
+        nn.Linear(256 * 36, 4096), relu(), nn.Dropout(), nn.Linear(4096, 4096), relu(), nn.Dropout(),
+    )  # fmt: skip
+
+
+def build_trunk(config: BackboneConfig, load_weights: bool = True) -> Trunk:
+    """Build a trunk; with `load_weights` its pretrained weights are fetched or read.
+
+    Raises:
+        InputError: the weights name is not one of the model's, the file is missing or does not fit.
+    """
+    if config.name in OWN_TRUNKS:
+        net = cnn_f() if config.name == "cnn_f" else resnet9(config.width)
+    else:
+        net = torchvision.models.get_model(config.name, weights=None)
+    if load_weights and config.weights:
+        names = _weight_names(config.name)
+        if config.weights in names:
+            found = torchvision.models.get_model_weights(config.name)[config.weights]
+            net.load_state_dict(found.get_state_dict(progress=False, check_hash=True))
+        else:
+            _load_file(net, config, names)
+    if config.name not in OWN_TRUNKS:
+        _drop_classifier(net)
+    return Trunk(config, net)
+
+
+def _weight_names(name: str) -> list[str]:
+    if name in OWN_TRUNKS:
+        return []
+    names = list(torchvision.models.get_model_weights(name).__members__)
+    return [*names, "DEFAULT"]
+
+
+def _load_file(net: nn.Module, config: BackboneConfig, names: list[str]) -> None:
+    path = str(config.weights)
+    folder, file_name = storage.split_url(path)
+    try:
+        data = storage.open_store(folder).read(file_name)
+    except InputError as error:
+        allowed = f"{', '.join(names)} or a state-dict file" if names else "a state-dict file"
+        raise InputError(f"weights = {path!r} for {config.name}: no such file; allowed: {allowed}") from error
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} is not a torch state dict: {error}") from error
+    if not isinstance(state, Mapping):
+        raise InputError(f"{path} holds a {type(state).__name__}; expected a state dict")
+    own = net.state_dict()
+    wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    classifier = _classifier_prefix(net)
+    missing = [k for k in missing if not (classifier and k.startswith(classifier))]
+    if wrong or missing:
+        raise InputError(
+            f"{path} does not fit {config.name}: {len(wrong)} keys unknown or of another shape ({wrong[:3]}), "
+            f"{len(missing)} keys of the trunk not in it ({missing[:3]})"
+        )
+    net.load_state_dict(state, strict=False)
+
+
+def _last_linear(net: nn.Module) -> str | None:
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None
+
+
+def _classifier_prefix(net: nn.Module) -> str | None:
+    return _last_linear(net) or ("classifier" if hasattr(net, "classifier") else None)
+
+
+def _drop_classifier(net: nn.Module) -> None:
+    linear = _last_linear(net)
+    if linear is None:
+        net.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return
+    parent, _, child = linear.rpartition(".")
+    setattr(net.get_submodule(parent), child, nn.Identity())
+
+
+def state_fingerprint(state: Mapping[str, Tensor], preprocessing: str) -> str:
+    """sha256 over names, dtypes, shapes and bytes of the weights, and the preprocessing as text."""
+    digest = hashlib.sha256(preprocessing.encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

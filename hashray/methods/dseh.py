@@ -1,0 +1,322 @@
+"""DSEH: Deep Semantic-preserving and Self-supervised Hashing with a label network (Li et al., IJCAI 2018).
+
+LabNet learns semantic features and codes from label rows alone; ImgNet learns to reproduce both from
+images; the two alternate by rounds. LabNet is a deterministic function of the label row, so it is
+trained on the distinct rows with their counts: the same objective as over all n x n pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from hashray.codes import Codes, binarize
+from hashray.methods.backbone import Trunk
+from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, Phase
+from hashray.methods.losses import (
+    PosWeightMode,
+    full_precision,
+    quantization_l1,
+    share_a_class,
+    weighted_mean,
+    weighted_pairwise_likelihood,
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "hashray": {},
+    # METHODS 1.2-1.5 [C]: the authors' TensorFlow code, NUS-WIDE setting.
+    "released": {
+        "beta": 0.01,
+        "semantic_activation": "relu",
+        "label_hidden": 2048,
+        "label_normalization": "lrn",
+        "label_init_std": 0.01,
+        "label_schedule": "step",
+        "label_batch": 32,
+        "clip_gradients": 1.0,
+    },
+    # The paper's text: a = 1, beta = 0.005, FC 4096, linear label head.
+    "paper": {
+        "pair_scale": 1.0,
+        "beta": 0.005,
+        "positive_weight": 1.0,
+        "label_head": "linear",
+        "semantic_activation": "relu",
+        "label_hidden": 4096,
+        "label_init_std": 0.01,
+        "label_schedule": "step",
+        "label_batch": 32,
+        "logit_scale": 1.0,
+        "target_smooth": 1.0,
+    },
+}
+
+
+class DSEHConfig(MethodConfig):
+    """Settings of DSEH. Weights are the paper's names: alpha J2, beta J3, gamma J4 (Eq. 11), eta (Eq. 14)."""
+
+    kind: Literal["dseh"] = "dseh"
+    preset: Literal["hashray", "released", "paper"] = Field("hashray", description="fills every field left unset")
+    ablation: Literal["none", "S", "SS", "L", "A"] = Field("none", description="DSEH-S, -SS, -L, -A of Table 2")
+    rounds: int = Field(2, ge=1, description="alternations of LabNet and ImgNet; 3 in the released code")
+    semantic_weight: float = Field(1.0, ge=0, description="weight of J1; 0 in the released ImageNet setting")
+    alpha: float = Field(1.0, ge=0, description="weight of J2, the pairwise term on codes")
+    beta: float = Field(0.01, ge=0, description="weight of J3, quantisation")
+    gamma: float = Field(1.0, ge=0, description="weight of J4, the label prediction")
+    eta: float = Field(1.0, ge=0, description="weight of ImgNet's J2, the code targets")
+    pair_scale: float = Field(0.5, gt=0, description="a in theta = a * x . y; 1 in the paper, 1/2 released")
+    positive_weight: float = Field(0.999, gt=0, description="w on similar pairs of LabNet")
+    pos_weight_mode: PosWeightMode = "linear"
+    label_head: Literal["linear", "sigmoid"] = "sigmoid"
+    label_hidden: int = Field(2048, gt=0, description="LabNet's first layer; 4096 in the paper")
+    semantic_dim: int = Field(512, gt=0, description="width of the semantic feature")
+    semantic_activation: Literal["relu", "linear"] = "linear"
+    label_normalization: Literal["none", "lrn"] = "none"
+    label_init_std: float | None = Field(None, description="normal init of LabNet; unset is torch's own")
+    label_epochs: int = Field(1500, ge=1, description="passes over the distinct label rows in round 0; halved after")
+    label_batch: int = Field(256, ge=1, description="distinct label rows a step")
+    label_max_steps: int = Field(12_000, ge=1, description="bound on the steps of a round's LabNet training")
+    label_lr: float = Field(1e-3, gt=0)
+    label_schedule: Literal["one_cycle", "step"] = "one_cycle"
+    clip_gradients: float | None = Field(None, gt=0, description="elementwise bound on LabNet's gradients")
+    hash_reads: Literal["semantic", "activated"] = Field(
+        "semantic", description="ImgNet's hash layer reads fc8, or ReLU(fc8); the released code reads fc8"
+    )
+    logit_scale: float = Field(10.0, gt=0, description="on ImgNet's logits before the cross-entropy")
+    target_smooth: float = Field(0.999, gt=0, le=1, description="on the code targets of ImgNet's J2")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") in PRESETS:
+            return PRESETS[data["preset"]] | data
+        return data
+
+
+class LabNet(nn.Module):
+    """Label row [n, c] -> semantic feature [n, d], relaxed code tanh [n, K], label prediction [n, c]."""
+
+    def __init__(self, config: DSEHConfig, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden = nn.Linear(num_classes, config.label_hidden)
+        self.semantic = nn.Linear(config.label_hidden, config.semantic_dim)
+        self.hash = nn.Linear(config.semantic_dim, config.num_bits)
+        self.head = nn.Linear(config.num_bits, num_classes)
+        if config.label_init_std is not None:
+            for parameter in self.parameters():
+                nn.init.trunc_normal_(parameter, std=config.label_init_std)
+
+    def forward(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = F.relu(self.hidden(labels.to(self.hidden.weight.dtype)))
+        if self.config.label_normalization == "lrn":  # METHODS 1.1: radius 2, bias 2, alpha 1e-4, beta 0.75
+            x = F.local_response_norm(x[:, :, None], size=5, alpha=5e-4, beta=0.75, k=2.0)[:, :, 0]
+        feature = self.semantic(x)
+        if self.config.semantic_activation == "relu":
+            feature = F.relu(feature)
+        code = torch.tanh(self.hash(feature))
+        return feature, code, self.head(code)
+
+    @torch.no_grad()
+    def codes(self, labels: Any) -> Codes:
+        """Packed codes uint8 [n, K // 8] of label rows uint8 [n, c]."""
+        rows = torch.as_tensor(np.asarray(labels), device=self.hash.weight.device)
+        return binarize(torch.cat([self(chunk)[1] for chunk in rows.split(8192)]))
+
+
+def label_terms(
+    config: DSEHConfig,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    banks: tuple[Tensor, Tensor],
+    labels: Tensor,
+    weight: Tensor,
+    bank_labels: Tensor,
+    bank_weight: Tensor,
+) -> dict[str, Tensor]:
+    """Weighted terms of L_Lab (Eq. 11) of a batch of distinct label rows against the banks.
+
+    Args:
+        outputs: LabNet's feature [b, d], code [b, K], label prediction [b, c] for `labels`.
+        banks: features [u, d] and codes [u, K] of all distinct rows, constants.
+        labels, weight: [b, c] and [b], how many training rows each stands for.
+        bank_labels, bank_weight: [u, c] and [u].
+
+    Equation: DSEH Eqs. 5, 7, 8, 10.
+    Differs: J4 is 1/2 the mean square over entries as in the authors' code; the paper sums.
+    """
+    feature, code, prediction = outputs
+    similarity = share_a_class(labels, bank_labels)
+    pair = (similarity, weight, bank_weight, config.pair_scale, config.positive_weight, config.pos_weight_mode)
+    terms = {"label_j2": config.alpha * weighted_pairwise_likelihood(code, banks[1], *pair)}
+    if config.ablation != "SS" and config.semantic_weight:
+        terms["label_j1"] = config.semantic_weight * weighted_pairwise_likelihood(feature, banks[0], *pair)
+    terms["label_j3"] = config.beta * quantization_l1(code)
+    if config.ablation != "L":
+        predicted = torch.sigmoid(prediction) if config.label_head == "sigmoid" else prediction
+        square = (predicted - labels.to(predicted.dtype)).square().mean(1)
+        terms["label_j4"] = config.gamma * 0.5 * weighted_mean(square, weight)
+    return terms
+
+
+def train_label_network(
+    net: LabNet,
+    table: LabelTable,
+    config: DSEHConfig,
+    seed: int,
+    round: int = 0,
+    banks: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, float]:
+    """Train LabNet on the distinct label rows, in place; return the last epoch's mean terms.
+
+    `banks` are the constant sides of the first steps (ImgNet's outputs in rounds >= 1, METHODS 1.5); each
+    row of a bank is overwritten by LabNet's own output when its batch comes. Unset: LabNet's own outputs.
+    """
+    device = net.hash.weight.device
+    rows = table.rows.to(device)
+    # Counts as shares, floored: a row that occurs once in 10^5 still has to keep its code.
+    weight = table.counts.to(device).float()
+    if banks is None:
+        with torch.no_grad():
+            banks = net(rows)[:2]
+    bank_feature, bank_code = (bank.clone() for bank in banks)
+    batches = math.ceil(len(rows) / config.label_batch)
+    epochs = max(1, min(config.label_epochs, config.label_max_steps // batches) >> round)
+    steps = epochs * batches
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.label_lr)
+    if config.label_schedule == "one_cycle":
+        schedule: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.label_lr, total_steps=steps + 1)
+    else:  # METHODS 1.5: a factor 10^-0.5 every ten epochs of thirty
+        third = max(1, steps // 3)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, third, gamma=10**-0.5)
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, float] = {}
+    for epoch in range(epochs):
+        for index in torch.randperm(len(rows), generator=generator).to(device).chunk(batches):
+            outputs = net(rows[index])
+            bank_feature[index], bank_code[index] = outputs[0].detach(), outputs[1].detach()
+            terms = label_terms(config, outputs, (bank_feature, bank_code), rows[index], weight[index], rows, weight)
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(terms.values())).sum().backward()
+            if config.clip_gradients is not None:
+                nn.utils.clip_grad_value_(net.parameters(), config.clip_gradients)
+            optimizer.step()
+            schedule.step()
+            if epoch == epochs - 1:
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(term.detach()) / batches
+    return sums
+
+
+def fit_label_network(labels: Any, config: DSEHConfig, seed: int = 0) -> LabNet:
+    """Train LabNet from a label matrix alone, no images: map_l and n_h of the paper's Table 2.
+
+    Args:
+        labels: uint8 [n, c] multi-hot.
+        config: round 0 of it is run.
+        seed: of the initial weights and the order of batches; the global generator is left alone.
+
+    Returns:
+        the network; its `.codes(labels)` gives packed codes uint8 [n, num_bits // 8].
+
+    Raises:
+        InputError: no rows, no classes, or entries other than 0 and 1.
+    """
+    table = LabelTable.of(torch.as_tensor(np.asarray(labels)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = LabNet(config, table.rows.shape[1])
+    train_label_network(net, table, config, seed)
+    return net.eval()
+
+
+@final
+class DSEH(Method):
+    """ImgNet: trunk -> FC semantic feature -> FC hash logits; LabNet beside it.
+
+    Each phase is a round of Algorithm 1: LabNet first (in `begin_phase`, on the first worker), then ImgNet
+    against LabNet's features of all distinct label rows and its codes of the batch.
+
+    Differs: in rounds >= 1 the banks hold, per distinct label row, the mean of ImgNet's features and the
+        majority bits of its codes (METHODS 1.7); LabNet's optimizer starts anew each round.
+    """
+
+    kind = "dseh"
+    config: DSEHConfig
+    bank_feature: Tensor
+    bank_labels: Tensor
+    bank_counts: Tensor
+
+    def __init__(self, config: DSEHConfig, trunk: Trunk, num_classes: int) -> None:
+        super().__init__(config, trunk, num_classes)
+        self.semantic = nn.Linear(trunk.feature_dim, config.semantic_dim)
+        self.hash = nn.Linear(config.semantic_dim, config.num_bits)
+        self.label_net = LabNet(config, num_classes).requires_grad_(False)
+        for name in ("bank_feature", "bank_labels", "bank_counts"):
+            self.register_buffer(name, torch.zeros(0), persistent=False)
+
+    def phases(self, epochs: int) -> tuple[Phase, ...]:
+        rounds = 1 if self.config.ablation == "A" else self.config.rounds
+        return tuple(Phase("image", r, epochs, lr_factor=10 ** (-0.5 * r)) for r in range(rounds))
+
+    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, crew: Crew) -> dict[str, float]:
+        device = self.hash.weight.device
+        banks = None
+        if phase.round > 0:
+            sums = crew.sum_by_label_row(self._bank_outputs).to(device)
+            means = sums / table.counts.to(device)[:, None]
+            feature, code = means.split([self.config.semantic_dim, self.config.num_bits], dim=1)
+            dtype = self.hash.weight.dtype
+            banks = feature.to(dtype), torch.where(code >= 0, 1.0, -1.0).to(dtype)
+
+        def train() -> dict[str, float]:
+            self.label_net.requires_grad_(True)
+            try:
+                terms = train_label_network(self.label_net, table, self.config, seed + phase.round, phase.round, banks)
+            finally:
+                self.label_net.requires_grad_(False)
+            codes = self.label_net.codes(table.rows)
+            return terms | {"label_rows": float(len(codes)), "label_n_h": float(len(np.unique(codes, axis=0)))}
+
+        notes = crew.lead(self.label_net, train)
+        self.bind(table)
+        return notes
+
+    def bind(self, table: LabelTable) -> None:
+        """Compute the constant side of Eq. 12, LabNet's features of all distinct label rows; also after a resume."""
+        device = self.hash.weight.device
+        with torch.no_grad():
+            self.bank_feature = self.label_net(table.rows.to(device))[0]
+        self.bank_labels, self.bank_counts = table.rows.to(device), table.counts.to(device)
+
+    def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Equation: DSEH Eqs. 12, 13. Differs: logits times 10, targets times 0.999, as in the authors' code."""
+        feature, logits = self._image_net(inputs)
+        with torch.no_grad():
+            target = (self.label_net(labels == 1)[1] >= 0).to(logits.dtype) * self.config.target_smooth
+        bits = F.binary_cross_entropy_with_logits(self.config.logit_scale * logits, target, reduction="none")
+        terms = {"image_j2": self.config.eta * weighted_mean(bits.mean(1), weight)}
+        if self.config.ablation not in ("S", "SS") and self.config.semantic_weight:
+            terms["image_j1"] = self.config.semantic_weight * weighted_pairwise_likelihood(
+                feature, self.bank_feature, share_a_class(labels, self.bank_labels), weight, self.bank_counts,
+                self.config.pair_scale, min(self.config.positive_weight, 0.999), self.config.pos_weight_mode,
+            )  # fmt: skip
+        return terms
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return self._image_net(inputs)[1]
+
+    def _image_net(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        semantic = full_precision(self.semantic(self.trunk(inputs)))
+        activated = F.relu(semantic)
+        logits = full_precision(self.hash(activated if self.config.hash_reads == "activated" else semantic))
+        return (activated if self.config.semantic_activation == "relu" else semantic), logits
+
+    def _bank_outputs(self, inputs: Tensor) -> Tensor:
+        feature, logits = self._image_net(inputs)
+        return torch.cat([feature, torch.where(logits >= 0, 1.0, -1.0).to(feature.dtype)], dim=1)

@@ -1,0 +1,165 @@
+"""The papers' losses as plain functions: torch, float32 inside, each a differentiable scalar.
+
+Every function takes its inputs to float32 first (float64 stays float64), so that a bfloat16 trunk
+never costs an inner product its last bits: near 64 the step of bfloat16 is 0.5.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PosWeightMode = Literal["linear", "bce", "hashnet"]
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half-precision to float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def share_a_class(left: Tensor, right: Tensor) -> Tensor:
+    """s_ij = 1 where label rows [n, c] and [m, c] have a positive class in common, float32 [n, m].
+
+    Equation: DSEH 3.1. Only entries equal to 1 count; -1 (unknown) is not a class.
+    """
+    return ((left == 1).float() @ (right == 1).float().T > 0).float()
+
+
+def pairwise_terms(
+    theta: Tensor, similarity: Tensor, positive_weight: float = 1.0, mode: PosWeightMode = "linear"
+) -> Tensor:
+    """Negative log-likelihood of every pair [n, m], from theta [n, m] and similarity [n, m] in {0, 1}.
+
+    Equation: DSEH Eqs. 5, 7, 12: softplus(theta) - w * s * theta; d/dtheta = sigmoid(theta) - w * s.
+    Differs: `bce` is w * s * softplus(-theta) + (1 - s) * softplus(theta), bounded below for w > 1;
+        `hashnet` is `bce` without w, the two kinds of pair weighted by |S|/|S1| and |S|/|S0| of the call.
+    """
+    if mode == "linear":
+        return F.softplus(theta) - positive_weight * similarity * theta
+    positive, negative = similarity * F.softplus(-theta), (1 - similarity) * F.softplus(theta)
+    if mode == "bce":
+        return positive_weight * positive + negative
+    share = similarity.mean().clamp(1e-6, 1 - 1e-6)
+    return positive / share + negative / (1 - share)
+
+
+def pairwise_likelihood(
+    left: Tensor, right: Tensor, similarity: Tensor, scale: float = 0.5, positive_weight: float = 1.0
+) -> Tensor:
+    """Mean over all pairs of softplus(theta) - w * s * theta, theta = scale * left_i . right_j.
+
+    Args:
+        left: [n, d] features or relaxed codes.
+        right: [m, d] the other side of every pair.
+        similarity: [n, m] in {0, 1}.
+        scale: 1/2 as in the authors' code (theta = K/2 - Hamming distance for codes), 1 in the paper.
+        positive_weight: w of METHODS 1.3; 0.999 (NUS-WIDE), 0.8 (COCO), 5 (ImageNet) in the authors' code.
+
+    Equation: DSEH Eqs. 5, 7, 12. softplus, not log(1 + exp): finite for any theta.
+    """
+    left, right = full_precision(left), full_precision(right)
+    return pairwise_terms(scale * left @ right.T, similarity.to(left.dtype), positive_weight).mean()
+
+
+def weighted_pairwise_likelihood(
+    left: Tensor,
+    right: Tensor,
+    similarity: Tensor,
+    left_weight: Tensor,
+    right_weight: Tensor,
+    scale: float = 0.5,
+    positive_weight: float = 1.0,
+    mode: PosWeightMode = "linear",
+) -> Tensor:
+    """`pairwise_likelihood` where row i stands for left_weight[i] rows and column j for right_weight[j].
+
+    Equal to the plain mean over the repeated rows (METHODS 1.7); a weight of 0 leaves a padding row out.
+    """
+    left, right = full_precision(left), full_precision(right)
+    terms = pairwise_terms(scale * left @ right.T, similarity.to(left.dtype), positive_weight, mode)
+    left_weight, right_weight = left_weight.to(left.dtype), right_weight.to(left.dtype)
+    total = left_weight.sum() * right_weight.sum()
+    return left_weight @ terms @ right_weight / total.clamp_min(1e-12)
+
+
+def weighted_mean(per_row: Tensor, weight: Tensor) -> Tensor:
+    """Mean of per-row values [n] under weights [n]; 0 where every weight is 0."""
+    weight = weight.to(per_row.dtype)
+    return (per_row * weight).sum() / weight.sum().clamp_min(1e-12)
+
+
+def quantization_l1(codes: Tensor) -> Tensor:
+    """Mean of | |h| - 1 | over relaxed codes [n, K]; 0 exactly when every |h| is 1.
+
+    Equation: DSEH Eq. 8.
+    Differs: a mean over rows and bits as in the authors' code, where the paper sums over pairs.
+    """
+    return (full_precision(codes).abs() - 1).abs().mean()
+
+
+def adaptive_margin(
+    codes: Tensor,
+    codewords: Tensor,
+    labels: Tensor,
+    margin: float = 1.0,
+    negative_floor: Literal["zero", "strict"] = "zero",
+) -> Tensor:
+    """Hinge between each positive class and the hardest negative class, sum / number of positives.
+
+    Args:
+        codes: [n, K] relaxed codes u.
+        codewords: [c, K] relaxed class codewords v.
+        labels: [n, c] in {0, 1, -1}; -1 is missing: zero loss and zero gradient.
+        margin: m; 1 in the paper.
+        negative_floor: `zero` is Eq. 1 as written and released (a masked class counts as inner product 0,
+            so the inner maximum is never below 0); `strict` masks with -inf.
+
+    Equation: AdaLabelHash Eq. 1: sum_i sum_{j: s_ij=1} max(0, m - u_i.v_j + max_t(u_i.v_t [s_it != 1])).
+    Differs: divided by the number of positive entries, as in the authors' code; the paper sums.
+    """
+    scores = full_precision(codes) @ full_precision(codewords).T
+    positive, negative = labels == 1, labels == 0
+    if negative_floor == "zero":
+        hardest = torch.where(negative, scores, 0).amax(1).clamp_min(0)
+    else:
+        hardest = torch.where(negative, scores, -torch.inf).amax(1)
+    hinge = torch.relu(margin - scores + hardest[:, None])
+    return torch.where(positive, hinge, 0).sum() / positive.sum().clamp_min(1)
+
+
+def label_margins(codes: Tensor, codewords: Tensor, labels: Tensor) -> Tensor:
+    """Signed label margin Delta_i [n], in [-2, 2]; +inf where a row has no positive or no negative class.
+
+    Equation: METHODS 3.2: (min_{j: y_ij=1} u_i.v_j - max_{t: y_it=0} u_i.v_t) / K.
+    """
+    scores = full_precision(codes) @ full_precision(codewords).T / codes.shape[1]
+    worst_positive = torch.where(labels == 1, scores, torch.inf).amin(1)
+    best_negative = torch.where(labels == 0, scores, -torch.inf).amax(1)
+    return worst_positive - best_negative
+
+
+def label_margin(codes: Tensor, codewords: Tensor, labels: Tensor, margin: float = 0.5) -> Tensor:
+    """Mean over rows of max(0, margin - Delta_i): zero once a row is consistent by the margin.
+
+    Args:
+        codes: [n, K] relaxed codes; codewords: [c, K]; labels: [n, c] in {0, 1, -1}.
+        margin: m in (0, 1].
+
+    Equation: METHODS 3.2 (LCGH, reimplemented from the abstract). A row without a positive or without a
+    negative class (all missing, say) contributes 0.
+    """
+    return torch.relu(margin - label_margins(codes, codewords, labels)).mean()
+
+
+def reconstruction(decoded: Tensor, target: Tensor, variance: Tensor | float) -> Tensor:
+    """Mean of (decoded - target)^2 / variance; 1.0 is what predicting the mean scores.
+
+    Args:
+        decoded: [n, D]; target: [n, D], no gradient flows into it; variance: [D] or a scalar.
+
+    Equation: METHODS 3.2.
+    """
+    return ((full_precision(decoded) - full_precision(target).detach()).square() / variance).mean()

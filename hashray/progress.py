@@ -1,0 +1,69 @@
+"""Progress of long work: a bar with rate and ETA on a terminal, JSON lines elsewhere; never from a worker."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+JSON_INTERVAL_S = 2.0
+console = Console(stderr=True)
+
+
+class Bar:
+    """`with Bar("encode", total, "rows") as bar: bar.add(1024)`; nothing is shown before the first `add`."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self.start_s, self.start_done, self.last_s = time.monotonic(), done, 0.0
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bar:
+        if console.is_terminal:
+            columns = [TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(),
+                       TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]  # fmt: skip
+            self._progress = Progress(*columns, console=console)
+            self._progress.start()
+            self._task = self._progress.add_task(self.title, total=self.total, completed=self.done, rate="")
+        return self
+
+    def add(self, count: int, **notes: Any) -> None:
+        """Count `count` more units; `notes` are shown beside the rate."""
+        self.done += count
+        elapsed = max(time.monotonic() - self.start_s, 1e-6)
+        rate = (self.done - self.start_done) / elapsed
+        if self._progress is not None and self._task is not None:
+            text = f"{rate:,.0f} {self.unit}/s" + "".join(f"  {key} {value}" for key, value in notes.items())
+            self._progress.update(self._task, completed=self.done, rate=text)
+        elif elapsed - self.last_s >= JSON_INTERVAL_S or self.done >= self.total:
+            self.last_s = elapsed
+            left = (self.total - self.done) / rate if rate else None
+            line = {"stage": self.title, "done": self.done, "total": self.total, "unit": self.unit,
+                    "per_s": round(rate, 1), "eta_s": left and round(left, 1), **notes}  # fmt: skip
+            print(json.dumps(line), file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def say(text: str) -> None:
+    """One line for the person who started this, on standard error."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A closing table on standard output."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

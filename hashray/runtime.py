@@ -1,0 +1,83 @@
+"""[Ray] Joining or starting Ray, and the size of a pool of workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+from pydantic import Field
+from ray.exceptions import RayTaskError
+
+from hashray.config import Config
+from hashray.errors import HashrayError
+
+# A worker must look for objects where the driver does; credentials come from the node, never from here.
+FORWARDED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")
+
+
+class WorkersConfig(Config):
+    """How many workers, and what each of them takes."""
+
+    workers: int | None = Field(None, ge=1, description="at most so many; unset: one a free CPU or GPU")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+
+    def most(self) -> int:
+        """The largest useful pool on this cluster, at least 1."""
+        total = ray.cluster_resources()
+        if self.workers is not None:
+            return self.workers
+        if self.gpus_per_worker:
+            return max(1, int(total.get("GPU", 0) / self.gpus_per_worker))
+        # A local instance counts more logical CPUs than there are cores; more workers than cores only wait.
+        cpus = min(total.get("CPU", 1), os.cpu_count() or 1) if _is_local() else total.get("CPU", 1)
+        return max(1, int(cpus / self.cpus_per_worker))
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), else start Ray on this machine.
+
+    A local instance has at least four logical CPUs: on two, a training run and the pipeline that feeds it
+    wait for each other for ever.
+    """
+    if ray.is_initialized():
+        return
+    forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env={"env_vars": forwarded}, log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        cpus = max(4, os.cpu_count() or 1)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    _quiet_data()
+
+
+def _is_local() -> bool:
+    return len(ray.nodes()) == 1
+
+
+def _quiet_data() -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The hashray error inside a Ray error, if there is one, else the error itself."""
+    seen: BaseException | None = error
+    while seen is not None:
+        cause = getattr(seen, "cause", None)
+        for found in (cause, seen):
+            if isinstance(found, HashrayError) and not isinstance(found, RayTaskError):
+                return found
+        seen = cause or seen.__cause__
+    return error

@@ -1,0 +1,82 @@
+"""The training config: what `hashray train CONFIG.toml` reads."""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from hashray.config import Config
+from hashray.data.images import AugmentConfig
+from hashray.errors import ConfigError
+from hashray.methods import known_methods, parse_method_config
+from hashray.methods.backbone import BackboneConfig
+from hashray.methods.base import MethodConfig
+
+
+def _check_method(data: Any) -> Any:
+    try:
+        return parse_method_config(data)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+if TYPE_CHECKING:
+    AnyMethodConfig = MethodConfig
+else:
+    AnyMethodConfig = Annotated[
+        reduce(operator.or_, (config for config, _ in known_methods().values())), BeforeValidator(_check_method)
+    ]
+
+
+class OptimConfig(Config):
+    """Optimiser and learning-rate schedule; one schedule per phase of the method."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0, description="of the new layers, at its peak")
+    trunk_lr_factor: float = Field(1.0, gt=0, description="0.1 for a pretrained trunk, as in the papers")
+    weight_decay: float = Field(1e-4, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: Nesterov momentum")
+    schedule: Literal["cosine", "step"] = Field("cosine", description="step: a factor 10^-0.5 every ten epochs")
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="cosine: share of a phase's steps that warm up")
+    clip_norm: float | None = Field(None, gt=0, description="bound on the norm of the gradient")
+
+
+class TrainConfig(Config):
+    """Train a hashing method on a corpus (or on its cached trunk features)."""
+
+    corpus: str | None = Field(None, description="corpus, local folder or s3:// url")
+    out: str | None = Field(None, description="where the model goes")
+    method: AnyMethodConfig
+    backbone: BackboneConfig = Field(default_factory=lambda: BackboneConfig())
+    augment: AugmentConfig = Field(default_factory=lambda: AugmentConfig())
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
+    epochs: int = Field(20, ge=1, description="passes over the images in each phase of the method")
+    batch_size: int = Field(128, ge=1, description="rows of a global batch, whatever the number of workers")
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the trunk; losses stay fp32")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the weights; it is what is saved")
+    validation_rows: int = Field(500, ge=0, description="train rows held out for model selection, at most a fifth")
+    validation_every: int = Field(5, ge=1, description="epochs between two validations")
+    checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between two checkpoints inside an epoch")
+    input: Literal["auto", "memory", "stream"] = Field("auto", description="auto: memory below memory_limit_mib")
+    memory_limit_mib: int = Field(1024, ge=1, description="decoded training rows that a worker may hold")
+    shuffle_window: int = Field(16_384, ge=1, description="rows shuffled together")
+    features: str | None = Field(None, description="frozen trunk: where cached features go; unset: beside the model")
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpu: bool = Field(False, description="one GPU a worker")
+    max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint after a lost worker")
+    max_bad: float = Field(0.05, ge=0, le=1, description="frozen trunk: share of rows that may be quarantined")
+    tensorboard: bool = True
+
+    def result_of(self) -> dict[str, Any]:
+        """The part of the config that the trained weights depend on."""
+        places = {"corpus", "out", "features", "workers", "cpus_per_worker", "gpu", "max_failures", "max_bad"}
+        pace = {"checkpoint_every", "checkpoint_steps", "memory_limit_mib", "tensorboard", "input"}
+        return self.model_dump(mode="json", exclude=places | pace)
+
+

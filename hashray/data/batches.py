@@ -10,12 +10,15 @@ of every batch, the last ones padded with rows of weight 0.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hashray.data.images import AugmentConfig, augment
 from hashray.data.splits import order_key
 
 
@@ -123,3 +126,63 @@ def held_out(ids: Sequence[str], count: int, seed: int) -> set[str]:
 
 def _rng(seed: int, epoch: int, window: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, window + 1])
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One worker's part of a global batch.
+
+    Attributes:
+        step: of the epoch.
+        inputs: images uint8 [n, 3, s, s] or features float32 [n, d].
+        labels: multi-hot uint8 [n, c].
+        rows: rows of the whole global batch; n may be less than its share, or 0 in an uneven last batch.
+    """
+
+    step: int
+    inputs: NDArray[Any]
+    labels: NDArray[np.uint8]
+    rows: int
+
+
+class SliceSource(ABC):
+    """Where a worker's batches come from: memory, or a stream of Ray Data."""
+
+    plan: EpochPlan
+
+    @abstractmethod
+    def epoch(self, number: int, first_step: int) -> Iterator[Slice]:
+        """This worker's slice of every global batch of a pass over the images, from a step on."""
+
+    @abstractmethod
+    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.uint8]]]:
+        """(inputs, labels) of this worker's share of all training rows, each exactly once, not augmented."""
+
+
+@final
+class MemorySlices(SliceSource):
+    """All training rows in memory: cached features, or a small set of decoded images."""
+
+    def __init__(
+        self, plan: EpochPlan, inputs: NDArray[Any], labels: NDArray[np.uint8], ids: Sequence[str],
+        augmentation: AugmentConfig, rank: int, world: int,
+    ) -> None:  # fmt: skip
+        if not len(inputs) == len(labels) == len(ids) == plan.rows:
+            raise ValueError(f"{len(inputs)} inputs, {len(labels)} labels, {len(ids)} ids, {plan.rows} planned")
+        self.plan, self.inputs, self.labels, self.ids = plan, inputs, labels, ids
+        self.augmentation, self.rank, self.world = augmentation, rank, world
+
+    def epoch(self, number: int, first_step: int) -> Iterator[Slice]:
+        size = slice_rows(self.plan.batch_size, self.world)
+        for step, batch in enumerate(self.plan.batches(number, first_step), first_step):
+            own = batch[self.rank * size : (self.rank + 1) * size]
+            inputs = self.inputs[own]
+            if inputs.ndim == 4:
+                seeds = row_seeds(self.plan.seed, number, [self.ids[i] for i in own])
+                inputs = augment(inputs, self.augmentation, seeds)
+            yield Slice(step, inputs, self.labels[own], len(batch))
+
+    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.uint8]]]:
+        own = np.arange(self.rank, self.plan.rows, self.world)
+        for chunk in np.array_split(own, max(1, -(-len(own) // self.plan.batch_size))):
+            yield self.inputs[chunk], self.labels[chunk]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -85,3 +86,26 @@ def augment(images: Pixels, config: AugmentConfig, seeds: NDArray[np.int64]) -> 
             image = padded[:, top : top + image.shape[1], left : left + image.shape[2]]
         out[i] = image
     return out
+
+
+def decode_rows(
+    rows: Iterable[tuple[str, bytes | BadImage]], size: int, resize: Literal["crop", "squash"]
+) -> tuple[Pixels, list[int], list[tuple[str, str]]]:
+    """Decode (id, bytes) rows to pixels uint8 [kept, 3, size, size].
+
+    Returns:
+        the pixels, the positions of the rows they came from, and (id, reason) of the rows left out.
+    """
+    pixels: list[Pixels] = []
+    kept: list[int] = []
+    bad: list[tuple[str, str]] = []
+    for position, (row_id, data) in enumerate(rows):
+        try:
+            if isinstance(data, BadImage):
+                raise data
+            pixels.append(to_pixels(decode(data), size, resize))
+            kept.append(position)
+        except BadImage as error:
+            bad.append((row_id, str(error)))
+    shape = (0, 3, size, size)
+    return np.stack(pixels) if pixels else np.zeros(shape, dtype=np.uint8), kept, bad

@@ -77,7 +77,7 @@ class DSEHConfig(MethodConfig):
     label_hidden: int = Field(2048, gt=0, description="LabNet's first layer; 4096 in the paper")
     semantic_dim: int = Field(512, gt=0, description="width of the semantic feature")
     semantic_activation: Literal["relu", "linear"] = "linear"
-    label_normalization: Literal["none", "lrn"] = "none"
+    label_normalization: Literal["batch", "none", "lrn"] = "batch"
     label_init_std: float | None = Field(None, description="normal init of LabNet; unset is torch's own")
     label_epochs: int = Field(1500, ge=1, description="passes over the distinct label rows in round 0; halved after")
     label_batch: int = Field(256, ge=1, description="distinct label rows a step")
@@ -109,6 +109,7 @@ class LabNet(nn.Module):
         self.semantic = nn.Linear(config.label_hidden, config.semantic_dim)
         self.hash = nn.Linear(config.semantic_dim, config.num_bits)
         self.head = nn.Linear(config.num_bits, num_classes)
+        self.norm = nn.BatchNorm1d(config.num_bits) if config.label_normalization == "batch" else nn.Identity()
         if config.label_init_std is not None:
             for parameter in self.parameters():
                 nn.init.trunc_normal_(parameter, std=config.label_init_std)
@@ -120,7 +121,7 @@ class LabNet(nn.Module):
         feature = self.semantic(x)
         if self.config.semantic_activation == "relu":
             feature = F.relu(feature)
-        code = torch.tanh(self.hash(feature))
+        code = torch.tanh(self.norm(self.hash(feature)))
         return feature, code, self.head(code)
 
     @torch.no_grad()

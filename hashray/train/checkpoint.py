@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-A checkpoint is a folder: tensors.safetensors (networks, moving average, optimiser moments, banks that
-cannot be derived) and state.json (phase, epoch, step, best score, optimiser scalars, notes). Random numbers
-and the data position are functions of (seed, phase, epoch, step), so those four are their whole state.
+A checkpoint is a folder: tensors.safetensors (network, best weights, moving average, optimiser moments) and
+state.json (phase, epoch, step, best score, optimiser scalars, history). Random numbers and the data
+position are functions of (seed, phase, epoch, step), and a phase's banks of weights and labels, so those
+need no file of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass
@@ -31,27 +32,6 @@ class Position:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(
-    folder: Path, position: Position, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None,
-    best: Mapping[str, Tensor] | None,
-) -> None:
-    """Write a checkpoint into `folder`."""
-    tensors = {
-        f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()
-    }
-    tensors.update({f"best/{key}": value for key, value in (best or {}).items()})
-    state: dict[str, Any] = {"position": asdict(position), "optimizer": None, "best": best is not None}
-    if optimizer is not None:
-        data = optimizer.state_dict()
-        scalars: dict[str, Any] = {"param_groups": data["param_groups"], "state": {}}
-        for index, entries in data["state"].items():
-            scalars["state"][str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
-            tensors.update({f"optimizer/{index}/{k}": v for k, v in entries.items() if isinstance(v, Tensor)})
-        state["optimizer"] = scalars
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, folder / "tensors.safetensors")
-    (folder / "state.json").write_text(json.dumps(state))
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint read back."""
@@ -60,31 +40,48 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     optimizer: dict[str, Any] | None
 
-    def load_into(self, networks: Mapping[str, nn.Module]) -> None:
-        """Give the networks their weights; a missing or an extra tensor is an error."""
-        for name, net in networks.items():
-            net.load_state_dict(self._under(name))
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix/`, without it."""
+        return {k.removeprefix(f"{prefix}/"): v for k, v in self.tensors.items() if k.startswith(f"{prefix}/")}
 
     def best(self) -> dict[str, Tensor] | None:
         """The best weights so far, if a validation has chosen any."""
-        return self._under("best") or None
+        return self.under("best") or None
 
     def optimizer_state(self) -> dict[str, Any] | None:
-        """A state dict for the optimiser, or None where the checkpoint lies between two phases."""
+        """A state dict for the optimiser, or None where there was none yet."""
         if self.optimizer is None:
             return None
         entries: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in self.optimizer["state"].items()}
-        for key, value in self._under("optimizer").items():
+        for key, value in self.under("optimizer").items():
             index, _, name = key.partition("/")
             entries.setdefault(int(index), {})[name] = value
         return {"param_groups": self.optimizer["param_groups"], "state": entries}
 
-    def _under(self, prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(f"{prefix}/"): v for k, v in self.tensors.items() if k.startswith(f"{prefix}/")}
+
+def save_checkpoint(
+    folder: Path,
+    position: Position,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    best: Mapping[str, Tensor] | None,
+    extra: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Write a checkpoint into `folder`; `extra` holds further named sets of weights."""
+    sets = {"method": weights, "best": best or {}, **extra}
+    tensors = {f"{name}/{key}": value for name, group in sets.items() for key, value in group.items()}
+    scalars: dict[str, Any] | None = None
+    if optimizer is not None:
+        data = optimizer.state_dict()
+        scalars = {"param_groups": data["param_groups"], "state": {}}
+        for index, entries in data["state"].items():
+            scalars["state"][str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+            tensors.update({f"optimizer/{index}/{k}": v for k, v in entries.items() if isinstance(v, Tensor)})
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "tensors.safetensors")
+    (folder / "state.json").write_text(json.dumps({"position": asdict(position), "optimizer": scalars}))
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder."""
     state = json.loads((folder / "state.json").read_text())
-    tensors = load_file(folder / "tensors.safetensors")
-    return Checkpoint(Position(**state["position"]), tensors, state["optimizer"])
+    return Checkpoint(Position(**state["position"]), load_file(folder / "tensors.safetensors"), state["optimizer"])

@@ -78,5 +78,3 @@ class TrainConfig(Config):
         places = {"corpus", "out", "features", "workers", "cpus_per_worker", "gpu", "max_failures", "max_bad"}
         pace = {"checkpoint_every", "checkpoint_steps", "memory_limit_mib", "tensorboard", "input"}
         return self.model_dump(mode="json", exclude=places | pace)
-
-

@@ -1,0 +1,284 @@
+"""The training loop: phases, epochs, steps. Knows no method by name and no Ray.
+
+The global batch is the unit (law 9): each worker takes its slice, its loss is weighted by its share of the
+rows, and DistributedDataParallel's mean over workers is then the mean over the global batch, uneven
+last batch included. Random numbers are seeded anew at every step from (seed, pass, step, worker), so a
+resumed run draws what an unbroken one draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hashray.data.batches import Slice, SliceSource
+from hashray.errors import RunError
+from hashray.methods.base import Crew, LabelTable, Method, Phase
+from hashray.train.checkpoint import Checkpoint, Position, save_checkpoint
+from hashray.train.config import OptimConfig, TrainConfig
+
+CHECK_EVERY_STEPS = 50
+# Given the metrics of an epoch and, when a checkpoint is due, a function that writes it into a folder.
+Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
+
+
+@final
+class TorchCrew(Crew):
+    """The workers of a torch process group, or a single process."""
+
+    def __init__(self, source: SliceSource, table: LabelTable, device: torch.device) -> None:
+        self.source, self.table, self.device = source, table, device
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def sum_by_label_row(self, outputs: Callable[[Tensor], Tensor]) -> Tensor:
+        sums: Tensor | None = None
+        with torch.no_grad():
+            for inputs, labels in self.source.sweep():
+                if len(inputs):
+                    values = outputs(torch.as_tensor(inputs, device=self.device)).double().cpu()
+                    if sums is None:
+                        sums = torch.zeros(len(self.table.rows), values.shape[1], dtype=torch.float64)
+                    sums.index_add_(0, self.table.index(torch.as_tensor(labels)), values)
+        width = self._agree(torch.tensor([0 if sums is None else sums.shape[1]]), dist.ReduceOp.MAX)
+        if sums is None:
+            sums = torch.zeros(len(self.table.rows), int(width), dtype=torch.float64)
+        return self._agree(sums, dist.ReduceOp.SUM)
+
+    def lead(self, module: nn.Module, action: Callable[[], dict[str, float]]) -> dict[str, float]:
+        box: list[Any] = [action() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0)
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, src=0)
+        return box[0]
+
+    def total(self, values: dict[str, float]) -> dict[str, float]:
+        """Sum named numbers over all workers; the names must be the same on all."""
+        names = sorted(values)
+        sums = self._agree(torch.tensor([values[n] for n in names], dtype=torch.float64), dist.ReduceOp.SUM)
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def _agree(self, tensor: Tensor, operation: Any) -> Tensor:
+        if self.world == 1:
+            return tensor
+        moved = tensor.to(self.device)
+        dist.all_reduce(moved, op=operation)
+        return moved.cpu()
+
+
+def learning_rate(config: OptimConfig, phase: Phase, step: int, steps_per_epoch: int) -> float:
+    """Rate of the new layers at a step of a phase.
+
+    Equation: METHODS 1.5 for `step`: start * 10^(-0.5 * (floor(e / 10) + r)), r in `phase.lr_factor`.
+    """
+    peak = config.lr * phase.lr_factor
+    total = phase.epochs * steps_per_epoch
+    if config.schedule == "step":
+        return peak * 10 ** (-0.5 * (step // steps_per_epoch // 10))
+    warm = max(1, round(total * config.warmup_share))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def build_optimizer(config: OptimConfig, groups: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
+    """One optimiser over the groups that have parameters; `trunk` learns at `trunk_lr_factor`."""
+    lists = [
+        {"params": params, "name": name, "factor": config.trunk_lr_factor if name == "trunk" else 1.0}
+        for name, params in groups.items()
+        if params
+    ]
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            lists,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(lists, lr=config.lr, weight_decay=config.weight_decay)
+
+
+@final
+class Loop:
+    """One worker's side of a training run."""
+
+    def __init__(
+        self, method: Method, config: TrainConfig, table: LabelTable, source: SliceSource,
+        report: Report, validate: Callable[[Method], float] | None, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.method, self.config, self.table, self.source = method, config, table, source
+        self.report, self.validate, self.device = report, validate, device
+        self.crew = TorchCrew(source, table, device)
+        self.phases = method.phases(config.epochs)
+        self.position = Position()
+        self.best: dict[str, Tensor] | None = None
+        self.average: dict[str, Tensor] | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        method.trunk.amp = config.precision == "bf16"
+
+    def run(self, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]:
+        """Train from a checkpoint or from the start; return the chosen weights (the same on every worker)."""
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        while self.position.phase < len(self.phases):
+            self._run_phase(self.phases[self.position.phase])
+            self.position.phase += 1
+            self.position.epoch, self.position.step, self.position.phase_begun = 0, 0, False
+        return self.best if self.best is not None else self._current()
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        self.position, self.best = checkpoint.position, checkpoint.best()
+        self.method.load_state_dict(checkpoint.under("method"))
+        if self.config.ema_decay is not None:
+            self.average = checkpoint.under("average")
+        if self.position.phase_begun:
+            self.method.bind(self.table)
+        state = checkpoint.optimizer_state()
+        if state is not None:
+            phase = self.phases[min(self.position.phase, len(self.phases) - 1)]
+            self.optimizer = build_optimizer(self.config.optim, self.method.trained(phase))
+            self.optimizer.load_state_dict(state)
+
+    def _run_phase(self, phase: Phase) -> None:
+        if not self.position.phase_begun:
+            seed = self.config.seed * 1000 + self.position.phase
+            notes = self.method.begin_phase(phase, self.table, seed, self.crew)
+            self.position.notes.setdefault("phases", []).append({"phase": phase.name, "round": phase.round, **notes})
+            self.position.phase_begun = True
+            self._report({"event": "phase", **self.position.notes["phases"][-1]}, save=True)
+        groups = self.method.trained(phase)
+        own = {id(p) for g in self.optimizer.param_groups for p in g["params"]} if self.optimizer else set()
+        if self.optimizer is None or own != {id(p) for params in groups.values() for p in params}:
+            self.optimizer = build_optimizer(self.config.optim, groups)
+        wrapped: nn.Module = self.method
+        if self.crew.world > 1:
+            wrapped = DistributedDataParallel(
+                self.method, device_ids=[self.device.index] if self.device.type == "cuda" else None
+            )
+        self.method.train()
+        while self.position.epoch < phase.epochs:
+            self._run_epoch(phase, wrapped)
+
+    def _run_epoch(self, phase: Phase, wrapped: nn.Module) -> None:
+        position, plan = self.position, self.source.plan
+        number = sum(p.epochs for p in self.phases[: position.phase]) + position.epoch
+        sums: dict[str, float] = position.notes.pop("sums", {})
+        for piece in self._in_step(self.source.epoch(number, position.step)):
+            step = position.epoch * plan.steps + position.step
+            rate = learning_rate(self.config.optim, phase, step, plan.steps)
+            self._seed(number, position.step)
+            for name, value in self._step(phase, wrapped, piece, rate).items():
+                sums[name] = sums.get(name, 0.0) + value
+            position.step += 1
+            due = self.config.checkpoint_steps
+            if due and position.step % due == 0 and position.step < plan.steps:
+                position.notes["sums"] = sums
+                self._report({"event": "step", "epoch": position.epoch, "step": position.step}, save=True)
+                position.notes.pop("sums", None)
+        totals = self.crew.total(sums)
+        rows = totals.pop("rows")
+        if rows != plan.rows:
+            raise RunError(f"epoch {number}: {rows:,.0f} rows were trained on, the plan has {plan.rows:,}")
+        means = {name: value / plan.steps for name, value in totals.items()}
+        position.epoch, position.step = position.epoch + 1, 0
+        line = {"event": "epoch", "phase": phase.name, "round": phase.round, "epoch": position.epoch,
+                "lr": rate, "loss": sum(means.values()), **means}  # fmt: skip
+        last = position.epoch == phase.epochs
+        if self.validate is not None and (last or position.epoch % self.config.validation_every == 0):
+            line["validation_map"] = self._select(f"phase {position.phase}, epoch {position.epoch}")
+        position.notes.setdefault("history", []).append(line)
+        self._report(line, save=last or position.epoch % self.config.checkpoint_every == 0)
+
+    def _in_step(self, slices: Iterator[Slice]) -> Iterator[Slice]:
+        for piece in slices:
+            if piece.step != self.position.step or piece.rows != self.source.plan.batch_rows(piece.step):
+                raise RunError(
+                    f"the data stream gave step {piece.step} ({piece.rows} rows) where step {self.position.step} was "
+                    "due: workers are out of step; this is a fault of the input pipeline, not of your data"
+                )
+            yield piece
+
+    def _step(self, phase: Phase, wrapped: nn.Module, piece: Slice, rate: float) -> dict[str, float]:
+        assert self.optimizer is not None
+        count = len(piece.inputs)
+        inputs = torch.as_tensor(piece.inputs, device=self.device)
+        labels = torch.as_tensor(piece.labels, device=self.device)
+        if inputs.ndim == 2:
+            inputs = inputs.to(self.method.trunk.mean.dtype)
+        weight = torch.ones(count, device=self.device)
+        if count == 0:  # nothing left for this worker in an uneven last batch; it still joins the reduction
+            inputs, labels = inputs.new_zeros(1, *inputs.shape[1:]), labels.new_zeros(1, labels.shape[1])
+            weight = weight.new_zeros(1)
+        terms = wrapped(phase, inputs, labels, weight)
+        share = count * self.crew.world / piece.rows
+        loss = torch.stack(list(terms.values())).sum() * share
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimizer.step()
+        self._update_average()
+        values = {name: float(term.detach()) * count / piece.rows for name, term in terms.items()}
+        if not all(math.isfinite(v) for v in values.values()):
+            raise RunError(
+                f"the loss is not finite at phase {self.position.phase}, epoch {self.position.epoch}, step "
+                f"{self.position.step}: {values}; lower optim.lr, or set optim.clip_norm"
+            )
+        return values | {"rows": float(count)}
+
+    def _update_average(self) -> None:
+        decay = self.config.ema_decay
+        if decay is None:
+            return
+        state = self.method.state_dict()
+        if self.average is None:
+            self.average = {name: tensor.clone() for name, tensor in state.items()}
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                self.average[name].lerp_(tensor, 1 - decay)
+            else:
+                self.average[name].copy_(tensor)
+
+    def _current(self) -> dict[str, Tensor]:
+        source = self.average if self.average is not None else self.method.state_dict()
+        return {name: tensor.detach().clone() for name, tensor in source.items()}
+
+    def _select(self, place: str) -> float:
+        """Validate on the first worker; keep the weights when they are the best so far."""
+        chosen = self._current()
+        box: list[Any] = [None]
+        if self.crew.rank == 0:
+            assert self.validate is not None
+            kept = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
+            self.method.load_state_dict(chosen)
+            box[0] = self.validate(self.method)
+            self.method.load_state_dict(kept)
+        if self.crew.world > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        score = float(box[0])
+        if self.position.best_score is None or score > self.position.best_score:
+            self.position.best_score, self.position.best_at, self.best = score, place, chosen
+        return score
+
+    def _report(self, metrics: dict[str, Any], save: bool) -> None:
+        def write(folder: Path) -> None:
+            extra = {} if self.average is None else {"average": self.average}
+            save_checkpoint(folder, self.position, self.method.state_dict(), self.optimizer, self.best, extra)
+
+        self.report(metrics, write if save else None)
+
+    def _seed(self, number: int, step: int) -> None:
+        mixed = ((self.config.seed * 1_000_003 + number) * 1_000_003 + step) * 1_009 + self.crew.rank
+        torch.manual_seed(mixed % 2**63)

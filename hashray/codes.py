@@ -113,3 +113,22 @@ def pad_width(codes: Codes, width_bytes: int) -> Codes:
     """
     array = as_codes(codes)
     return np.pad(array, ((0, 0), (0, width_bytes - array.shape[1])))
+
+
+class StampedCodes(np.ndarray[Any, np.dtype[np.uint8]]):
+    """Codes uint8 [n, b] that remember the fingerprint of the model that made them, through slices and pickles."""
+
+    fingerprint: str | None = None
+
+    @classmethod
+    def stamp(cls, codes: Codes, fingerprint: str | None) -> StampedCodes:
+        """A view of `codes` with a fingerprint."""
+        stamped = as_codes(codes).view(cls)
+        stamped.fingerprint = fingerprint
+        return stamped
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.fingerprint = getattr(source, "fingerprint", None)
+
+    def __reduce__(self) -> Any:
+        return StampedCodes.stamp, (np.asarray(self), self.fingerprint)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast, final
 
 import boto3
+import pyarrow.fs
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as boto
@@ -31,6 +32,7 @@ from hashray.storage import (
     file_errors,
     join,
     no_conditional_put,
+    open_store,
     place,
     write_synced,
 )
@@ -229,6 +231,27 @@ class S3Store(Store):
 
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
 _CLIENTS_LOCK = threading.Lock()
+
+
+def arrow_filesystem(url: str) -> tuple[Any, str]:
+    """(pyarrow filesystem, path in it) of a store, for Ray Train's own checkpoints; None is the local one.
+
+    The endpoint and the credentials are those that boto3 finds.
+    """
+    store = open_store(url)
+    if not isinstance(store, S3Store):
+        return None, store.url
+    session = boto3.Session()
+    found = session.get_credentials()
+    keys = found.get_frozen_credentials() if found is not None else None
+    filesystem = pyarrow.fs.S3FileSystem(
+        access_key=keys.access_key if keys else None,
+        secret_key=keys.secret_key if keys else None,
+        session_token=keys.token if keys else None,
+        region=session.region_name or "us-east-1",
+        endpoint_override=store.endpoint_url,
+    )
+    return filesystem, f"{store.bucket}/{store.prefix}".rstrip("/")
 
 
 def _client(endpoint_url: str | None) -> Any:

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from hashray import artifact
 from hashray.artifact import FileRecord, Manifest
-from hashray.data.images import BadImage
+from hashray.data.images import BadImage, Resize, decode_rows
 from hashray.data.sources import fetch
 from hashray.errors import CorruptArtifact, HashrayError, InputError
 from hashray.storage import Store, open_store
@@ -127,23 +128,38 @@ class Corpus:
         return table if split == "all" else table.filter(pa.array(in_split(table.column("split"), split)))
 
     def rows(self, split: str) -> Rows:
-        """Ids and labels of a split: only these columns are read, pages checked by their checksums."""
-        ids: list[str] = []
-        labels: list[NDArray[np.uint8]] = [np.zeros((0, self.num_classes), dtype=np.uint8)]
-        for record in self.parts:
-            if not self.count_part(record, split):
-                continue
-            try:
-                with self.store.open(record.name) as handle:
-                    file = pq.ParquetFile(handle, page_checksum_verification=True)
-                    table = file.read(columns=["id", "labels", "split"])
-            except (pa.ArrowException, OSError) as error:
-                raise CorruptArtifact(f"{self.store.url}/{record.name} cannot be read: {error}") from error
-            if split != "all":
-                table = table.filter(pa.array(in_split(table.column("split"), split)))
-            ids += table.column("id").to_pylist()
-            labels.append(multi_hot(table.column("labels"), self.num_classes))
+        """Ids and labels of a split, in corpus order; no image is read."""
+        tables = [self.part_rows(record, split) for record in self.parts if self.count_part(record, split)]
+        ids = [row_id for table in tables for row_id in table.column("id").to_pylist()]
+        labels = [np.zeros((0, self.num_classes), dtype=np.uint8), *[self.label_matrix(table) for table in tables]]
         return Rows(ids, np.concatenate(labels))
+
+    def part_rows(self, record: FileRecord, split: str) -> pa.Table:
+        """(id, labels, split) of a part's rows of a split: only these columns, pages checked by their checksums."""
+        try:
+            with self.store.open(record.name) as handle:
+                file = pq.ParquetFile(handle, page_checksum_verification=True)
+                table = file.read(columns=["id", "labels", "split"])
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptArtifact(f"{self.store.url}/{record.name} cannot be read: {error}") from error
+        return table if split == "all" else table.filter(pa.array(in_split(table.column("split"), split)))
+
+    def label_matrix(self, table: pa.Table) -> NDArray[np.uint8]:
+        """Multi-hot labels uint8 [n, num_classes] of rows of this corpus."""
+        return multi_hot(table.column("labels"), self.num_classes)
+
+    def inputs(self, table: pa.Table, size: int, resize: Resize) -> NDArray[Any]:
+        """What a trunk takes, for rows of this corpus: cached features float32 [n, d], or pixels uint8 [n, 3, s, s].
+
+        Raises:
+            CorruptArtifact: a row cannot be decoded; ingest decoded it, so it has changed since.
+        """
+        if "feature" in table.column_names:
+            return feature_matrix(table.column("feature"))
+        pixels, _, bad = decode_rows(iterate_bytes(table), size, resize)
+        if bad:
+            raise CorruptArtifact(f"{self.store.url}: row {bad[0][0]!r} cannot be decoded any more: {bad[0][1]}")
+        return pixels
 
     def features(self, split: str) -> NDArray[np.float32]:
         """Cached features float32 [n, d] of a split, in corpus order; only of a features artifact."""

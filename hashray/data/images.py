@@ -16,6 +16,7 @@ from hashray.config import Config
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 Pixels = NDArray[np.uint8]
+Resize = Literal["crop", "squash"]
 
 
 class BadImage(ValueError):
@@ -52,7 +53,7 @@ def decode(data: bytes | None) -> Image.Image:
         raise BadImage(f"{type(error).__name__}: {text}"[:300]) from error
 
 
-def to_pixels(image: Image.Image, size: int, resize: Literal["crop", "squash"]) -> Pixels:
+def to_pixels(image: Image.Image, size: int, resize: Resize) -> Pixels:
     """Resize to uint8 [3, size, size]: bilinear, antialiased.
 
     `crop` brings the shorter side to `size` and cuts the centre; `squash` changes the aspect ratio.
@@ -89,7 +90,7 @@ def augment(images: Pixels, config: AugmentConfig, seeds: NDArray[np.int64]) -> 
 
 
 def decode_rows(
-    rows: Iterable[tuple[str, bytes | BadImage]], size: int, resize: Literal["crop", "squash"]
+    rows: Iterable[tuple[str, bytes | BadImage]], size: int, resize: Resize
 ) -> tuple[Pixels, list[int], list[tuple[str, str]]]:
     """Decode (id, bytes) rows to pixels uint8 [kept, 3, size, size].
 

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from hashray import artifact
 from hashray.artifact import FileRecord
-from hashray.data.corpus import QUARANTINE_SCHEMA, table_bytes
+from hashray.data.corpus import QUARANTINE_SCHEMA, iterate_bytes, table_bytes
+from hashray.data.images import Pixels, Resize, decode_rows
 from hashray.errors import AuditError, InputError, TooManyBadRows
 from hashray.progress import Bar
 from hashray.runtime import WorkersConfig, unwrap
@@ -78,6 +81,37 @@ class _Actor:
             self.store.write(_record_key(self.plan, part.index), data)
             done.append(data.decode())
         return {"part": done}
+
+
+def map_part(
+    table: pa.Table, size: int, resize: Resize, compute: Callable[[Pixels], NDArray[Any]], batch: int
+) -> tuple[pa.Table, NDArray[Any], list[BadRow]]:
+    """Decode the images of a part and compute on them, `batch` rows at a time, decoding one batch ahead.
+
+    Returns:
+        the rows that could be decoded, `compute`'s outputs for them [kept, …], and the rows that could not.
+    """
+    kept: list[int] = []
+    outputs: list[NDArray[Any]] = []
+    bad: list[BadRow] = []
+    starts = range(0, len(table), batch)
+
+    def read(start: int) -> tuple[Pixels, list[int], list[tuple[str, str]]]:
+        return decode_rows(iterate_bytes(table.slice(start, batch)), size, resize)
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, 0) if len(table) else None
+        for start in starts:
+            assert ahead is not None
+            pixels, positions, faults = ahead.result()
+            if start + batch < len(table):
+                ahead = pool.submit(read, start + batch)
+            kept += [start + position for position in positions]
+            bad += [BadRow(id=row_id, reason=reason) for row_id, reason in faults]
+            if len(pixels):
+                outputs.append(compute(pixels))
+    rows = table.take(pa.array(kept, pa.int64()))
+    return rows, np.concatenate(outputs) if outputs else np.zeros((0, 0), np.float32), bad
 
 
 def run_units(

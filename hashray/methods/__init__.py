@@ -48,4 +48,4 @@ def parse_method_config(data: Any) -> MethodConfig:
 
 def build_method(config: MethodConfig, trunk: Trunk, num_classes: int) -> Method:
     """The method that `config` is the config of, with fresh weights."""
-    return known_methods()[str(config.kind)][1](config, trunk, num_classes)  # type: ignore[attr-defined]
+    return known_methods()[config.kind][1](config, trunk, num_classes)

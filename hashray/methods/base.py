@@ -30,6 +30,7 @@ from hashray.methods.backbone import Trunk
 class MethodConfig(Config):
     """Base of every method's config. A subclass adds `kind: Literal["its name"]`."""
 
+    kind: str
     num_bits: int = Field(32, description="bits of a code; a positive multiple of 8")
 
     @field_validator("num_bits")

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from hashray.codes import Codes, binarize
+from hashray.errors import InputError
 from hashray.methods.backbone import Trunk
 from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, Phase
 from hashray.methods.losses import (
@@ -180,11 +181,13 @@ def train_label_network(
     """
     device = net.hash.weight.device
     rows = table.rows.to(device)
-    # Counts as shares, floored: a row that occurs once in 10^5 still has to keep its code.
     weight = table.counts.to(device).float()
     if banks is None:
         with torch.no_grad():
             banks = net(rows)[:2]
+    if len(rows) < 2:
+        raise InputError("all training rows have the same labels: there is nothing that codes could tell apart")
+    net.train()
     bank_feature, bank_code = (bank.clone() for bank in banks)
     batches = math.ceil(len(rows) / config.label_batch)
     epochs = max(1, min(config.label_epochs, config.label_max_steps // batches) >> round)
@@ -211,6 +214,7 @@ def train_label_network(
             if epoch == epochs - 1:
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0.0) + float(term.detach()) / batches
+    net.eval()
     return sums
 
 
@@ -233,7 +237,7 @@ def fit_label_network(labels: Any, config: DSEHConfig, seed: int = 0) -> LabNet:
         torch.manual_seed(seed)
         net = LabNet(config, table.rows.shape[1])
     train_label_network(net, table, config, seed)
-    return net.eval()
+    return net
 
 
 @final
@@ -260,6 +264,12 @@ class DSEH(Method):
         self.label_net = LabNet(config, num_classes).requires_grad_(False)
         for name in ("bank_feature", "bank_labels", "bank_counts"):
             self.register_buffer(name, torch.zeros(0), persistent=False)
+
+    def train(self, mode: bool = True) -> DSEH:
+        """LabNet is trained in `begin_phase` alone; beside ImgNet it stays in evaluation mode."""
+        super().train(mode)
+        self.label_net.eval()
+        return self
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
         rounds = 1 if self.config.ablation == "A" else self.config.rounds

@@ -1,0 +1,181 @@
+"""[Ray] Corpus -> batches on every worker, streamed by Ray Data, the same global batches for any worker count.
+
+A dataset holds every window of every pass over the images, in order. One task reads a window's rows
+(encoded bytes, verified), shuffles them and lays them out as batch 0 slice 0, batch 0 slice 1, …, each
+slice padded to the same number of rows; blocks are then cut to exactly one slice, decoded, augmented, and
+dealt out by Ray's stream split. That split promises no order. With equal blocks, their number a
+multiple of the workers, and `preserve_order` it deals them round in turn (read in its source, 2.60), so the
+k-th block of a worker is its slice of batch k; every row carries its pass and step, and the training
+loop refuses a slice that is not the one due, so a Ray that deals otherwise is an error, not a wrong
+gradient. Nothing is dropped: padding makes the rows divide evenly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from hashray.data.batches import EpochPlan, Slice, SliceSource, Window, row_seeds, slice_rows
+from hashray.data.corpus import Corpus, multi_hot, open_corpus
+from hashray.data.images import AugmentConfig, Resize, augment
+from hashray.errors import CorruptArtifact
+from hashray.storage import open_store
+
+POSITION_FILE = "position.json"
+
+
+class StreamSpec:
+    """What the tasks need to know; plain data, sent to every worker."""
+
+    def __init__(
+        self, corpus: str, plan: EpochPlan, parts: list[str], left_out: set[str], size: int, resize: Resize,
+        augmentation: AugmentConfig, world: int, position_url: str,
+    ) -> None:  # fmt: skip
+        self.corpus, self.plan, self.parts, self.left_out = corpus, plan, parts, left_out
+        self.size, self.resize, self.augmentation = size, resize, augmentation
+        self.world, self.position_url = world, position_url
+
+
+def training_dataset(spec: StreamSpec, passes: int) -> ray.data.Dataset:
+    """Every window of `passes` passes; windows before the last checkpoint give nothing when they run."""
+    items = [
+        {"item": json.dumps({"pass": number, "window": window.index})}
+        for number in range(passes)
+        for window in spec.plan.windows(number)
+    ]
+    return _dataset(items, spec, sweep=False)
+
+
+def sweep_dataset(spec: StreamSpec) -> ray.data.Dataset:
+    """All training rows once, in pass order 0, not augmented."""
+    items = [{"item": json.dumps({"pass": 0, "window": window.index})} for window in spec.plan.windows(0)]
+    return _dataset(items, spec, sweep=True)
+
+
+def _dataset(items: list[dict[str, str]], spec: StreamSpec, sweep: bool) -> ray.data.Dataset:
+    rows = slice_rows(spec.plan.batch_size, spec.world)
+    read = partial(_read_window, spec=spec, sweep=sweep)
+    decode = partial(_decode, spec=spec, sweep=sweep)
+    return (
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.5)
+        .repartition(target_num_rows_per_block=rows, strict=True)
+        .map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+    )
+
+
+def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, sweep: bool) -> Iterator[pa.Table]:
+    for text in batch["item"]:
+        item = json.loads(text)
+        window = spec.plan.windows(item["pass"])[item["window"]]
+        if sweep or not _is_past(spec, item["pass"], window):
+            yield from _window_tables(spec, item["pass"], window)
+
+
+def _is_past(spec: StreamSpec, number: int, window: Window) -> bool:
+    """Whether the run's last checkpoint lies behind this window. Read when the task runs: a worker group that
+    restarts begins the dataset anew, and the batches up to its checkpoint need not be read again."""
+    store = open_store(spec.position_url)
+    if not store.exists(POSITION_FILE):
+        return False
+    at = json.loads(store.read(POSITION_FILE))
+    steps = -(-window.rows // spec.plan.batch_size)
+    return (number, window.first_step + steps) <= (at["pass"], at["step"])
+
+
+def _window_tables(spec: StreamSpec, number: int, window: Window) -> Iterator[pa.Table]:
+    corpus = _corpus(spec.corpus)
+    pieces = []
+    for part, start, stop in window.pieces:
+        table = training_rows(corpus, spec.parts[part], spec.left_out)
+        pieces.append(table.slice(start, stop - start))
+    table = pa.concat_tables(pieces).take(spec.plan.shuffle(number, window)).combine_chunks()
+    size, rows = spec.plan.batch_size, slice_rows(spec.plan.batch_size, spec.world)
+    for start in range(0, len(table), size):
+        step = window.first_step + start // size
+        batch = table.slice(start, size)
+        for rank in range(spec.world):
+            own = batch.slice(min(rank * rows, len(batch)), rows)
+            count = len(own)
+            filler = pa.table({name: pa.nulls(rows - count, own.schema.field(name).type) for name in own.column_names})
+            laid = pa.concat_tables([own, filler])
+            tags = {
+                "real": np.arange(rows) < count,
+                "pass": np.full(rows, number, dtype=np.int64),
+                "step": np.full(rows, step, dtype=np.int64),
+                "batch_rows": np.full(rows, len(batch), dtype=np.int64),
+            }
+            for name, values in tags.items():
+                laid = laid.append_column(name, pa.array(values))
+            yield laid
+
+
+@lru_cache(maxsize=4)
+def _corpus(url: str) -> Corpus:
+    return open_corpus(url)
+
+
+def training_rows(corpus: Corpus, part: str, left_out: set[str]) -> pa.Table:
+    """The rows of a part that are trained on: the train split without the validation rows."""
+    table = corpus.read_part(corpus.manifest.record(part), "train")
+    return table.filter(pa.array([row_id not in left_out for row_id in table.column("id").to_pylist()], pa.bool_()))
+
+
+def _decode(table: pa.Table, spec: StreamSpec, sweep: bool) -> pa.Table:
+    real = table.filter(table.column("real"))
+    pixels = _corpus(spec.corpus).inputs(real, spec.size, spec.resize)
+    if not sweep and len(real):
+        number = int(table.column("pass")[0].as_py())
+        ids = real.column("id").to_pylist()
+        pixels = augment(pixels, spec.augmentation, row_seeds(spec.plan.seed, number, ids))
+    padded = np.zeros((len(table), 3 * spec.size * spec.size), dtype=np.uint8)
+    padded[np.flatnonzero(table.column("real").to_numpy())] = pixels.reshape(len(pixels), -1)
+    column = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(padded.shape[1]), len(padded), [None, pa.py_buffer(padded.tobytes())]
+    )
+    keep = ["labels", "real", "pass", "step", "batch_rows"]
+    return table.select(keep).append_column("pixels", column)
+
+
+class StreamSlices(SliceSource):
+    """A worker's end of the stream: Ray Train's shards of the two datasets."""
+
+    def __init__(self, spec: StreamSpec, train: Any, sweep: Any, num_classes: int) -> None:
+        self.plan, self.spec, self.num_classes = spec.plan, spec, num_classes
+        self._train, self._sweep = train, sweep
+        self._running: Iterator[tuple[int, Slice]] | None = None
+
+    def epoch(self, number: int, first_step: int) -> Iterator[Slice]:
+        if self._running is None:
+            self._running = self._read(self._train)
+        for _ in range(first_step, self.plan.steps):
+            found = next(self._running, None)
+            while found is not None and (found[0], found[1].step) < (number, first_step):
+                found = next(self._running, None)
+            if found is None:
+                return
+            yield found[1]
+
+    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.uint8]]]:
+        for _, piece in self._read(self._sweep):
+            yield piece.inputs, piece.labels
+
+    def _read(self, shard: Any) -> Iterator[tuple[int, Slice]]:
+        rows = slice_rows(self.plan.batch_size, self.spec.world)
+        for table in shard.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2):
+            steps = set(table.column("step").to_pylist())
+            if len(table) != rows or len(steps) != 1:
+                raise CorruptArtifact(f"a slice of {len(table)} rows of steps {sorted(steps)}; expected {rows} of one")
+            number, step = table.column("pass")[0].as_py(), table.column("step")[0].as_py()
+            total = table.column("batch_rows")[0].as_py()
+            real = table.filter(table.column("real"))
+            pixels = np.frombuffer(b"".join(real.column("pixels").to_pylist()), dtype=np.uint8)
+            images = pixels.reshape(len(real), 3, self.spec.size, self.spec.size).copy()
+            yield number, Slice(step, images, multi_hot(real.column("labels"), self.num_classes), total)

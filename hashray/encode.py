@@ -1,0 +1,111 @@
+"""[Ray] `hashray encode`: model + corpus -> packed codes, every row once.
+
+codes/  parts/part-00000.parquet … (id, code) · quarantine.parquet · manifest.json
+
+A unit is one part of the corpus, read, decoded, encoded and written by one actor of a pool: at most
+one part a worker is encoded again after a kill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import pyarrow as pa
+import torch
+import tyro
+from pydantic import Field
+
+from hashray import __version__, artifact
+from hashray.artifact import Manifest, sha256_hex
+from hashray.codes import BIT_ORDER, Codes, binarize
+from hashray.config import Config
+from hashray.data.corpus import open_corpus
+from hashray.data.images import Pixels
+from hashray.data.units import BadRow, UnitWorker, clear_progress, map_part, run_units, write_quarantine
+from hashray.model import load_model
+from hashray.progress import say
+from hashray.runtime import WorkersConfig, connect
+from hashray.storage import open_store
+
+
+class EncodeConfig(Config):
+    """Encode the rows of a corpus into packed codes."""
+
+    model: str = Field(description="model, local folder or s3:// url")
+    corpus: str = Field(description="corpus, local folder or s3:// url")
+    out: str = Field(description="where the codes go")
+    split: str = Field("database", description="train, query, database, unlabelled, validation or all")
+    batch_size: int = Field(64, ge=1, description="images in memory at a time, a worker")
+    max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
+    pool: Annotated[WorkersConfig, tyro.conf.arg(prefix_name=False)] = WorkersConfig()
+
+
+class _EncodeWorker(UnitWorker):
+    def __init__(self, model: str, corpus: str, split: str, batch_size: int, gpu: bool) -> None:
+        if not gpu:
+            torch.set_num_threads(1)
+        self.model = load_model(model, device="cuda" if gpu else "cpu")
+        self.corpus, self.split, self.batch_size = open_corpus(corpus), split, batch_size
+
+    def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
+        table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]), self.split)
+        trunk = self.model.backbone
+        rows, codes, bad = map_part(table, trunk.image_size, trunk.resize, self._codes, self.batch_size)
+        return codes_table(rows.column("id").to_pylist(), codes, self.model.num_bits), bad, {}, {}
+
+    def _codes(self, pixels: Pixels) -> Codes:
+        return binarize(self.model.logits(pixels))
+
+
+def codes_table(ids: list[str], codes: Codes, num_bits: int) -> pa.Table:
+    """Table (id, code) of packed codes uint8 [n, num_bits // 8]."""
+    width = num_bits // 8
+    data = pa.py_buffer(codes.tobytes())
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(ids), [None, data])
+    return pa.table({"id": pa.array(ids, pa.string()), "code": column})
+
+
+def encode(config: EncodeConfig) -> Manifest:
+    """Run the stage; return the manifest of the codes. Rerun = resume.
+
+    Raises:
+        InputError: no such model, corpus or rows. TooManyBadRows: above `max_bad`.
+        AlreadyExists: `out` holds codes of another model, corpus or split.
+    """
+    model, corpus = artifact.load_manifest(config.model, "model"), open_corpus(config.corpus)
+    total = corpus.require(config.split, "encoding")
+    num_bits = int(model.config["method"]["num_bits"])
+    plan = sha256_hex(f"codes {model.id} {corpus.manifest.id} {config.split}".encode())[:16]
+    store = open_store(config.out)
+    if artifact.is_finished(store):
+        manifest = artifact.load_manifest(store, "codes")
+        if manifest.info.get("plan") == plan:
+            say(f"{config.out} is finished already: {manifest.rows_out:,} codes")
+            return manifest
+    connect()
+    chosen = [record for record in corpus.parts if corpus.count_part(record, config.split)]
+    units = [
+        {"index": i, "rows": corpus.count_part(record, config.split), "part": record.name}
+        for i, record in enumerate(chosen)
+    ]
+    arguments = {
+        "model": config.model, "corpus": config.corpus, "split": config.split,
+        "batch_size": config.batch_size, "gpu": config.pool.gpus_per_worker > 0,
+    }  # fmt: skip
+    parts = run_units(store, plan, units, _EncodeWorker, arguments, config.pool, "encode", config.max_bad)
+    bad = sum(len(part.bad) for part in parts)
+    manifest = artifact.publish(
+        store,
+        Manifest(
+            kind="codes", project_version=__version__, config={"split": config.split},
+            parents={"model": model.id, "corpus": corpus.manifest.id}, fingerprint=model.fingerprint,
+            columns={"id": "string", "code": f"fixed_size_binary[{num_bits // 8}]"}, bit_order=BIT_ORDER,
+            rows_in=total, rows_out=total - bad, rows_quarantined=bad,
+            files=(*[part.file for part in parts], write_quarantine(store, parts)),
+            info={"plan": plan, "num_bits": num_bits, "split": config.split},
+        ),
+    )  # fmt: skip
+    clear_progress(store)
+    say(f"{config.out}: {total:,} rows in = {total - bad:,} codes out + {bad:,} quarantined")
+    return manifest

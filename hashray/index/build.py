@@ -1,0 +1,307 @@
+"""[Ray] `hashray index build`: codes -> disjoint shards -> version 1 of an index.
+
+index/  versions/00000001.json · shards/<sha256>.faiss · ids/<sha256>.parquet · quantizers/<sha256>.faiss (ivf)
+
+Shards are ranges of ids, so that a row's place over all shards is its place in the order of ids. Two rounds
+of tasks: the first reads every part and draws a sample of its rows, from which the driver takes the bounds of
+the ranges (exact up to 262,144 rows) and the training rows of the quantizer; in the second, one task a shard
+reads the parts whose ids reach into its range, keeps its rows, sorts, builds and writes. Codes whose parts do not
+follow the ids are thus read once a shard; nobody but the owner of a shard holds its rows. Memory: a task, three times
+its shard (ids and codes) and one part; the driver, the sample and two ids a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import tyro
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from hashray import artifact
+from hashray.artifact import FileRecord, Manifest, canonical, sha256_hex, version_key
+from hashray.codes import Codes
+from hashray.config import Config
+from hashray.data.corpus import read_table
+from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputError
+from hashray.index import shard
+from hashray.index.shard import NPROBE, SAMPLE_PER_LIST, Kind, WrittenShard
+from hashray.progress import Bar, say
+from hashray.runtime import WorkersConfig, connect, unwrap
+from hashray.storage import Store, check_conditional_put, join, open_store
+
+ROWS_PER_SHARD = 5_000_000  # Flat answers 5M rows of 64 bits in some 4 ms; IVF pays above that
+SAMPLE_ROWS = 1 << 18
+SAMPLE_PER_SHARD = 256  # the rows of two shards then differ by some 10 %
+
+RecordT = TypeVar("RecordT", FileRecord, WrittenShard)
+
+
+class IndexConfig(Config):
+    """Build an index of binary codes, searchable where it stands."""
+
+    codes: str = Field(description="codes, local folder or s3:// url")
+    out: str = Field(description="the index to write")
+    kind: Kind = Field("flat", description="flat: exact; ivf: for shards above 5 million rows")
+    shards: int | None = Field(None, ge=1, description="unset: one per 5 million rows")
+    nlist: int | None = Field(None, ge=1, description="ivf: lists a shard; unset: square root of its rows")
+    nprobe: int | None = Field(None, ge=1, description="ivf: lists a query looks into; unset: 16")
+    seed: int = Field(0, ge=0, description="ivf: of the training rows and of k-means")
+    pool: Annotated[WorkersConfig, tyro.conf.arg(prefix_name=False)] = WorkersConfig()
+
+    @model_validator(mode="after")
+    def _lists_are_of_ivf(self) -> IndexConfig:
+        if self.kind != "ivf" and (self.nlist or self.nprobe):
+            raise ValueError(f"nlist and nprobe are of kind ivf, not {self.kind}; leave them out, or use kind ivf")
+        return self
+
+
+def build_index(config: IndexConfig) -> Manifest:
+    """Run the stage; return the manifest of version 1. Rerun = resume.
+
+    Raises:
+        InputError: no codes there, no rows in them, or an id twice. StorageError: the store cannot publish safely.
+        AlreadyExists: `out` holds an index of other codes or of another configuration.
+        AuditError: the shards do not hold every row.
+    """
+    source, store = open_store(config.codes), open_store(config.out)
+    codes = artifact.load_manifest(source, "codes")
+    rows, parts = int(codes.rows_out or 0), [r for r in codes.files if r.name.startswith("parts/")]
+    if not rows:
+        raise InputError(f"{config.codes} holds no codes: there is nothing to build an index of")
+    settings = config.model_dump(mode="json", exclude={"codes", "out", "pool"})
+    plan = sha256_hex(canonical({"codes": codes.id, "config": settings, "format": artifact.FORMAT_VERSION}))[:16]
+    if artifact.is_finished(store, version_key(1)):
+        return _finished(config, store, plan)
+    check_conditional_put(store)
+    connect()
+    num_shards = min(rows, config.shards or -(-rows // ROWS_PER_SHARD))
+    nlist = 0 if config.kind == "flat" else config.nlist or shard.default_nlist(rows // num_shards)
+    done, quantizer = _Job(source, store, parts, int(codes.info["num_bits"]), config, plan).run(num_shards, nlist)
+    found = sum(part.info.rows for part in done)
+    if found != rows:
+        raise AuditError(f"{config.codes} holds {rows:,} rows, the shards {found:,}; nothing was published")
+    nprobe = min(config.nprobe or NPROBE, nlist) or None
+    info = {"plan": plan, "nlist": nlist or None, "nprobe": nprobe}
+    manifest = shard.index_manifest(codes, done, config.kind, settings, quantizer, info)
+    try:
+        artifact.publish(store, manifest, version_key(1))
+    except AlreadyExists:
+        return _finished(config, store, plan)
+    for key, _ in list(store.list(f"progress/{plan}/")):
+        store.delete(key)
+    say(f"{config.out}: {rows:,} rows in {len(done)} {config.kind} shards, version 1")
+    return manifest
+
+
+def _finished(config: IndexConfig, store: Store, plan: str) -> Manifest:
+    there = artifact.load_manifest(store, "index", version_key(1))
+    if there.info.get("plan") == plan:
+        say(f"{config.out} is finished already: {there.rows_out:,} rows")
+        return there
+    raise AlreadyExists(
+        f"{join(store.url, version_key(1))}: another build published version 1 of this index first: "
+        f"{there.rows_out:,} rows, {there.info['kind']}, of codes {there.parents.get('codes', '')[:12]} "
+        f"(id {there.id[:12]}). It was left as it is: use it, or choose another --out, or `hashray index append` to add rows to it"
+    )
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """First and last id of every part, and a sample of all rows: ids ascending; codes [n, b] in stored order."""
+
+    ranges: Sequence[tuple[str, str]]
+    ids: pa.Array
+    codes: Codes
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One build: what its tasks need, and where the records of finished work are."""
+
+    source: Store
+    store: Store
+    parts: Sequence[FileRecord]
+    num_bits: int
+    config: IndexConfig
+    plan: str
+
+    def run(self, num_shards: int, nlist: int) -> tuple[list[WrittenShard], FileRecord | None]:
+        """Return the shards in ascending order of ids, and the file of their quantizer."""
+        quantizer = self._read("quantizer", FileRecord) if nlist else None
+        done: dict[int, WrittenShard] = {}
+        if not nlist or quantizer:
+            found = {n: self._read(_name(n, quantizer), WrittenShard) for n in range(num_shards)}
+            done = {n: written for n, written in found.items() if written}
+        if len(done) < num_shards:
+            survey = self._survey(num_shards, nlist)
+            if nlist and not quantizer:
+                quantizer = self._train(survey.codes, nlist)
+            rows = [sum(part.rows or 0 for part in self.parts), sum(written.info.rows for written in done.values())]
+            with Bar("build shards", rows[0], "rows", done=rows[1]) as bar:
+                for number, written in self._build(survey, num_shards, done, quantizer):
+                    done[number] = written
+                    bar.add(written.info.rows)
+        return [done[n] for n in range(num_shards)], quantizer
+
+    def _survey(self, num_shards: int, nlist: int) -> _Survey:
+        starts = np.cumsum([0, *(int(part.rows or 0) for part in self.parts)])
+        size = min(starts[-1], max(SAMPLE_ROWS, SAMPLE_PER_LIST * nlist, SAMPLE_PER_SHARD * num_shards))
+        rng = np.random.default_rng(self.config.seed)
+        picks = np.sort(rng.choice(starts[-1], size, replace=False, shuffle=False))
+        mine = np.split(picks, np.searchsorted(picks, starts[1:-1]))
+        width = self.num_bits if nlist else None
+        jobs = [(self.source, part, width, mine[n] - starts[n]) for n, part in enumerate(self.parts)]
+        parts: dict[int, Any] = {}
+        with Bar("read ids", len(jobs), "parts") as bar:
+            for number, found in self._tasks(_survey_part, dict(enumerate(jobs))):
+                parts[number] = found
+                bar.add(1)
+        ids = shard.one_array(pa.chunked_array([parts[n][1] for n in range(len(jobs))], pa.large_string()))
+        ids = ids.take(pc.sort_indices(ids))
+        shard.check_unique(ids)  # and so the bounds are, and no shard is empty
+        return _Survey([parts[n][0] for n in range(len(jobs))], ids, np.concatenate([parts[n][2] for n in parts]))
+
+    def _train(self, codes: Codes, nlist: int) -> FileRecord:
+        rng = np.random.default_rng(self.config.seed)
+        sample = codes[np.sort(rng.choice(len(codes), min(len(codes), SAMPLE_PER_LIST * nlist), replace=False))]
+        ((_, trained),) = self._tasks(_train, {0: (sample, nlist, self.config.seed)})
+        record = artifact.write_file(self.store, f"quantizers/{sha256_hex(trained)}.faiss", trained)
+        self.store.write(self._key("quantizer"), record.model_dump_json().encode())
+        return record
+
+    def _build(
+        self, survey: _Survey, num_shards: int, done: Mapping[int, Any], quantizer: FileRecord | None
+    ) -> Iterator[tuple[int, WrittenShard]]:
+        bounds = [None, *(survey.ids[len(survey.ids) * n // num_shards].as_py() for n in range(1, num_shards)), None]
+        trained = ray.put(artifact.read_file(self.store, quantizer) if quantizer else None)
+        jobs = {}
+        for number in range(num_shards):
+            low, high = bounds[number], bounds[number + 1]
+            parts = [part for part, (first, last) in zip(self.parts, survey.ranges, strict=True)
+                     if (low is None or last >= low) and (high is None or first < high)]  # fmt: skip
+            key = self._key(_name(number, quantizer))
+            jobs[number] = (self.source, self.store, parts, (low, high), self.num_bits, self.config.kind, trained, key)
+        for number, text in self._tasks(_build_shard, {n: job for n, job in jobs.items() if n not in done}):
+            yield number, WrittenShard.model_validate_json(text)
+
+    def _tasks(self, function: Any, jobs: Mapping[int, tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Run a task for every job, as many at a time as the pool has workers; yield (key, result) as they end."""
+        pool = self.config.pool
+        task = function.options(num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker)
+        waiting, limit = list(jobs), pool.most()
+        running: dict[Any, int] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < limit:
+                    number = waiting.pop(0)
+                    running[task.remote(*jobs[number])] = number
+                (ready,), _ = ray.wait(list(running), num_returns=1)
+                result = ray.get(ready)
+                yield running.pop(ready), result
+        except ray.exceptions.RayError as error:
+            raise unwrap(error) from error
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+    def _read(self, name: str, model: type[RecordT]) -> RecordT | None:
+        try:
+            found = model.model_validate_json(self.store.read(self._key(name)))
+        except (ValueError, InputError):  # half a record, or none: the work is done again
+            return None
+        files = found.files if isinstance(found, WrittenShard) else [found]
+        there = (self.store.exists(file.name) and self.store.size(file.name) == file.bytes for file in files)
+        return found if all(there) else None
+
+    def _key(self, name: str) -> str:
+        return f"progress/{self.plan}/{name}.json"
+
+
+def _name(number: int, quantizer: FileRecord | None) -> str:
+    """A shard's record belongs to one quantizer: shards of two must never meet in one index."""
+    return f"{number:06d}" + (f"-{quantizer.sha256[:12]}" if quantizer else "")
+
+
+def code_matrix(column: pa.ChunkedArray, num_bits: int) -> Codes:
+    """Return a code column as packed codes uint8 [n, num_bits // 8].
+
+    Raises:
+        CorruptArtifact: another type, or a null.
+    """
+    width = num_bits // 8
+    if column.type != pa.binary(width) or column.null_count:
+        raise CorruptArtifact(
+            f"the code column is {column.type} with {column.null_count} nulls; "
+            f"codes of {num_bits} bits are fixed_size_binary[{width}]"
+        )
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width).reshape(-1, width)
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    return np.concatenate([np.empty((0, width), np.uint8), *chunks])
+
+
+def _ids(table: pa.Table, where: str) -> pa.ChunkedArray:
+    ids = table.column("id")
+    if ids.null_count:
+        raise CorruptArtifact(f"{where}: {ids.null_count} rows have no id")
+    return ids.cast(pa.large_string())
+
+
+@ray.remote
+def _survey_part(
+    source: Store, part: FileRecord, num_bits: int | None, picks: NDArray[np.int64]
+) -> tuple[tuple[str, str], pa.Array, Codes]:
+    """First and last id of a part, and the ids (and, given `num_bits`, the codes) of the picked rows."""
+    table = read_table(source, part, ["id", "code"] if num_bits else ["id"])
+    ids = _ids(table, join(source.url, part.name))
+    if len(ids) != part.rows:
+        raise AuditError(f"{join(source.url, part.name)} holds {len(ids):,} rows, its manifest says {part.rows}")
+    ends = pc.min_max(ids)
+    codes = code_matrix(table.column("code"), num_bits)[picks] if num_bits else np.empty((0, 1), np.uint8)
+    ends_text = (ends["min"].as_py() or "", ends["max"].as_py() or "")
+    return ends_text, shard.one_array(ids.take(pa.array(picks))), codes
+
+
+@ray.remote
+def _train(sample: Codes, nlist: int, seed: int) -> bytes:
+    return shard.train_quantizer(sample, nlist, seed)
+
+
+@ray.remote
+def _build_shard(
+    source: Store,
+    store: Store,
+    parts: Sequence[FileRecord],
+    bounds: tuple[str | None, str | None],
+    num_bits: int,
+    kind: str,
+    quantizer: bytes | None,
+    record_key: str,
+) -> str:
+    """Build the shard of the ids from the lower bound up to, not including, the upper; write it, then its record."""
+    low, high = bounds
+    ids, codes = [], []
+    for part in parts:
+        table = read_table(source, part, ["id", "code"])
+        names = _ids(table, join(source.url, part.name))
+        mine = np.ones(len(names), dtype=bool)
+        if low is not None:
+            mine &= pc.greater_equal(names, low).to_numpy()
+        if high is not None:
+            mine &= pc.less(names, high).to_numpy()
+        ids += names.filter(pa.array(mine)).chunks
+        codes.append(code_matrix(table.column("code"), num_bits)[mine])
+    texts = shard.one_array(pa.chunked_array(ids, pa.large_string()))
+    written = shard.write_shard(store, texts, np.concatenate(codes), kind, quantizer)
+    text = written.model_dump_json()
+    store.write(record_key, text.encode())
+    return text

@@ -1,0 +1,129 @@
+"""A trained model as an artifact: weights, what they mean, and their fingerprint. No Ray.
+
+model/  model.safetensors · model.json (method, backbone, classes, num_bits) · metrics.jsonl · manifest.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from hashray import __version__, artifact
+from hashray.artifact import FileRecord, Manifest, canonical
+from hashray.codes import BIT_ORDER, StampedCodes, binarize
+from hashray.data.images import to_pixels
+from hashray.errors import InputError
+from hashray.methods import build_method, parse_method_config
+from hashray.methods.backbone import BackboneConfig, build_trunk, state_fingerprint
+from hashray.methods.base import Method
+from hashray.storage import Store, open_store
+
+ENCODE_BATCH = 256
+
+
+class Model:
+    """A trained method with its classes; `encode` takes images to codes."""
+
+    def __init__(self, method: Method, classes: Sequence[str], fingerprint: str, manifest: Manifest | None = None):
+        self.method, self.classes, self.fingerprint, self.manifest = method.eval(), list(classes), fingerprint, manifest
+
+    @property
+    def num_bits(self) -> int:
+        return int(self.method.config.num_bits)
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return self.method.trunk.config
+
+    def logits(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits float32 [n, num_bits] of pixels uint8 [n, 3, s, s] or cached trunk features float32 [n, d]."""
+        device = self.method.trunk.mean.device
+        chunks = [inputs[i : i + ENCODE_BATCH] for i in range(0, len(inputs), ENCODE_BATCH)]
+        if not chunks:
+            return np.zeros((0, self.num_bits), dtype=np.float32)
+        with torch.inference_mode():
+            rows = [self.method.logits(torch.as_tensor(chunk, device=device)).float().cpu() for chunk in chunks]
+        return torch.cat(rows).numpy()
+
+    def encode(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> StampedCodes:
+        """Packed codes uint8 [n, num_bits // 8] of PIL images or of an array uint8 [n, h, w, 3].
+
+        The codes carry the model's fingerprint: an index of another model refuses them.
+
+        Raises:
+            InputError: the array is of another dtype or shape.
+        """
+        if isinstance(images, np.ndarray):
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+                raise InputError(f"images are {images.dtype} {images.shape}; expected uint8 [n, h, w, 3] or PIL images")
+            images = [Image.fromarray(image) for image in images]
+        size, resize = self.backbone.image_size, self.backbone.resize
+        pixels = [to_pixels(image.convert("RGB"), size, resize) for image in images]
+        array = np.stack(pixels) if pixels else np.zeros((0, 3, size, size), dtype=np.uint8)
+        return StampedCodes.stamp(binarize(self.logits(array)), self.fingerprint)
+
+
+def write_model(
+    store: Store,
+    method: Method,
+    weights: Mapping[str, Tensor],
+    classes: Sequence[str],
+    config: Mapping[str, Any],
+    parents: Mapping[str, str],
+    history: Iterable[Mapping[str, Any]],
+    info: Mapping[str, Any],
+) -> Manifest:
+    """Write a model artifact; the manifest last."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    description = {
+        "method": method.config.model_dump(mode="json"),
+        "backbone": method.trunk.config.model_dump(mode="json") | {"weights": None},
+        "num_bits": method.config.num_bits,
+        "num_classes": method.num_classes,
+        "classes": list(classes),
+    }
+    files: list[FileRecord] = [
+        artifact.write_file(store, "model.safetensors", save_tensors(state)),
+        artifact.write_file(store, "model.json", canonical(description)),
+        artifact.write_file(store, "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode()),
+    ]
+    manifest = Manifest(
+        kind="model", project_version=__version__, config=dict(config), parents=dict(parents), files=tuple(files),
+        bit_order=BIT_ORDER, fingerprint=fingerprint_of(state, description), info=dict(info),
+    )  # fmt: skip
+    return artifact.publish(store, manifest)
+
+
+def fingerprint_of(state: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    """What codes depend on: every weight, the method's and the trunk's settings (preprocessing is among them)."""
+    settings = {key: description[key] for key in ("method", "backbone", "num_bits")}
+    return state_fingerprint(state, canonical(settings).decode())
+
+
+def load_model(url: str, endpoint_url: str | None = None, device: str | None = None) -> Model:
+    """Open a trained model, local or on S3, its checksums verified. No Ray needed.
+
+    Args:
+        device: "cuda", "cpu" …; unset: a GPU where there is one.
+
+    Raises:
+        InputError: not there or not finished. CorruptArtifact: a file was changed. MismatchError: newer format.
+    """
+    store = open_store(url, endpoint_url)
+    manifest = artifact.load_manifest(store, "model")
+    description = json.loads(artifact.read_file(store, manifest.record("model.json")))
+    state = load_tensors(artifact.read_file(store, manifest.record("model.safetensors")))
+    trunk = build_trunk(BackboneConfig.model_validate(description["backbone"]), load_weights=False)
+    method = build_method(parse_method_config(description["method"]), trunk, description["num_classes"])
+    method.load_state_dict(state)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Model(method.to(target), description["classes"], str(manifest.fingerprint), manifest)

@@ -1,0 +1,267 @@
+"""An index opened for searching in this process: `open_index(url).search(codes, k)`. No Ray.
+
+A local index is read in place. Files of one on S3 are kept under $HASHRAY_CACHE (default ~/.cache/hashray) by their
+sha256; nothing is ever evicted, and any file there may be deleted. Whatever their place, all bytes are verified
+before they are used. Codes are mapped, not read; ids are held in memory: their text and 4 bytes a row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from hashray import artifact
+from hashray.artifact import FileRecord, Manifest, sha256_file
+from hashray.codes import Codes, as_codes
+from hashray.errors import CorruptArtifact, InputError, MismatchError
+from hashray.index.shard import Shard, ShardInfo, check_kind, one_array, open_shard, read_ids
+from hashray.search.merge import merge
+from hashray.storage import Store, join, open_store
+
+OPEN_THREADS = 8
+# Candidates (a distance and a position: 12 bytes) that one round of a search holds before they are merged.
+ROUND_CANDIDATES = 4 << 20
+FEWEST_QUERIES = 32  # FAISS shares each pass over the codes among so many
+
+
+class Ranks(NamedTuple):
+    """Where each row stands among all rows of the index in ascending order of ids.
+
+    Shards of disjoint ranges of ids follow each other; those that overlap form one group with a table.
+    """
+
+    of_shard: list[int | NDArray[np.int64]]  # the rank of a shard's first row, or of every row
+    starts: NDArray[np.int64]  # the first rank of each group
+    ids: list[pa.Array]  # the ids of each group, ascending
+    ascending: bool  # no two shards overlap, and they stand in ascending order
+
+
+def rank_rows(first_last: Sequence[tuple[str, str]], ids: Sequence[pa.Array]) -> Ranks:
+    """Rank the rows of shards given in ascending order of their first ids; each shard's ids ascend.
+
+    Args:
+        first_last: the first and the last id of each shard.
+        ids: the ids of each shard.
+    """
+    groups: list[list[int]] = []
+    highest = ""
+    for number, (first, last) in enumerate(first_last):
+        if groups and first <= highest:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+        highest = max(highest, last)
+    of_shard: list[int | NDArray[np.int64]] = [0] * len(ids)
+    starts, merged, start = [], [], 0
+    for group in groups:
+        texts = ids[group[0]]
+        if len(group) == 1:
+            of_shard[group[0]] = start
+        else:
+            texts = one_array(pa.chunked_array([ids[number] for number in group]))
+            order = pc.sort_indices(texts).to_numpy()
+            ranks = np.empty(len(order), np.int64)
+            ranks[order] = np.arange(start, start + len(order))
+            ends = np.cumsum([len(ids[number]) for number in group])[:-1]
+            for number, part in zip(group, np.split(ranks, ends), strict=True):
+                of_shard[number] = part
+            texts = texts.take(pa.array(order))
+        starts.append(start)
+        merged.append(texts)
+        start += len(texts)
+    return Ranks(of_shard, np.array(starts, np.int64), merged, len(groups) == len(ids))
+
+
+class Index:
+    """An open version of an index. Safe to search from several threads; open a new one in each process."""
+
+    def __init__(self, manifest: Manifest, version: int, shards: Sequence[Shard], ranks: Ranks, threads: int) -> None:
+        self.manifest, self.version, self.threads = manifest, version, threads
+        self._shards, self._ranks = list(shards), ranks
+        self._pool = ThreadPoolExecutor(threads, "hashray-search") if threads > 1 else None
+
+    @property
+    def num_bits(self) -> int:
+        """Width of the codes."""
+        return int(self.manifest.info["num_bits"])
+
+    @property
+    def rows(self) -> int:
+        """How many rows can be found."""
+        return sum(shard.rows for shard in self._shards)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the model that made the codes."""
+        return self.manifest.fingerprint
+
+    def __repr__(self) -> str:
+        return f"Index(version={self.version}, rows={self.rows}, num_bits={self.num_bits}, shards={len(self._shards)})"
+
+    def search(self, codes: Codes, k: int) -> tuple[NDArray[np.object_], NDArray[np.int32]]:
+        """Return the k nearest rows of each query: ascending distance, ties by ascending id.
+
+        Args:
+            codes: packed codes uint8 [n, num_bits // 8]. Those of `model.encode` carry their model, and another
+                model's are refused; a plain array is taken as it is.
+            k: neighbours a query, at least 1.
+
+        Returns:
+            ids object [n, k] of str, None where there are fewer than k rows (or an IVF index probed fewer), and
+            distances int32 [n, k] in bits, -1 there. Of a flat index the answer is exact.
+
+        Raises:
+            MismatchError: codes of another width or of another model. InputError: k is less than 1.
+        """
+        self._check(codes, k)
+        queries, most = as_codes(codes), min(k, self.rows)
+        ids = np.full((len(queries), k), None, dtype=object)
+        distances = np.full((len(queries), k), -1, dtype=np.int32)
+        step = max(FEWEST_QUERIES * self.threads, ROUND_CANDIDATES // (len(self._shards) * most))
+        for start in range(0, len(queries), step):
+            place = (slice(start, start + step), slice(0, most))
+            distances[place], ranks = self._nearest(queries[start : start + step], most)
+            ids[place] = self._lookup(ranks)
+        return ids, distances
+
+    def _check(self, codes: Any, k: int) -> None:
+        if k < 1:
+            raise InputError(f"k = {k}: ask for at least 1 neighbour")
+        stamp = getattr(codes, "fingerprint", None)
+        if stamp is not None and self.fingerprint is not None and stamp != self.fingerprint:
+            raise MismatchError(
+                f"codes of model {stamp[:12]}… cannot be searched in an index of model {self.fingerprint[:12]}…: their "
+                "bits mean different things; encode the queries with the model the index was made with"
+            )
+        width = as_codes(codes).shape[1] * 8
+        if width != self.num_bits:
+            raise MismatchError(
+                f"codes of {width} bits cannot be searched in an index of {self.num_bits} bits; "
+                "encode the queries with the model the index was made with"
+            )
+
+    def _nearest(self, queries: Codes, k: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Distances and ranks [n, k] over all shards."""
+        # Python threads over shards, FAISS in each with one: OpenMP's own threads spin when the machine is busy
+        # (2 of them were 6 times slower than 1). With fewer shards than threads the queries are shared out too.
+        shares = 1 if self._pool is None else min(len(queries), -(-self.threads // len(self._shards)))
+        cuts = [len(queries) * i // shares for i in range(shares + 1)]
+        jobs = [(n, slice(a, b)) for n in range(len(self._shards)) for a, b in pairwise(cuts)]
+        distances = np.empty((len(self._shards), len(queries), k), np.int32)
+        ranks = np.empty(distances.shape, np.int64)
+
+        def run(job: tuple[int, slice]) -> None:
+            number, rows = job
+            distances[number, rows], found = self._shards[number].search(queries[rows], k)
+            rank = self._ranks.of_shard[number]
+            ranks[number, rows] = np.where(found < 0, -1, found + rank if isinstance(rank, int) else rank[found])
+
+        for _ in map(run, jobs) if self._pool is None else self._pool.map(run, jobs):
+            pass
+        return merge(distances, ranks, self._ranks.ascending)
+
+    def _lookup(self, ranks: NDArray[np.int64]) -> NDArray[np.object_]:
+        """The ids object [n, k] of ranks int64 [n, k], None for -1."""
+        out = np.full(ranks.shape, None, dtype=object)
+        group = np.searchsorted(self._ranks.starts, ranks, side="right") - 1
+        for number in np.unique(group[ranks >= 0]):
+            here = (group == number) & (ranks >= 0)
+            places = pa.array(ranks[here] - self._ranks.starts[number])
+            out[here] = self._ranks.ids[number].take(places).to_numpy(zero_copy_only=False)
+        return out
+
+
+def open_index(
+    url: str | Path,
+    endpoint_url: str | None = None,
+    version: int | None = None,
+    cache_dir: str | Path | None = None,
+    threads: int | None = None,
+) -> Index:
+    """Open an index, its newest version or the one asked for; every byte is verified first.
+
+    Args:
+        url: a local folder or s3://bucket/prefix.
+        endpoint_url: of an S3 server other than AWS; unset: AWS_ENDPOINT_URL.
+        version: unset: the newest there is now.
+        cache_dir: where files from S3 are kept; unset: $HASHRAY_CACHE, else ~/.cache/hashray.
+        threads: that share a search; unset: as many as OpenMP would take (OMP_NUM_THREADS, which Ray sets to a
+            worker's CPUs, else the cores).
+
+    Raises:
+        InputError: no index, or no such version, is there. MismatchError: another artifact, or a newer hashray's.
+        CorruptArtifact: a file is missing, or is not what was published.
+    """
+    store = open_store(url, endpoint_url)
+    number, manifest = _load(store, version)
+    if threads is not None and threads < 1:
+        raise InputError(f"threads = {threads}: a search needs at least 1")
+    kind = check_kind(manifest.info["kind"])
+    infos = sorted((ShardInfo.model_validate(info) for info in manifest.info["shards"]), key=lambda info: info.first)
+    cache = Path(cache_dir or os.environ.get("HASHRAY_CACHE") or "~/.cache/hashray").expanduser()
+    records = [manifest.record(name) for info in infos for name in (info.shard, info.ids)]
+    with ThreadPoolExecutor(OPEN_THREADS) as pool:
+        paths = list(pool.map(partial(verified_path, store, cache=cache), records))
+        ids = list(pool.map(read_ids, paths[1::2]))
+    num_bits, nprobe = int(manifest.info["num_bits"]), manifest.info["nprobe"]
+    shards = [open_shard(path, kind, num_bits, info.rows, nprobe) for path, info in zip(paths[::2], infos, strict=True)]
+    ranks = rank_rows([(info.first, info.last) for info in infos], ids)
+    return Index(manifest, number, shards, ranks, threads or faiss.omp_get_max_threads())
+
+
+def _load(store: Store, version: int | None) -> tuple[int, Manifest]:
+    if version is None:
+        number, manifest = _newest(store)
+    else:
+        key = artifact.version_key(version)
+        if version < 1 or not store.exists(key):
+            newest = _newest(store)[0]
+            raise InputError(f"{join(store.url, key)} is not there: the newest version is {newest}")
+        number, manifest = version, artifact.load_manifest(store, "index", key)
+    return number, manifest
+
+
+def _newest(store: Store) -> tuple[int, Manifest]:
+    if not store.exists(artifact.version_key(1)):
+        artifact.load_manifest(store, "index")  # another artifact, or nothing: says which
+    return artifact.newest_version(store)
+
+
+def verified_path(store: Store, record: FileRecord, cache: Path) -> Path:
+    """Return a local file with exactly this record's bytes: the store's own when it is local, else one in `cache`.
+
+    Two processes may fill one cache: a file appears there whole and verified or not at all.
+
+    Raises:
+        CorruptArtifact: the file is missing in the store, or is not what was published.
+    """
+    local = store.local_path(record.name)
+    if local is not None:
+        if not local.is_file():
+            raise CorruptArtifact(f"{local} is missing: its manifest lists it with {record.bytes} bytes")
+        if not _is_whole(local, record):
+            raise CorruptArtifact(
+                f"{local} is corrupt: its bytes are not those its manifest lists (sha256 {record.sha256[:12]}…); "
+                "restore it from a copy, or build the index again elsewhere"
+            )
+        return local
+    suffix = Path(record.name).suffix
+    kept = cache / record.sha256[:2] / f"{record.sha256}{suffix}"
+    if not (kept.is_file() and _is_whole(kept, record)):
+        artifact.download_file(store, record, kept)
+    return kept
+
+
+def _is_whole(path: Path, record: FileRecord) -> bool:
+    return path.stat().st_size == record.bytes and sha256_file(path) == record.sha256

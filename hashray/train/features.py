@@ -1,0 +1,86 @@
+"""[Ray] Cached features of a frozen trunk: one pass over the corpus, kept as an artifact, trained on many times.
+
+features/  parts/part-00000.parquet … (id, feature, labels, split) · classes.json · quarantine.parquet · manifest.json
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from hashray import __version__, artifact
+from hashray.artifact import Manifest, canonical, sha256_hex
+from hashray.data.corpus import ROW_FIELDS, open_corpus
+from hashray.data.images import Pixels
+from hashray.data.units import BadRow, UnitWorker, clear_progress, map_part, run_units, write_quarantine
+from hashray.methods.backbone import BackboneConfig, build_trunk, state_fingerprint
+from hashray.progress import say
+from hashray.runtime import WorkersConfig, connect
+from hashray.storage import join, open_store
+
+BATCH_ROWS = 64
+
+
+class _FeatureWorker(UnitWorker):
+    def __init__(self, corpus: str, backbone: dict[str, Any], gpu: bool) -> None:
+        self.corpus = open_corpus(corpus)
+        self.device = torch.device("cuda" if gpu else "cpu")
+        if not gpu:
+            torch.set_num_threads(1)
+        self.trunk = build_trunk(BackboneConfig.model_validate(backbone)).eval().to(self.device)
+
+    def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
+        table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]))
+        config = self.trunk.config
+        rows, features, bad = map_part(table, config.image_size, config.resize, self._features, BATCH_ROWS)
+        flat = pa.array(features.reshape(-1), pa.float32())
+        column = pa.FixedSizeListArray.from_arrays(flat, self.trunk.feature_dim)
+        out = rows.select(["id", "labels", "split"]).append_column("feature", column)
+        return out, bad, {"splits": dict(sorted(Counter(out.column("split").to_pylist()).items()))}, {}
+
+    @torch.inference_mode()
+    def _features(self, pixels: Pixels) -> Any:
+        return self.trunk(torch.as_tensor(pixels, device=self.device)).cpu().numpy()
+
+
+def compute_features(
+    corpus_url: str, backbone: BackboneConfig, out: str | None, workers: WorkersConfig, max_bad: float
+) -> str:
+    """Compute, or find, the features of a corpus through a frozen trunk; return their url. Rerun = resume.
+
+    Unset, `out` is features/<trunk fingerprint> inside the corpus: every run with this trunk shares them.
+    """
+    corpus = open_corpus(corpus_url)
+    trunk = build_trunk(backbone)
+    settings = backbone.model_dump(mode="json", exclude={"weights"})
+    fingerprint = state_fingerprint(trunk.state_dict(), canonical(settings).decode())
+    url = out or join(corpus_url, "features", fingerprint[:16])
+    store = open_store(url)
+    plan = sha256_hex(f"features {corpus.manifest.id} {fingerprint}".encode())[:16]
+    if artifact.is_finished(store):
+        manifest = artifact.load_manifest(store, "features")
+        if manifest.info.get("plan") == plan:
+            say(f"features of {backbone.name} are in {url} already")
+            return url
+    connect()
+    units = [{"index": i, "rows": r.rows, "part": r.name} for i, r in enumerate(corpus.parts)]
+    arguments = {"corpus": corpus_url, "backbone": backbone.model_dump(mode="json"), "gpu": workers.gpus_per_worker > 0}
+    parts = run_units(store, plan, units, _FeatureWorker, arguments, workers, "features", max_bad)
+    classes = artifact.write_file(store, "classes.json", canonical(corpus.classes))
+    rows_in, bad = sum(part.rows_in for part in parts), sum(len(part.bad) for part in parts)
+    columns = {"id": "string", "feature": f"float32[{trunk.feature_dim}]", **{n: str(t) for n, t in ROW_FIELDS}}
+    artifact.publish(
+        store,
+        Manifest(
+            kind="features", project_version=__version__, config=settings, parents={"corpus": corpus.manifest.id},
+            columns=columns, fingerprint=fingerprint, rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
+            files=(*[part.file for part in parts], classes, write_quarantine(store, parts)),
+            info={"plan": plan, "feature_dim": trunk.feature_dim},
+        ),
+    )  # fmt: skip
+    clear_progress(store)
+    return url

@@ -1,3 +1,29 @@
-"""hashray: from an image corpus to a searchable, sharded index of learned binary codes."""
+"""hashray: from an image corpus to a searchable, sharded index of learned binary codes.
+
+model = hashray.load_model("s3://bucket/models/dseh-64")     # .encode(images) -> uint8 [n, num_bits // 8]
+index = hashray.open_index("s3://bucket/indexes/photos")     # .search(codes, k) -> ids [n, k], distances [n, k]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load_model", "open_index"]
+
+if TYPE_CHECKING:
+    from hashray.model import load_model
+    from hashray.search.reader import open_index
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and faiss when they are asked for, not before."""
+    if name == "load_model":
+        from hashray.model import load_model
+
+        return load_model
+    if name == "open_index":
+        from hashray.search.reader import open_index
+
+        return open_index
+    raise AttributeError(f"module 'hashray' has no attribute {name!r}")

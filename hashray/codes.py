@@ -46,7 +46,9 @@ def binarize(logits: Any) -> Codes:
     (1, 2)
     """
     if hasattr(logits, "detach"):
-        logits = logits.detach().float().cpu().numpy()
+        logits = logits.detach().cpu()
+        # NumPy knows no bfloat16; a float64 stays what it is: as float32 -1e-60 would become -0.0, bit 1.
+        logits = (logits.float() if logits.element_size() < 4 else logits).numpy()
     values = np.asarray(logits)
     if values.ndim != 2:
         raise ValueError(f"logits have shape {values.shape}; expected [n, num_bits]")
@@ -76,6 +78,7 @@ def hamming(left: Codes, right: Codes) -> NDArray[np.int32]:
     array([[1, 8],
            [7, 0]], dtype=int32)
     """
+    left, right = as_codes(left), as_codes(right)
     left_words, right_words = as_words(left), as_words(right)
     if left.shape[1] != right.shape[1]:
         raise MismatchError(
@@ -112,6 +115,8 @@ def pad_width(codes: Codes, width_bytes: int) -> Codes:
     array([[7, 8, 0, 0]], dtype=uint8)
     """
     array = as_codes(codes)
+    if array.shape[1] > width_bytes:
+        raise ValueError(f"codes of {array.shape[1]} bytes do not fit into a width of {width_bytes}")
     return np.pad(array, ((0, 0), (0, width_bytes - array.shape[1])))
 
 

@@ -7,7 +7,7 @@ every fault of a file is listed at once, unknown keys with the nearest known nam
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from hashray import storage
 from hashray.errors import ConfigError, InputError, perhaps
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+SHOWN_CHARACTERS = 80
 
 
 class Config(BaseModel):
@@ -34,7 +35,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     folder, name = storage.split_url(str(path))
     try:
-        text = storage.open_store(folder).read(name).decode("utf-8")
+        text = storage.open_store(folder).read(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
     try:
@@ -52,7 +53,7 @@ def validate(config_class: type[ConfigT], data: Mapping[str, Any], where: str) -
     try:
         return config_class.model_validate(dict(data))
     except ValidationError as error:
-        lines = [_fault(config_class, fault) for fault in error.errors()]
+        lines = [_fault(config_class, data, fault) for fault in error.errors()]
         count = f"{len(lines)} fault{'s' if len(lines) > 1 else ''}"
         raise ConfigError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from error
 
@@ -60,46 +61,69 @@ def validate(config_class: type[ConfigT], data: Mapping[str, Any], where: str) -
 def override(config: ConfigT, arguments: list[str], program: str) -> ConfigT:
     """Apply `--method.num-bits 32`-style flags over a config, by tyro; exits 2 on an unknown flag.
 
-    A value that parses but is not allowed (a range, a rule between fields) is a ConfigError as in a file.
+    What neither the config nor a flag sets is filled in anew, so that a field that others follow (a preset)
+    works on the command line as it does in a file.
+
+    Raises:
+        ConfigError: each flag is allowed, all together are not.
     """
+    parsed = _flags(type(config), arguments, program, config)
+    flags = {text.partition("=")[0].replace("_", "-") for text in arguments if text.startswith("--")}
+    return validate(type(config), _given(config, parsed, flags, "--"), "the command line")
+
+
+def parse_flags(config_class: type[ConfigT], arguments: list[str], program: str) -> ConfigT:
+    """Build a config from flags alone; as `override`."""
+    return _flags(config_class, arguments, program, None)
+
+
+def _flags(config_class: type[ConfigT], arguments: list[str], program: str, default: ConfigT | None) -> ConfigT:
+    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
+    given = {} if default is None else {"default": default}
     try:
-        return tyro.cli(
-            type(config),
-            args=arguments,
-            default=config,
-            prog=program,
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
-        )
+        return tyro.cli(config_class, args=arguments, prog=program, config=markers, **given)  # type: ignore[call-overload, no-any-return]
     except ValidationError as error:
-        lines = [f"  {_fault(type(config), fault)}" for fault in error.errors()]
+        lines = [f"  {_fault(config_class, {}, fault)}" for fault in error.errors()]
         raise ConfigError("the command line:\n" + "\n".join(lines)) from error
 
 
-def _fault(config_class: type[BaseModel], fault: Any) -> str:
+def _given(before: Config, after: Config, flags: set[str], prefix: str) -> dict[str, Any]:
+    """What was set before, in a flag, or is different after, as nested tables."""
+    table: dict[str, Any] = {}
+    for name in type(after).model_fields:
+        old, new, flag = getattr(before, name), getattr(after, name), prefix + name.replace("_", "-")
+        if isinstance(new, Config) and type(new) is type(old):
+            table[name] = _given(old, new, flags, f"{flag}.")
+        elif name == "kind" or name in before.model_fields_set or flag in flags or new != old:
+            table[name] = new
+    return table
+
+
+def _fault(config_class: type[BaseModel], data: Any, fault: Any) -> str:
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        *parents, name = [str(part) for part in fault["loc"]]
-        known = _fields_at(config_class, parents)
-        return f"{path}: unknown key{perhaps(name, known)} Known here: {', '.join(sorted(known))}"
+        *parents, name = fault["loc"]
+        known = _fields_at(config_class, data, parents)
+        return f"{path}: unknown key{perhaps(str(name), known) or '.'} Known here: {', '.join(sorted(known))}"
     message = fault["msg"].removeprefix("Value error, ")
-    found = "" if fault["type"] == "missing" else f" (found {fault['input']!r})"
-    return f"{path or 'config'}: {message}{found}"
+    found = repr(fault["input"])
+    if len(found) > SHOWN_CHARACTERS:
+        found = f"{found[:SHOWN_CHARACTERS]}…"
+    return f"{path or 'config'}: {message}" + ("" if fault["type"] == "missing" else f" (found {found})")
 
 
-def _fields_at(config_class: type[BaseModel], parents: list[str]) -> list[str]:
-    """Field names of the model that `parents` leads to; union tags in the path are skipped."""
+def _fields_at(config_class: type[BaseModel], data: Any, parents: Sequence[str | int]) -> list[str]:
+    """Field names of the model that `parents` leads to in `data`; of several, the one of the table's `kind`."""
     model: type[BaseModel] = config_class
     for name in parents:
-        field = model.model_fields.get(name)
-        if field is None:
-            model = next((m for m in _models(model) if _kind(m) == name), model)
-            continue
-        inner = _models(field.annotation)
-        if len(inner) == 1:
-            model = inner[0]
-        elif inner:
-            tag = parents[parents.index(name) + 1 :]
-            model = next((m for m in inner if tag and _kind(m) == tag[0]), inner[0])
+        try:
+            data = data[name]
+        except (LookupError, TypeError):
+            data = None
+        field = model.model_fields.get(str(name))
+        if field is not None and (inner := _models(field.annotation)):
+            kind = data.get("kind") if isinstance(data, Mapping) else None
+            model = next((m for m in inner if _kind(m) == kind), inner[0])
     return list(model.model_fields)
 
 

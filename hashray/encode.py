@@ -38,7 +38,7 @@ class EncodeConfig(Config):
     split: str = Field("database", description="train, query, database, unlabelled, validation or all")
     batch_size: int = Field(64, ge=1, description="images in memory at a time, a worker")
     max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
-    pool: Annotated[WorkersConfig, tyro.conf.arg(prefix_name=False)] = WorkersConfig()
+    pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
 
 class _EncodeWorker(UnitWorker):

@@ -17,7 +17,7 @@ console = Console(stderr=True)
 
 
 class Bar:
-    """`with Bar("encode", total, "rows") as bar: bar.add(1024)`; nothing is shown before the first `add`."""
+    """`with Bar("encode", total, "rows") as bar: bar.add(1024)`; without a terminal, lines at most every two seconds."""
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
@@ -47,7 +47,7 @@ class Bar:
             left = (self.total - self.done) / rate if rate else None
             line = {"stage": self.title, "done": self.done, "total": self.total, "unit": self.unit,
                     "per_s": round(rate, 1), "eta_s": left and round(left, 1), **notes}  # fmt: skip
-            print(json.dumps(line), file=sys.stderr, flush=True)
+            print(json.dumps(line, default=str), file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         if self._progress is not None:

@@ -74,7 +74,9 @@ def _quiet_data() -> None:
 def unwrap(error: BaseException) -> BaseException:
     """The hashray error inside a Ray error, if there is one, else the error itself."""
     seen: BaseException | None = error
-    while seen is not None:
+    visited: set[int] = set()  # `raise error from error` makes a chain of one that never ends
+    while seen is not None and id(seen) not in visited:
+        visited.add(id(seen))
         cause = getattr(seen, "cause", None)
         for found in (cause, seen):
             if isinstance(found, HashrayError) and not isinstance(found, RayTaskError):

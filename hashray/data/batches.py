@@ -98,7 +98,7 @@ class EpochPlan:
         for window in self.windows(epoch):
             rows = np.concatenate([np.arange(starts[p] + a, starts[p] + b) for p, a, b in window.pieces])
             out.append(rows[self.shuffle(epoch, window)])
-        return np.concatenate(out).astype(np.int64)
+        return np.concatenate([np.zeros(0, dtype=np.int64), *out])
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[NDArray[np.int64]]:
         """Positions of each global batch of an epoch, from a step on."""

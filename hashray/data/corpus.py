@@ -1,6 +1,7 @@
 """The corpus: schema, label protocol, reading. No Ray.
 
-corpus/  parts/part-00000.parquet … (id, image, uri, labels, split) · classes.json · quarantine.parquet · manifest.json
+corpus/  parts/part-00000-<plan>.parquet … (id, image, uri, labels, split)
+         classes.json · quarantine.parquet · manifest.json
 
 `image` holds the bytes as found, or is null where the corpus keeps a reference in `uri`. `labels` are class
 indices into classes.json. A features artifact (a corpus seen through a frozen trunk) has the same rows
@@ -26,7 +27,7 @@ from hashray import artifact
 from hashray.artifact import FileRecord, Manifest
 from hashray.data.images import BadImage, Resize, decode_rows
 from hashray.data.sources import fetch
-from hashray.errors import CorruptArtifact, HashrayError, InputError
+from hashray.errors import CorruptArtifact, InputError
 from hashray.storage import Store, open_store
 
 ROW_FIELDS = [("labels", pa.list_(pa.int32())), ("split", pa.string())]
@@ -67,7 +68,8 @@ def multi_hot(labels: pa.ChunkedArray | pa.Array, num_classes: int) -> NDArray[n
     out = np.zeros((len(values), num_classes), dtype=np.uint8)
     rows, classes = pc.list_parent_indices(values).to_numpy(), pc.list_flatten(values).to_numpy()
     if len(classes) and (classes.min() < 0 or classes.max() >= num_classes):
-        raise CorruptArtifact(f"a label {int(classes.max())} is outside 0 to {num_classes - 1}")
+        wrong = classes.min() if classes.min() < 0 else classes.max()
+        raise CorruptArtifact(f"a label {int(wrong)} is outside 0 to {num_classes - 1}")
     out[rows, classes] = 1
     return out
 
@@ -124,8 +126,11 @@ class Corpus:
 
     def read_part(self, record: FileRecord, split: str = "all", columns: Sequence[str] | None = None) -> pa.Table:
         """One part, verified, only the rows of a split."""
-        table = read_table(self.store, record, columns)
-        return table if split == "all" else table.filter(pa.array(in_split(table.column("split"), split)))
+        if split == "all":
+            return read_table(self.store, record, columns)
+        table = read_table(self.store, record, columns and list(dict.fromkeys([*columns, "split"])))
+        table = table.filter(pa.array(in_split(table.column("split"), split)))
+        return table if columns is None else table.select(list(columns))
 
     def rows(self, split: str) -> Rows:
         """Ids and labels of a split, in corpus order; no image is read."""
@@ -140,7 +145,7 @@ class Corpus:
             with self.store.open(record.name) as handle:
                 file = pq.ParquetFile(handle, page_checksum_verification=True)
                 table = file.read(columns=["id", "labels", "split"])
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, InputError) as error:
             raise CorruptArtifact(f"{self.store.url}/{record.name} cannot be read: {error}") from error
         return table if split == "all" else table.filter(pa.array(in_split(table.column("split"), split)))
 
@@ -183,7 +188,7 @@ class Corpus:
 def feature_matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
     """A fixed-size-list column -> float32 [n, d]."""
     values = column.combine_chunks()
-    return values.flatten().to_numpy().reshape(len(values), -1)
+    return values.flatten().to_numpy().reshape(len(values), values.type.list_size)
 
 
 def iterate_bytes(table: pa.Table) -> Iterator[tuple[str, bytes | BadImage]]:
@@ -194,7 +199,7 @@ def iterate_bytes(table: pa.Table) -> Iterator[tuple[str, bytes | BadImage]]:
             continue
         try:
             yield row_id, fetch(uri)
-        except HashrayError as error:
+        except InputError as error:  # a store that does not answer is no fault of the row: that one stops the stage
             yield row_id, BadImage(f"reference: {error}")
 
 

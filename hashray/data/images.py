@@ -15,6 +15,7 @@ from pydantic import Field
 from hashray.config import Config
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+LONGEST_ASPECT = 16
 Pixels = NDArray[np.uint8]
 Resize = Literal["crop", "squash"]
 
@@ -44,13 +45,23 @@ def decode(data: bytes | None) -> Image.Image:
             with Image.open(io.BytesIO(data)) as opened:
                 opened.load()
                 image: Image.Image = opened
-                if image.mode.startswith("I;16"):  # 16-bit grey: PIL's own conversion clips instead of scaling
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                if image.mode.startswith("I") or image.mode == "F":
+                    image = _eight_bits(image)
                 return ImageOps.exif_transpose(image).convert("RGB")
+    except BadImage:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes; the row is quarantined
         text = " ".join(str(error).split()) or "cannot be decoded"
         text = text.split("<_io")[0].strip()
         raise BadImage(f"{type(error).__name__}: {text}"[:300]) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits by its upper byte: Pillow's own conversion clips at 255 and gives a white image."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+        raise BadImage(f"pixels of mode {image.mode} from {values.min()} to {values.max()}; at most 16 bits are known")
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def to_pixels(image: Image.Image, size: int, resize: Resize) -> Pixels:
@@ -59,6 +70,7 @@ def to_pixels(image: Image.Image, size: int, resize: Resize) -> Pixels:
     `crop` brings the shorter side to `size` and cuts the centre; `squash` changes the aspect ratio.
     """
     if resize == "crop":
+        image = _near_square(image)
         scale = size / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)
         if image.size != (width, height):
@@ -68,6 +80,16 @@ def to_pixels(image: Image.Image, size: int, resize: Resize) -> Pixels:
     elif image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _near_square(image: Image.Image) -> Image.Image:
+    """Cut the far ends of a very long image, which the crop would drop anyway: resized, they can fill the memory."""
+    width, height = image.size
+    longest = LONGEST_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def augment(images: Pixels, config: AugmentConfig, seeds: NDArray[np.int64]) -> Pixels:

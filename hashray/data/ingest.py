@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -24,13 +23,14 @@ from hashray.data.corpus import CORPUS_SCHEMA
 from hashray.data.images import BadImage, decode
 from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
 from hashray.data.splits import Protocol, SplitConfig, assign_splits, order_key
-from hashray.data.units import BadRow, Part, UnitWorker, clear_progress, run_units, write_quarantine
+from hashray.data.units import BadRow, Part, UnitWorker, clear_progress, refuse_taken, run_units, write_quarantine
 from hashray.errors import InputError
 from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import Store, open_store
 
 FETCH_THREADS = 8
+MOST_CLASSES = 1_000_000
 
 
 class IngestConfig(Config):
@@ -38,7 +38,7 @@ class IngestConfig(Config):
 
     source: Annotated[str, tyro.conf.Positional] = Field(description="folder, file or s3:// url")
     out: str = Field(description="the corpus to write")
-    reader: Annotated[SourceConfig, tyro.conf.arg(prefix_name=False)] = SourceConfig()
+    reader: Annotated[SourceConfig, tyro.conf.arg(name="")] = SourceConfig()
     split_protocol: Protocol = "as-given"
     seed: int = Field(0, ge=0, description="of the split protocol and of the order of rows")
     query_per_class: int = Field(100, ge=1, description="per-class protocol")
@@ -47,7 +47,7 @@ class IngestConfig(Config):
     store: Literal["bytes", "reference"] = Field("bytes", description="keep the images, or only where they are")
     max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
     rows_per_part: int = Field(1024, ge=1)
-    pool: Annotated[WorkersConfig, tyro.conf.arg(prefix_name=False)] = WorkersConfig()
+    pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
     def splits(self) -> SplitConfig:
         """The split protocol's own config."""
@@ -98,7 +98,7 @@ def ingest(config: IngestConfig) -> Manifest:
         InputError: the source, its labels or its splits cannot be used. TooManyBadRows: above `max_bad`.
         AlreadyExists: `out` holds a corpus of another source or configuration.
     """
-    source = config.source if config.source.startswith("s3://") else str(Path(config.source).absolute())
+    source = open_store(config.source).url
     say(f"listing {source}")
     listing = list_source(source, config.reader)
     classes, labels = name_classes(listing)
@@ -113,13 +113,16 @@ def ingest(config: IngestConfig) -> Manifest:
     if listing.random_access:  # mixed on disk, so that a training window sees every class
         items.sort(key=lambda item: order_key(config.seed, str(item["id"])))
     result_of = config.model_dump(mode="json", exclude={"out", "max_bad", "pool", "source"}) | {"source": source}
-    plan = sha256_hex(canonical({"config": result_of, "items": items, "version": artifact.FORMAT_VERSION}))[:16]
+    depends_on = {"config": result_of, "items": items, "classes": classes, "version": artifact.FORMAT_VERSION}
+    plan = sha256_hex(canonical(depends_on))[:16]
     store = open_store(config.out)
     if artifact.is_finished(store):
         manifest = artifact.load_manifest(store, "corpus")
         if manifest.info.get("plan") == plan:
+            clear_progress(store)
             say(f"{config.out} is finished already: {manifest.rows_out:,} rows")
             return manifest
+        refuse_taken(store, plan)
     connect()
     chunks = [items[i : i + config.rows_per_part] for i in range(0, len(items), config.rows_per_part)]
     units = [{"index": i, "rows": len(chunk), "items": chunk} for i, chunk in enumerate(chunks)]
@@ -141,6 +144,8 @@ def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
         raise InputError(f"labels are names and numbers mixed, for example {sorted(map(str, found))[:4]}; use one kind")
     if kinds == {int}:
         top = max(int(label) for label in found)
+        if top >= MOST_CLASSES:
+            raise InputError(f"label {top} is no class index: they count from 0 to {MOST_CLASSES - 1:,} at most")
         classes = listing.class_names or [str(i) for i in range(top + 1)]
         index: dict[Any, int] = {i: i for i in range(len(classes))}
     else:

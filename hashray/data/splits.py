@@ -24,8 +24,8 @@ Protocol = Literal["as-given", "adalabelhash-cifar10", "cifar10-semi", "per-clas
 class SplitConfig(Config):
     """A named protocol and its numbers.
 
-    as-given               the source's own folders, lists or column; train is the database where none is given;
-                           a source without splits is all database
+    as-given               the source's own folders, lists or column; train and unlabelled are the database
+                           where none is given; a source without splits is all database
     adalabelhash-cifar10   given train rows are train and database (50,000), given test rows are queries (10,000)
     cifar10-semi           of all rows: 100 queries and 500 train rows a class, the rest unlabelled;
                            everything but the queries is the database (1,000 / 5,000 / 54,000, database 59,000)
@@ -101,9 +101,13 @@ def _as_given(given: Sequence[str | None]) -> list[str]:
         raise InputError(f"{missing:,} of {len(given):,} rows came with no split while others have one; name them all")
     splits = [str(split) for split in given]
     if "database" not in present:
-        joined = {"train": "database+train", "unlabelled": "database+unlabelled"}
-        splits = [joined.get(split, split) for split in splits]
+        splits = [_in_database(split) for split in splits]
     return splits
+
+
+def _in_database(split: str) -> str:
+    parts = set(split.split("+"))
+    return "+".join(sorted(parts | {"database"})) if parts & {"train", "unlabelled"} else split
 
 
 def _train_is_database(given: Sequence[str | None]) -> list[str]:
@@ -135,7 +139,7 @@ def _per_class(
             if len(free) < wanted:
                 raise InputError(
                     f"class {label} has {len(free)} rows left for {word!r}, the protocol draws {wanted} a class; "
-                    "lower --split.query-per-class or --split.train-per-class"
+                    "choose --split-protocol per-class with a lower --query-per-class or --train-per-class"
                 )
             for i in free[:wanted]:
                 splits[i] = word

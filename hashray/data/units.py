@@ -26,7 +26,7 @@ from hashray import artifact
 from hashray.artifact import FileRecord
 from hashray.data.corpus import QUARANTINE_SCHEMA, iterate_bytes, table_bytes
 from hashray.data.images import Pixels, Resize, decode_rows
-from hashray.errors import AuditError, InputError, TooManyBadRows
+from hashray.errors import AlreadyExists, AuditError, InputError, TooManyBadRows
 from hashray.progress import Bar
 from hashray.runtime import WorkersConfig, unwrap
 from hashray.storage import Store
@@ -72,11 +72,11 @@ class _Actor:
         for text in batch["unit"]:
             unit = json.loads(text)
             table, bad, info, notes = self.worker.process(unit)
-            name = f"parts/part-{unit['index']:05d}.parquet"
-            record = artifact.write_file(self.store, name, table_bytes(table), rows=len(table), info=info)
-            part = Part(index=unit["index"], file=record, rows_in=unit["rows"], bad=tuple(bad), notes=notes)
+            name = part_name(self.plan, unit["index"])
             if len(table) + len(bad) != unit["rows"]:
                 raise AuditError(f"{name}: {unit['rows']} rows in, {len(table)} out, {len(bad)} quarantined")
+            record = artifact.write_file(self.store, name, table_bytes(table), rows=len(table), info=info)
+            part = Part(index=unit["index"], file=record, rows_in=unit["rows"], bad=tuple(bad), notes=notes)
             data = part.model_dump_json().encode()
             self.store.write(_record_key(self.plan, part.index), data)
             done.append(data.decode())
@@ -132,8 +132,10 @@ def run_units(
         max_bad: share of all rows that may be quarantined; above it the run stops.
 
     Raises:
+        AlreadyExists: another plan's artifact is finished here; nothing of it is touched.
         TooManyBadRows: with counts, the first reasons and where the table of all of them is.
     """
+    refuse_taken(store, plan)
     total = sum(int(unit["rows"]) for unit in units)
     parts = finished_parts(store, plan, len(units))
     todo = [unit for unit in units if int(unit["index"]) not in parts]
@@ -158,8 +160,32 @@ def run_units(
                     bar.add(part.rows_in)
                     _stop_if_bad(store, parts, total, max_bad, title)
             except Exception as error:
-                raise unwrap(error) from error
+                found = unwrap(error)
+                if found is error:
+                    raise
+                raise found from error
+    missing = [str(unit["index"]) for unit in units if int(unit["index"]) not in parts]
+    if missing:
+        raise AuditError(f"{title}: {len(missing)} units gave no part, the first {missing[0]}; run it again")
+    refuse_taken(store, plan)
     return [parts[int(unit["index"])] for unit in units]
+
+
+def part_name(plan: str, index: int) -> str:
+    """Where a unit's part goes: with the plan in its name, so that no other run ever writes over it."""
+    return f"parts/part-{index:05d}-{plan[:8]}.parquet"
+
+
+def refuse_taken(store: Store, plan: str) -> None:
+    """Raise AlreadyExists where the finished artifact of another plan is, before anything of it is overwritten."""
+    if not artifact.is_finished(store):
+        return
+    manifest = artifact.load_manifest(store)
+    if manifest.info.get("plan") != plan:
+        raise AlreadyExists(
+            f"{store.url} holds a finished {manifest.kind} ({manifest.id[:12]}) of another input or configuration; "
+            "nothing was changed there: choose another --out, or delete the folder to make it again"
+        )
 
 
 def finished_parts(store: Store, plan: str, count: int) -> dict[int, Part]:
@@ -167,14 +193,15 @@ def finished_parts(store: Store, plan: str, count: int) -> dict[int, Part]:
 
     def read(key: str) -> Part | None:
         try:
-            return Part.model_validate_json(store.read(key))
-        except (ValueError, InputError):  # half a record, or gone since the listing: the unit runs again
+            part = Part.model_validate_json(store.read(key))
+            return part if store.size(part.file.name) == part.file.bytes else None
+        except (ValueError, InputError):  # half a record, or its part is gone: the unit runs again
             return None
 
     keys = [key for key, _ in store.list(f"progress/{plan}/")]
     with ThreadPoolExecutor(RECORD_THREADS) as pool:
         found = [part for part in pool.map(read, keys) if part is not None]
-    return {part.index: part for part in found if part.index < count and store.exists(part.file.name)}
+    return {part.index: part for part in found if part.index < count}
 
 
 def _record_key(plan: str, index: int) -> str:

@@ -53,7 +53,7 @@ class IndexConfig(Config):
     nlist: int | None = Field(None, ge=1, description="ivf: lists a shard; unset: square root of its rows")
     nprobe: int | None = Field(None, ge=1, description="ivf: lists a query looks into; unset: 16")
     seed: int = Field(0, ge=0, description="ivf: of the training rows and of k-means")
-    pool: Annotated[WorkersConfig, tyro.conf.arg(prefix_name=False)] = WorkersConfig()
+    pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
     @model_validator(mode="after")
     def _lists_are_of_ivf(self) -> IndexConfig:
@@ -108,7 +108,8 @@ def _finished(config: IndexConfig, store: Store, plan: str) -> Manifest:
     raise AlreadyExists(
         f"{join(store.url, version_key(1))}: another build published version 1 of this index first: "
         f"{there.rows_out:,} rows, {there.info['kind']}, of codes {there.parents.get('codes', '')[:12]} "
-        f"(id {there.id[:12]}). It was left as it is: use it, or choose another --out, or `hashray index append` to add rows to it"
+        f"(id {there.id[:12]}). It was left as it is: use it, choose another --out, or add rows to it with "
+        "`hashray index append`"
     )
 
 
@@ -163,10 +164,11 @@ class _Job:
             for number, found in self._tasks(_survey_part, dict(enumerate(jobs))):
                 parts[number] = found
                 bar.add(1)
-        ids = shard.one_array(pa.chunked_array([parts[n][1] for n in range(len(jobs))], pa.large_string()))
+        order = range(len(jobs))
+        ids = shard.one_array(pa.chunked_array([parts[n][1] for n in order], pa.large_string()))
         ids = ids.take(pc.sort_indices(ids))
         shard.check_unique(ids)  # and so the bounds are, and no shard is empty
-        return _Survey([parts[n][0] for n in range(len(jobs))], ids, np.concatenate([parts[n][2] for n in parts]))
+        return _Survey([parts[n][0] for n in order], ids, np.concatenate([parts[n][2] for n in order]))
 
     def _train(self, codes: Codes, nlist: int) -> FileRecord:
         rng = np.random.default_rng(self.config.seed)

@@ -302,7 +302,8 @@ def index_manifest(
         info: more to say in `info`, nprobe for one.
     """
     ordered = sorted(shards, key=lambda shard: shard.info.first)
-    files = [record for shard in ordered for record in shard.files]
+    # Two shards whose codes are equal, row by row, are one file.
+    files = {record.name: record for shard in ordered for record in shard.files}
     num_bits = int(codes.info["num_bits"])
     told = {"num_bits": num_bits, "kind": kind, "nprobe": None, "quantizer": quantizer and quantizer.name}
     return Manifest(
@@ -316,6 +317,6 @@ def index_manifest(
         rows_in=codes.rows_out,
         rows_out=sum(shard.info.rows for shard in ordered),
         rows_quarantined=0,
-        files=(*files, *([quantizer] if quantizer else [])),
+        files=(*files.values(), *([quantizer] if quantizer else [])),
         info={**told, **dict(info or {}), "shards": [shard.info.model_dump() for shard in ordered]},
     )

@@ -42,7 +42,8 @@ def parse_method_config(data: Any) -> MethodConfig:
     kind = data.get("kind") if isinstance(data, dict) else None
     methods = known_methods()
     if kind not in methods:
-        raise ConfigError(f"method.kind = {kind!r} is not known{perhaps(str(kind), methods)} Known: {sorted(methods)}")
+        hint = perhaps(str(kind), methods) or "."
+        raise ConfigError(f"method.kind = {kind!r} is not known{hint} Known: {sorted(methods)}")
     return methods[kind][0].model_validate(data)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, final
 
 import torch
@@ -61,14 +61,26 @@ class Trunk(nn.Module):
         self.config = config
         self.net = net.to(memory_format=torch.channels_last)
         self.amp = False
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        mean, std = _normalisation(config)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         if config.frozen:
             self.requires_grad_(False)
         self.train(not config.frozen)
-        with torch.no_grad():
-            training, _ = self.training, self.eval()
-            self.feature_dim = int(self(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1])
+        self.feature_dim = self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> int:
+        training, size = self.training, self.config.image_size
+        self.eval()
+        try:
+            return int(self(torch.zeros(1, 3, size, size)).shape[1])
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise InputError(
+                f"{self.config.name} cannot take images of {size} x {size} pixels: {str(error).splitlines()[0]}; "
+                "raise image_size (224 suits every torchvision trunk but those made for one larger size)"
+            ) from error
+        finally:
             self.train(training)
 
     def train(self, mode: bool = True) -> Trunk:
@@ -128,7 +140,8 @@ def build_trunk(config: BackboneConfig, load_weights: bool = True) -> Trunk:
     """Build a trunk; with `load_weights` its pretrained weights are fetched or read.
 
     Raises:
-        InputError: the weights name is not one of the model's, the file is missing or does not fit.
+        InputError: the weights name is not one of the model's, the file is missing or does not fit, or the
+            network is not made for images of this size.
     """
     if config.name in OWN_TRUNKS:
         net = cnn_f() if config.name == "cnn_f" else resnet9(config.width)
@@ -137,20 +150,38 @@ def build_trunk(config: BackboneConfig, load_weights: bool = True) -> Trunk:
     if load_weights and config.weights:
         names = _weight_names(config.name)
         if config.weights in names:
-            found = torchvision.models.get_model_weights(config.name)[config.weights]
-            net.load_state_dict(found.get_state_dict(progress=False, check_hash=True))
+            net.load_state_dict(_download(config))
         else:
             _load_file(net, config, names)
     if config.name not in OWN_TRUNKS:
         _drop_classifier(net)
+        _drop_auxiliary(net, pretrained=config.weights is not None)
     return Trunk(config, net)
+
+
+def _normalisation(config: BackboneConfig) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that the weights were trained with: ImageNet's, but for a few of torchvision's."""
+    if config.weights in _weight_names(config.name):
+        preset = torchvision.models.get_model_weights(config.name)[str(config.weights)].transforms()
+        return preset.mean, preset.std
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def _download(config: BackboneConfig) -> Mapping[str, Tensor]:
+    found = torchvision.models.get_model_weights(config.name)[str(config.weights)]
+    try:
+        return found.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"weights = {config.weights!r} of {config.name} could not be fetched from {found.url}: {error}; "
+            "without a network give weights = PATH, a state-dict file"
+        ) from error
 
 
 def _weight_names(name: str) -> list[str]:
     if name in OWN_TRUNKS:
         return []
-    names = list(torchvision.models.get_model_weights(name).__members__)
-    return [*names, "DEFAULT"]
+    return list(torchvision.models.get_model_weights(name).__members__)
 
 
 def _load_file(net: nn.Module, config: BackboneConfig, names: list[str]) -> None:
@@ -168,10 +199,12 @@ def _load_file(net: nn.Module, config: BackboneConfig, names: list[str]) -> None
     if not isinstance(state, Mapping):
         raise InputError(f"{path} holds a {type(state).__name__}; expected a state dict")
     own = net.state_dict()
-    wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
+    # The classifier goes: it may be missing, or be that of other classes.
+    prefix = None if config.name in OWN_TRUNKS else _classifier_prefix(net)
+    state = {k: v for k, v in state.items() if not (prefix and str(k).startswith(prefix))}
+    wrong = [k for k, v in state.items() if k not in own or own[k].shape != getattr(v, "shape", None)]
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    classifier = _classifier_prefix(net)
-    missing = [k for k in missing if not (classifier and k.startswith(classifier))]
+    missing = [k for k in missing if not (prefix and k.startswith(prefix))]
     if wrong or missing:
         raise InputError(
             f"{path} does not fit {config.name}: {len(wrong)} keys unknown or of another shape ({wrong[:3]}), "
@@ -186,7 +219,8 @@ def _last_linear(net: nn.Module) -> str | None:
 
 
 def _classifier_prefix(net: nn.Module) -> str | None:
-    return _last_linear(net) or ("classifier" if hasattr(net, "classifier") else None)
+    name = _last_linear(net) or ("classifier" if hasattr(net, "classifier") else None)
+    return f"{name}." if name else None
 
 
 def _drop_classifier(net: nn.Module) -> None:
@@ -196,6 +230,15 @@ def _drop_classifier(net: nn.Module) -> None:
         return
     parent, _, child = linear.rpartition(".")
     setattr(net.get_submodule(parent), child, nn.Identity())
+
+
+def _drop_auxiliary(net: nn.Module, pretrained: bool) -> None:
+    """GoogLeNet and Inception v3: no auxiliary outputs in training; pretrained weights want their input rescaled."""
+    if hasattr(net, "aux_logits"):
+        vars(net).update(aux_logits=False, transform_input=pretrained)
+        for name in ("aux1", "aux2", "AuxLogits"):
+            if hasattr(net, name):
+                setattr(net, name, None)
 
 
 def state_fingerprint(state: Mapping[str, Tensor], preprocessing: str) -> str:

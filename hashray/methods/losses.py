@@ -1,18 +1,22 @@
 """The papers' losses as plain functions: torch, float32 inside, each a differentiable scalar.
 
-Every function takes its inputs to float32 first (float64 stays float64), so that a bfloat16 trunk
-never costs an inner product its last bits: near 64 the step of bfloat16 is 0.5.
+Every function takes its inputs to float32 first (float64 stays float64) and leaves any autocast region
+it is called in, so that a bfloat16 trunk never costs an inner product its last bits: near 64 the step
+of bfloat16 is 0.5.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import wraps
+from typing import Literal, ParamSpec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 PosWeightMode = Literal["linear", "bce", "hashnet"]
+Arguments = ParamSpec("Arguments")
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -20,6 +24,19 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def outside_autocast(loss: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    """Run a function of tensors with autocast off: there a matmul of float32 would be done in bfloat16."""
+
+    @wraps(loss)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return loss(*args, **kwargs)
+
+    return run
+
+
+@outside_autocast
 def share_a_class(left: Tensor, right: Tensor) -> Tensor:
     """s_ij = 1 where label rows [n, c] and [m, c] have a positive class in common, float32 [n, m].
 
@@ -28,24 +45,33 @@ def share_a_class(left: Tensor, right: Tensor) -> Tensor:
     return ((left == 1).float() @ (right == 1).float().T > 0).float()
 
 
+@outside_autocast
 def pairwise_terms(
-    theta: Tensor, similarity: Tensor, positive_weight: float = 1.0, mode: PosWeightMode = "linear"
+    theta: Tensor,
+    similarity: Tensor,
+    positive_weight: float = 1.0,
+    mode: PosWeightMode = "linear",
+    similar_share: Tensor | None = None,
 ) -> Tensor:
     """Negative log-likelihood of every pair [n, m], from theta [n, m] and similarity [n, m] in {0, 1}.
 
     Equation: DSEH Eqs. 5, 7, 12: softplus(theta) - w * s * theta; d/dtheta = sigmoid(theta) - w * s.
     Differs: `bce` is w * s * softplus(-theta) + (1 - s) * softplus(theta), bounded below for w > 1;
-        `hashnet` is `bce` without w, the two kinds of pair weighted by |S|/|S1| and |S|/|S0| of the call.
+        `hashnet` is `bce` without w, the two kinds of pair weighted by |S|/|S1| and |S|/|S0|, where |S1|/|S|
+        is `similar_share`, or the call's own mean similarity.
     """
+    theta = full_precision(theta)
+    similarity = similarity.to(theta.dtype)
     if mode == "linear":
         return F.softplus(theta) - positive_weight * similarity * theta
     positive, negative = similarity * F.softplus(-theta), (1 - similarity) * F.softplus(theta)
     if mode == "bce":
         return positive_weight * positive + negative
-    share = similarity.mean().clamp(1e-6, 1 - 1e-6)
+    share = (similarity.mean() if similar_share is None else similar_share).clamp(1e-6, 1 - 1e-6)
     return positive / share + negative / (1 - share)
 
 
+@outside_autocast
 def pairwise_likelihood(
     left: Tensor, right: Tensor, similarity: Tensor, scale: float = 0.5, positive_weight: float = 1.0
 ) -> Tensor:
@@ -61,9 +87,10 @@ def pairwise_likelihood(
     Equation: DSEH Eqs. 5, 7, 12. softplus, not log(1 + exp): finite for any theta.
     """
     left, right = full_precision(left), full_precision(right)
-    return pairwise_terms(scale * left @ right.T, similarity.to(left.dtype), positive_weight).mean()
+    return pairwise_terms(scale * left @ right.T, similarity, positive_weight).mean()
 
 
+@outside_autocast
 def weighted_pairwise_likelihood(
     left: Tensor,
     right: Tensor,
@@ -79,18 +106,22 @@ def weighted_pairwise_likelihood(
     Equal to the plain mean over the repeated rows (METHODS 1.7); a weight of 0 leaves a padding row out.
     """
     left, right = full_precision(left), full_precision(right)
-    terms = pairwise_terms(scale * left @ right.T, similarity.to(left.dtype), positive_weight, mode)
     left_weight, right_weight = left_weight.to(left.dtype), right_weight.to(left.dtype)
-    total = left_weight.sum() * right_weight.sum()
-    return left_weight @ terms @ right_weight / total.clamp_min(1e-12)
+    total = (left_weight.sum() * right_weight.sum()).clamp_min(1e-12)
+    share = left_weight @ similarity.to(left.dtype) @ right_weight / total
+    terms = pairwise_terms(scale * left @ right.T, similarity, positive_weight, mode, share)
+    return left_weight @ terms @ right_weight / total
 
 
+@outside_autocast
 def weighted_mean(per_row: Tensor, weight: Tensor) -> Tensor:
     """Mean of per-row values [n] under weights [n]; 0 where every weight is 0."""
+    per_row = full_precision(per_row)
     weight = weight.to(per_row.dtype)
     return (per_row * weight).sum() / weight.sum().clamp_min(1e-12)
 
 
+@outside_autocast
 def quantization_l1(codes: Tensor) -> Tensor:
     """Mean of | |h| - 1 | over relaxed codes [n, K]; 0 exactly when every |h| is 1.
 
@@ -100,6 +131,7 @@ def quantization_l1(codes: Tensor) -> Tensor:
     return (full_precision(codes).abs() - 1).abs().mean()
 
 
+@outside_autocast
 def adaptive_margin(
     codes: Tensor,
     codewords: Tensor,
@@ -130,6 +162,7 @@ def adaptive_margin(
     return torch.where(positive, hinge, 0).sum() / positive.sum().clamp_min(1)
 
 
+@outside_autocast
 def label_margins(codes: Tensor, codewords: Tensor, labels: Tensor) -> Tensor:
     """Signed label margin Delta_i [n], in [-2, 2]; +inf where a row has no positive or no negative class.
 
@@ -141,6 +174,7 @@ def label_margins(codes: Tensor, codewords: Tensor, labels: Tensor) -> Tensor:
     return worst_positive - best_negative
 
 
+@outside_autocast
 def label_margin(codes: Tensor, codewords: Tensor, labels: Tensor, margin: float = 0.5) -> Tensor:
     """Mean over rows of max(0, margin - Delta_i): zero once a row is consistent by the margin.
 
@@ -154,6 +188,7 @@ def label_margin(codes: Tensor, codewords: Tensor, labels: Tensor, margin: float
     return torch.relu(margin - label_margins(codes, codewords, labels)).mean()
 
 
+@outside_autocast
 def reconstruction(decoded: Tensor, target: Tensor, variance: Tensor | float) -> Tensor:
     """Mean of (decoded - target)^2 / variance; 1.0 is what predicting the mean scores.
 

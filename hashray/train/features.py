@@ -17,7 +17,8 @@ from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.data.corpus import ROW_FIELDS, open_corpus
 from hashray.data.images import Pixels
 from hashray.data.units import BadRow, UnitWorker, clear_progress, map_part, run_units, write_quarantine
-from hashray.methods.backbone import BackboneConfig, build_trunk, state_fingerprint
+from hashray.methods.backbone import BackboneConfig, Trunk, build_trunk, state_fingerprint
+from hashray.model import load_model
 from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import join, open_store
@@ -26,12 +27,12 @@ BATCH_ROWS = 64
 
 
 class _FeatureWorker(UnitWorker):
-    def __init__(self, corpus: str, backbone: dict[str, Any], gpu: bool) -> None:
+    def __init__(self, corpus: str, backbone: dict[str, Any], trunk_of_model: str | None, gpu: bool) -> None:
         self.corpus = open_corpus(corpus)
         self.device = torch.device("cuda" if gpu else "cpu")
         if not gpu:
             torch.set_num_threads(1)
-        self.trunk = build_trunk(BackboneConfig.model_validate(backbone)).eval().to(self.device)
+        self.trunk = _load_trunk(BackboneConfig.model_validate(backbone), trunk_of_model).to(self.device)
 
     def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
         table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]))
@@ -47,15 +48,26 @@ class _FeatureWorker(UnitWorker):
         return self.trunk(torch.as_tensor(pixels, device=self.device)).cpu().numpy()
 
 
+def _load_trunk(backbone: BackboneConfig, trunk_of_model: str | None) -> Trunk:
+    trunk = build_trunk(backbone) if trunk_of_model is None else load_model(trunk_of_model, device="cpu").method.trunk
+    return trunk.eval()
+
+
 def compute_features(
-    corpus_url: str, backbone: BackboneConfig, out: str | None, workers: WorkersConfig, max_bad: float
+    corpus_url: str,
+    backbone: BackboneConfig,
+    out: str | None,
+    workers: WorkersConfig,
+    max_bad: float,
+    trunk_of_model: str | None = None,
 ) -> str:
     """Compute, or find, the features of a corpus through a frozen trunk; return their url. Rerun = resume.
 
     Unset, `out` is features/<trunk fingerprint> inside the corpus: every run with this trunk shares them.
+    The trunk's weights are those that `backbone` names, or those inside a model.
     """
     corpus = open_corpus(corpus_url)
-    trunk = build_trunk(backbone)
+    trunk = _load_trunk(backbone, trunk_of_model)
     settings = backbone.model_dump(mode="json", exclude={"weights"})
     fingerprint = state_fingerprint(trunk.state_dict(), canonical(settings).decode())
     url = out or join(corpus_url, "features", fingerprint[:16])
@@ -68,7 +80,10 @@ def compute_features(
             return url
     connect()
     units = [{"index": i, "rows": r.rows, "part": r.name} for i, r in enumerate(corpus.parts)]
-    arguments = {"corpus": corpus_url, "backbone": backbone.model_dump(mode="json"), "gpu": workers.gpus_per_worker > 0}
+    arguments = {
+        "corpus": corpus_url, "backbone": backbone.model_dump(mode="json"), "trunk_of_model": trunk_of_model,
+        "gpu": workers.gpus_per_worker > 0,
+    }  # fmt: skip
     parts = run_units(store, plan, units, _FeatureWorker, arguments, workers, "features", max_bad)
     classes = artifact.write_file(store, "classes.json", canonical(corpus.classes))
     rows_in, bad = sum(part.rows_in for part in parts), sum(len(part.bad) for part in parts)

@@ -1,0 +1,42 @@
+# Each target works on a fresh machine with Python >= 3.11 and make: the environment makes itself.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help install demo test test-all check bench results clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## make .venv with everything pinned in constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("hashray needs Python 3.11 or newer; set PYTHON=…" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[cpu,dev]'
+	@touch $@
+
+demo: install  ## the whole pipeline on handwritten digits, about two minutes, ends with a page
+	$(BIN)/hashray demo --out demo-out
+
+test: install  ## all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install  ## all tests
+	$(BIN)/python -m pytest
+
+check: install  ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install  ## side-by-side benchmarks, each printing a ratio
+	for name in metric search encode; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+results: install  ## write the results table in README.md from benchmarks/results/*.json
+	$(BIN)/python benchmarks/results.py --write
+
+clean:  ## remove what the targets above made
+	rm -rf .venv demo-out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,312 @@
+"""[Ray] `hashray evaluate`: a whole evaluation -> metrics.json, figures and one self-contained page.
+
+DIR/  metrics.json · report.html · figures/*.png · codes/query, codes/database (artifacts) · manifest.json
+
+The queries and the database are encoded (rerun = resume), scored, and put beside the baselines on the
+same features of the same rows: the features of the model's frozen or pretrained trunk, or, for a trunk that
+was trained from scratch, the images' own pixels; a trained trunk's features would already hold the labels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+import tyro
+from numpy.typing import NDArray
+from pydantic import Field
+
+from hashray import __version__, artifact
+from hashray.artifact import Manifest, canonical
+from hashray.codes import Codes, hamming
+from hashray.config import Config
+from hashray.data.corpus import Corpus, Rows, open_corpus, read_table
+from hashray.encode import EncodeConfig, encode
+from hashray.errors import InputError
+from hashray.evaluate import figures, report
+from hashray.evaluate.baselines import fit_baselines
+from hashray.evaluate.metrics import TIES, average_precisions, code_health, mean_average_precision_float, rank
+from hashray.methods.backbone import BackboneConfig
+from hashray.model import Model, load_model
+from hashray.progress import Bar, say, show_table
+from hashray.runtime import WorkersConfig, connect
+from hashray.storage import join, open_store
+from hashray.train.features import compute_features
+
+PIXEL_SIZE = 32
+GALLERY_NEIGHBOURS = 10
+
+
+class EvaluateConfig(Config):
+    """Score a model on a corpus, beside the baselines, and write a page about it."""
+
+    model: str = Field(description="model, local folder or s3:// url")
+    corpus: str = Field(description="corpus, local folder or s3:// url")
+    out: str = Field(description="where metrics.json and report.html go")
+    top_k: int | None = Field(None, description="R of mAP@R; unset: the whole ranking")
+    ties: str = Field("expected", description=f"convention for equal distances: {', '.join(TIES)}")
+    query_split: str = "query"
+    database_split: str = "database"
+    baselines: bool = Field(True, description="random, LSH, PCA-sign, ITQ, class code and float cosine, same features")
+    baseline_limit: int = Field(200_000, ge=1, description="rows above which baselines are left out")
+    baseline_train_rows: int = Field(20_000, ge=1, description="train rows that baselines are fitted on, at most")
+    gallery: int = Field(12, ge=0, description="queries shown on the page")
+    seed: int = Field(0, ge=0)
+    pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Run the stage; return what metrics.json holds.
+
+    Raises:
+        InputError: no query or database rows, or a ties name that is not known.
+    """
+    corpus = open_corpus(config.corpus)
+    for split in (config.query_split, config.database_split):
+        corpus.require(split, "evaluation")
+    model = load_model(config.model, device="cpu")
+    connect()
+    query_codes, query = _encoded(config, corpus, config.query_split)
+    database_codes, database = _encoded(config, corpus, config.database_split)
+    name = str(model.method.config.kind)
+    results = [_score(name, model.num_bits, query_codes, query.labels, database_codes, database.labels, config)]
+    protocol = _protocol(config, model, corpus, query, database)
+    if config.baselines and len(database.ids) + len(query.ids) <= config.baseline_limit:
+        features = _Features(config, model, corpus)
+        protocol["baseline_features"] = features.name
+        results += _baselines(config, model.num_bits, features, query, database)
+    elif config.baselines:
+        say(f"baselines left out: more than --baseline-limit {config.baseline_limit:,} rows")
+    metrics: dict[str, Any] = {
+        "protocol": protocol,
+        "environment": environment(),
+        "results": results,
+        "distances": _distance_shares(query_codes, query.labels, database_codes, database.labels),
+        "gallery": _gallery(config, corpus, query_codes, query, database_codes, database),
+    }
+    _write(config, corpus, model, metrics)
+    rows = [[r["name"], str(r["num_bits"] or "float"), f"{r['mAP']:.4f}"] for r in results]
+    depth = f"mAP@{config.top_k}" if config.top_k else "mAP"
+    show_table(f"{len(query.ids):,} queries, {len(database.ids):,} rows", ["method", "bits", depth], rows)
+    say(f"the page: {join(config.out, 'report.html')}")
+    return metrics
+
+
+def _encoded(config: EvaluateConfig, corpus: Corpus, split: str) -> tuple[Codes, Rows]:
+    """Codes of a split, with the ids and labels of exactly the rows that have one, in the codes' order."""
+    out = join(config.out, "codes", split)
+    encode(EncodeConfig(model=config.model, corpus=config.corpus, out=out, split=split, pool=config.pool))
+    store = open_store(out)
+    manifest = artifact.load_manifest(store, "codes")
+    tables = [read_table(store, record) for record in manifest.files if record.name.startswith("parts/")]
+    table = pa.concat_tables(tables)
+    ids = table.column("id").to_pylist()
+    width = int(manifest.info["num_bits"]) // 8
+    codes = np.frombuffer(b"".join(table.column("code").to_pylist()), dtype=np.uint8).reshape(-1, width)
+    rows = corpus.rows(split)
+    place = {row_id: i for i, row_id in enumerate(rows.ids)}
+    return codes, Rows(ids, rows.labels[[place[row_id] for row_id in ids]])
+
+
+def _score(
+    name: str, num_bits: int, query_codes: Codes, query_labels: NDArray[np.uint8], database_codes: Codes,
+    database_labels: NDArray[np.uint8], config: EvaluateConfig,
+) -> dict[str, Any]:  # fmt: skip
+    labelled = query_codes, query_labels, database_codes, database_labels
+    scores = average_precisions(*labelled, config.top_k, config.ties)
+    ranking = rank(*labelled)
+    curve = ranking.precision_recall_curve()
+    return {
+        "name": name,
+        "num_bits": num_bits,
+        "top_k": config.top_k,
+        "ties": config.ties,
+        "mAP": scores.mean,
+        "queries_without_relevant": scores.num_without_relevant,
+        "precision_at": {str(n): value for n, value in ranking.precision_at().items()},
+        "precision_radius_2": ranking.precision_within_radius(2),
+        "pr_curve": {"precision": curve.precision.tolist(), "recall": curve.recall.tolist()},
+        "code_health": code_health(database_codes, labels=database_labels),
+    }
+
+
+class _Features:
+    """Baseline features of any split: cached trunk features, or pixels."""
+
+    def __init__(self, config: EvaluateConfig, model: Model, corpus: Corpus) -> None:
+        trained = dict(model.manifest.config["backbone"]) if model.manifest else {}
+        backbone = BackboneConfig.model_validate(trained)
+        self.cached: Corpus | None = None
+        self.corpus = corpus
+        if backbone.weights is None:
+            self.name = f"pixels, {PIXEL_SIZE} x {PIXEL_SIZE} x 3"
+            return
+        frozen = backbone.model_copy(update={"frozen": True})
+        workers = WorkersConfig(**config.pool.model_dump())
+        # A frozen trunk is in the model, whatever became of the weights file; a trained one starts from the file.
+        source = config.model if backbone.frozen else None
+        url = compute_features(config.corpus, frozen, None, workers, 0.05, trunk_of_model=source)
+        self.cached = open_corpus(url, "features")
+        self.name = f"{backbone.name}, {backbone.image_size} px, pretrained"
+
+    def of(self, split: str, ids: list[str]) -> NDArray[np.float32]:
+        """Features float32 [n, d] of some rows of a split, in the order of `ids`."""
+        source = self.cached or self.corpus
+        wanted = {row_id: i for i, row_id in enumerate(ids)}
+        out: NDArray[np.float32] | None = None
+        for record in source.parts:
+            if not source.count_part(record, split):
+                continue
+            table = source.read_part(record, split)
+            own = table.column("id").to_pylist()
+            kept = [i for i, row_id in enumerate(own) if row_id in wanted]
+            table = table.take(pa.array(kept, pa.int64()))
+            values = source.inputs(table, PIXEL_SIZE, "squash")
+            flat = values.reshape(len(values), -1).astype(np.float32) / (255 if values.dtype == np.uint8 else 1)
+            if out is None:
+                out = np.zeros((len(ids), flat.shape[1]), dtype=np.float32)
+            out[[wanted[own[i]] for i in kept]] = flat
+        if out is None:
+            raise InputError(f"{source.store.url} has no {split!r} rows")
+        return out
+
+
+def _baselines(
+    config: EvaluateConfig, num_bits: int, features: _Features, query: Rows, database: Rows
+) -> list[dict[str, Any]]:
+    rows = features.corpus.rows("train")
+    chosen = np.random.default_rng(config.seed).permutation(len(rows.ids))[: config.baseline_train_rows]
+    ids = [rows.ids[i] for i in np.sort(chosen)]
+    labelled = rows.labels[np.sort(chosen)]
+    train, at = features.of("train", ids), features.of(config.query_split, query.ids)
+    base = features.of(config.database_split, database.ids)
+    results = []
+    fitted = fit_baselines(train, labelled, num_bits, config.seed)
+    with Bar("baselines", len(fitted) + 1, "methods") as bar:
+        for name, baseline in fitted.items():
+            codes = baseline.codes(at), baseline.codes(base)
+            results.append(_score(name, num_bits, codes[0], query.labels, codes[1], database.labels, config))
+            bar.add(1)
+        cosine = mean_average_precision_float(at, query.labels, base, database.labels, config.top_k)
+        bar.add(1)
+    top = {"top_k": config.top_k, "ties": None}
+    return [*results, {"name": "float-cosine", "num_bits": None, **top, "mAP": cosine}]
+
+
+def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Rows, database: Rows) -> dict[str, Any]:
+    settings = corpus.manifest.config
+    return {
+        "name": settings.get("split_protocol"),
+        "queries": len(query.ids),
+        "database": len(database.ids),
+        "train": corpus.count("train"),
+        "classes": corpus.num_classes,
+        "top_k": config.top_k,
+        "ties": config.ties,
+        "split_seed": settings.get("seed"),
+        "train_seed": model.manifest.config.get("seed") if model.manifest else None,
+        "corpus": corpus.manifest.id,
+        "model": model.manifest.id if model.manifest else None,
+        "fingerprint": model.fingerprint,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What produced a number: commit, versions, hardware, command (law 13)."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "commit": _commit(),
+        "hashray": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+        "faiss": faiss.__version__,
+        "hardware": f"{os.cpu_count()} cores {platform.machine()}" + (f", {', '.join(gpus)}" if gpus else ""),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, "+changes" when files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    return (head + ("+changes" if git("status", "--porcelain", "-uno") else "")) or None
+
+
+def _distance_shares(
+    query_codes: Codes, query_labels: NDArray[np.uint8], database_codes: Codes, database_labels: NDArray[np.uint8]
+) -> dict[str, list[float]]:
+    """Share of relevant and of other pairs at each Hamming distance 0 .. num_bits."""
+    ranking = rank(query_codes, query_labels, database_codes, database_labels)
+    relevant, total = ranking.relevant.sum(0), ranking.total.sum(0)
+    other = total - relevant
+    return {
+        "relevant": (relevant / max(1, relevant.sum())).tolist(),
+        "other": (other / max(1, other.sum())).tolist(),
+    }
+
+
+def _gallery(
+    config: EvaluateConfig, corpus: Corpus, query_codes: Codes, query: Rows, database_codes: Codes, database: Rows
+) -> list[dict[str, Any]]:
+    """Some queries, spread over the classes, with their nearest rows; ties by ascending id."""
+    order = np.lexsort((np.random.default_rng(config.seed).permutation(len(query.ids)), query.labels.argmax(1)))
+    places = np.linspace(0, len(order) - 1, min(config.gallery, len(order))).round().astype(int)
+    by_id = np.argsort(np.array(database.ids))
+    found = []
+    for row in dict.fromkeys(order[places].tolist()):
+        distances = hamming(query_codes[row : row + 1], database_codes)[0][by_id]
+        near = np.argsort(distances, kind="stable")[:GALLERY_NEIGHBOURS]
+        neighbours = [
+            {
+                "id": database.ids[by_id[i]],
+                "distance": int(distances[i]),
+                "labels": _names(corpus, database.labels[by_id[i]]),
+                "relevant": bool((database.labels[by_id[i]] & query.labels[row]).any()),
+            }
+            for i in near
+        ]
+        found.append({"query": query.ids[row], "labels": _names(corpus, query.labels[row]), "neighbours": neighbours})
+    return found
+
+
+def _names(corpus: Corpus, labels: NDArray[np.uint8]) -> list[str]:
+    return [corpus.classes[i] for i in np.flatnonzero(labels)]
+
+
+def _write(config: EvaluateConfig, corpus: Corpus, model: Model, metrics: dict[str, Any]) -> None:
+    store = open_store(config.out)
+    pictures = figures.draw_all(metrics)
+    images = corpus.images(config.query_split, [row["query"] for row in metrics["gallery"]])
+    images |= corpus.images(config.database_split, [n["id"] for row in metrics["gallery"] for n in row["neighbours"]])
+    page = report.page(metrics, pictures, images)
+    files = [artifact.write_file(store, f"figures/{name}.png", data) for name, data in pictures.items()]
+    files.append(artifact.write_file(store, "report.html", page.encode()))
+    files.append(artifact.write_file(store, "metrics.json", canonical(metrics)))
+    if artifact.is_finished(store):  # an evaluation is made again freely: other code, other baselines
+        store.delete(artifact.MANIFEST)
+    parents = {"model": metrics["protocol"]["model"], "corpus": metrics["protocol"]["corpus"]}
+    settings = json.loads(config.model_dump_json(exclude={"pool"}))
+    artifact.publish(
+        store,
+        Manifest(
+            kind="evaluation", project_version=__version__, config=settings, parents=parents, files=tuple(files),
+            fingerprint=model.fingerprint,
+        ),
+    )  # fmt: skip

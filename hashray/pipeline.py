@@ -1,0 +1,63 @@
+"""[Ray] `hashray pipeline`: images in, searchable index out. Five stages in a row, each resuming by itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import Field
+
+from hashray.config import Config, read_toml, validate
+from hashray.data.ingest import IngestConfig, ingest
+from hashray.data.sources import SourceConfig
+from hashray.data.splits import Protocol
+from hashray.encode import EncodeConfig, encode
+from hashray.evaluate.run import EvaluateConfig, evaluate
+from hashray.index.build import IndexConfig, build_index
+from hashray.runtime import WorkersConfig
+from hashray.storage import join
+from hashray.train.config import TrainConfig
+from hashray.train.trainer import train
+
+
+class PipelineConfig(Config):
+    """Ingest, train, encode, index and evaluate; everything lands below one folder."""
+
+    config: Annotated[str, tyro.conf.Positional] = Field(description="training config, TOML")
+    source: str = Field(description="images: folder, list files, Parquet or tar shards; local or s3://")
+    out: str = Field(description="folder or s3:// prefix: corpus, model, codes, index and evaluation go below it")
+    reader: Annotated[SourceConfig, tyro.conf.arg(name="")] = SourceConfig()
+    split_protocol: Protocol = "as-given"
+    seed: int = Field(0, ge=0, description="of the split protocol")
+    query_per_class: int = Field(100, ge=1)
+    train_per_class: int = Field(500, ge=1)
+    max_bad: float = Field(0.05, ge=0, le=1)
+    kind: Literal["flat", "ivf"] = "flat"
+    shards: int | None = Field(None, ge=1)
+    pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
+
+
+def pipeline(config: PipelineConfig) -> dict[str, Any]:
+    """Run the five stages; return the evaluation's metrics. Rerun = resume, stage by stage.
+
+    Raises:
+        What the stages raise.
+    """
+    training = validate(TrainConfig, read_toml(config.config), config.config)
+    return run_stages(config, training)
+
+
+def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
+    """The stages, with a training config that is read already."""
+    at = {name: join(config.out, name) for name in ("corpus", "model", "codes", "index", "evaluation")}
+    ingest(
+        IngestConfig(
+            source=config.source, out=at["corpus"], reader=config.reader, split_protocol=config.split_protocol,
+            seed=config.seed, query_per_class=config.query_per_class, train_per_class=config.train_per_class,
+            max_bad=config.max_bad, pool=config.pool,
+        )
+    )  # fmt: skip
+    train(training.model_copy(update={"corpus": at["corpus"], "out": at["model"]}))
+    encode(EncodeConfig(model=at["model"], corpus=at["corpus"], out=at["codes"], max_bad=config.max_bad, pool=config.pool))
+    build_index(IndexConfig(codes=at["codes"], out=at["index"], kind=config.kind, shards=config.shards, pool=config.pool))
+    return evaluate(EvaluateConfig(model=at["model"], corpus=at["corpus"], out=at["evaluation"], pool=config.pool))

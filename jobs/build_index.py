@@ -1,0 +1,13 @@
+"""Codes -> sharded FAISS index, published as a version.
+
+    ray job submit --working-dir . -- python jobs/build_index.py …
+
+takes the arguments of `hashray index build`, and is that command.
+"""
+
+import sys
+
+from hashray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["index", "build", *sys.argv[1:]]))

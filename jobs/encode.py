@@ -1,0 +1,13 @@
+"""Model and corpus -> packed codes.
+
+    ray job submit --working-dir . -- python jobs/encode.py …
+
+takes the arguments of `hashray encode`, and is that command.
+"""
+
+import sys
+
+from hashray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["encode", *sys.argv[1:]]))

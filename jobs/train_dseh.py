@@ -1,0 +1,13 @@
+"""Train DSEH (Li et al., IJCAI 2018) on Ray Train.
+
+    ray job submit --working-dir . -- python jobs/train_dseh.py jobs/configs/dseh_cifar10.toml --corpus … --out …
+
+takes the arguments of `hashray train`, and is that command.
+"""
+
+import sys
+
+from hashray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,203 @@
+"""One FAISS shard: exact answers in (distance, position) order, widths, files, quantizers; and the merge of several."""
+
+from __future__ import annotations
+
+import threading
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hashray.codes import hamming
+from hashray.errors import ConfigError, CorruptArtifact, InputError
+from hashray.index import shard as module
+from hashray.index.shard import (
+    build_shard,
+    check_kind,
+    default_nlist,
+    ids_bytes,
+    omp_threads,
+    open_shard,
+    read_ids,
+    shard_bits,
+    train_quantizer,
+    write_shard,
+)
+from hashray.search.merge import merge
+from hashray.storage import open_store
+
+INT_MAX = np.iinfo(np.int32).max
+
+
+def tied_codes(rng, rows, num_bits, words=4):
+    """Codes that are copies of a few words with at most one bit flipped: nearly every distance is a tie."""
+    codes = rng.integers(0, 256, (words, num_bits // 8), dtype=np.uint8)[rng.integers(words, size=rows)]
+    flip = rng.integers(0, num_bits, rows)
+    codes[np.arange(rows), flip // 8] ^= np.where(rng.random(rows) < 0.3, 1 << (flip % 8), 0).astype(np.uint8)
+    return codes
+
+
+def brute_force(queries, codes, k):
+    distances = hamming(queries, codes)
+    order = np.stack([np.lexsort((np.arange(len(codes)), row)) for row in distances])[:, :k]
+    return np.take_along_axis(distances, order, 1), order
+
+
+def opened(tmp_path, codes, kind="flat", quantizer=None, nprobe=None):
+    path = tmp_path / "shard.faiss"
+    path.write_bytes(build_shard(codes, kind, quantizer))
+    return open_shard(path, kind, codes.shape[1] * 8, len(codes), nprobe)
+
+
+@pytest.mark.parametrize("num_bits", [8, 16, 24, 32, 40, 48, 64, 72, 96, 128, 136, 192, 256, 520])
+@pytest.mark.parametrize("counting", [True, False])
+def test_flat_is_exact_with_ties_by_position(tmp_path, monkeypatch, num_bits, counting):
+    if not counting:
+        monkeypatch.setattr(module, "COUNTING_BYTES", 0)
+    rng = np.random.default_rng(num_bits)
+    codes, queries = tied_codes(rng, 700, num_bits), tied_codes(rng, 5, num_bits)
+    shard = opened(tmp_path, codes)
+    for k in (1, 10, 699, 700):
+        for found, expected in zip(shard.search(queries, k), brute_force(queries, codes, k), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    distances, positions = shard.search(queries, 703)
+    assert (positions[:, 700:] == -1).all() and (distances[:, 700:] == INT_MAX).all()
+
+
+def test_flat_ties_beyond_a_block_of_faiss(tmp_path):
+    """FAISS walks the rows in blocks of 65,536."""
+    rng = np.random.default_rng(0)
+    codes, queries = tied_codes(rng, 150_000, 8), tied_codes(rng, 40, 8)
+    np.testing.assert_array_equal(opened(tmp_path, codes).search(queries, 50)[1], brute_force(queries, codes, 50)[1])
+
+
+def test_widths_inside_a_shard():
+    assert [shard_bits(bits) for bits in (16, 24, 40, 56, 72, 120, 128)] == [32, 32, 64, 64, 128, 128, 128]
+    with pytest.raises(ConfigError, match="not a positive multiple of 8"):
+        shard_bits(12)
+
+
+def test_kinds_not_built_are_refused():
+    for kind in ("hnsw", "multihash"):
+        with pytest.raises(ConfigError, match=f"index kind '{kind}' is not built by this hashray; use flat or ivf"):
+            check_kind(kind)
+    with pytest.raises(ConfigError, match="perhaps you meant 'flat'"):
+        build_shard(np.zeros((2, 4), np.uint8), "flta")
+
+
+def test_ivf_sorts_its_ties_and_masks_what_it_did_not_probe(tmp_path):
+    rng = np.random.default_rng(1)
+    codes, queries = tied_codes(rng, 2000, 48, words=20), tied_codes(rng, 30, 48, words=20)
+    quantizer = train_quantizer(codes, 20, seed=3)
+    assert quantizer == train_quantizer(codes, 20, seed=3) != train_quantizer(codes, 20, seed=4)
+    # Every list probed, every row asked for: exact.
+    everything = opened(tmp_path, codes, "ivf", quantizer, nprobe=20).search(queries, 2000)
+    for found, expected in zip(everything, brute_force(queries, codes, 2000), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    distances, positions = opened(tmp_path, codes, "ivf", quantizer, nprobe=1).search(queries, 2000)
+    missing = positions == -1
+    assert missing.any() and (distances[missing] == INT_MAX).all()
+    order = np.lexsort((np.where(missing, 9999, positions), distances), axis=1)
+    np.testing.assert_array_equal(order, np.broadcast_to(np.arange(2000), order.shape))
+
+
+def test_ivf_finds_what_is_near(tmp_path):
+    """Distance-recall: how many answers are as near as the k-th of an exact search."""
+    rng = np.random.default_rng(2)
+    words = rng.random((100, 64)) < 0.5
+    draw = lambda n: np.packbits(words[rng.integers(100, size=n)] ^ (rng.random((n, 64)) < 0.1), axis=1)  # noqa: E731
+    codes, queries = draw(20_000), draw(100)
+    quantizer = train_quantizer(codes[::2], default_nlist(len(codes)))
+    distances, positions = opened(tmp_path, codes, "ivf", quantizer, module.NPROBE).search(queries, 10)
+    exact = brute_force(queries, codes, 10)[0]
+    np.testing.assert_array_equal(np.take_along_axis(hamming(queries, codes), positions, 1), distances)
+    assert (distances <= exact[:, -1:]).mean() >= 0.99
+
+
+def test_a_quantizer_needs_39_rows_a_list():
+    with pytest.raises(ConfigError, match=r"nlist = 10 needs 39 rows a list to train on, there are 100; use 1 to 2"):
+        train_quantizer(np.zeros((100, 8), np.uint8), 10)
+
+
+def test_threads_of_the_caller_are_left_alone(tmp_path):
+    shard = opened(tmp_path, np.zeros((10, 8), np.uint8))
+    before = faiss.omp_get_max_threads()
+    inside, elsewhere = [], []
+    with omp_threads(before + 1):
+        inside.append(faiss.omp_get_max_threads())
+        other = threading.Thread(target=lambda: elsewhere.append(faiss.omp_get_max_threads()))
+        other.start()
+        other.join()
+        shard.search(np.zeros((1, 8), np.uint8), 1)
+        inside.append(faiss.omp_get_max_threads())
+    assert inside == [before + 1] * 2 and elsewhere == [before] and faiss.omp_get_max_threads() == before
+
+
+def test_a_file_that_is_not_what_its_version_says(tmp_path):
+    path = tmp_path / "shard.faiss"
+    data = build_shard(np.zeros((10, 8), np.uint8), "flat")
+    path.write_bytes(data)
+    with pytest.raises(CorruptArtifact, match="holds 10 codes of 64 bits, its version says 11 of 64"):
+        open_shard(path, "flat", 64, 11)
+    path.write_bytes(data[:-20])
+    with pytest.raises(CorruptArtifact, match="is no FAISS binary index"):
+        open_shard(path, "flat", 64, 10)
+
+
+@pytest.mark.parametrize(
+    "ids", [["b", "a"], ["é", "z", "", "日本", "\U0001f600", "\uffff"], [f"{i:05}" for i in range(9999)]]
+)
+def test_a_written_shard_ascends_by_id(tmp_path, ids):
+    rng = np.random.default_rng(0)
+    codes, store = rng.integers(0, 256, (len(ids), 4), dtype=np.uint8), open_store(tmp_path)
+    shuffled = rng.permutation(len(ids))
+    written = write_shard(store, pa.array([ids[i] for i in shuffled]), codes[shuffled], "flat")
+    again = write_shard(store, pa.array(ids, pa.large_string()), codes, "flat")
+    assert written == again and sorted(store.list()) == [(file.name, file.bytes) for file in written.files[::-1]]
+    found = read_ids(tmp_path / written.info.ids)
+    assert found.to_pylist() == sorted(ids) and found.type == pa.string()
+    assert (written.info.first, written.info.last, written.info.rows) == (min(ids), max(ids), len(ids))
+    shard = open_shard(tmp_path / written.info.shard, "flat", 32, len(ids))
+    places = shard.search(codes[:5], 1)
+    nearest = [codes[ids.index(found[int(place)].as_py())].tolist() for place in places[1][:, 0]]
+    assert nearest == codes[:5].tolist() and not places[0].any()
+
+
+def test_an_id_twice(tmp_path):
+    with pytest.raises(InputError, match=r"1 ids stand in more than one row, the first 'b': .*hashray verify"):
+        write_shard(open_store(tmp_path), pa.array(["b", "a", "b"]), np.zeros((3, 4), np.uint8), "flat")
+    assert not list(tmp_path.iterdir())
+
+
+def test_delta_encoded_ids_are_small():
+    ids = pa.array([f"photos/2024/holiday/{i:08}.jpg" for i in range(100_000)])
+    assert len(ids_bytes(ids)) < 500_000  # 3.2 MB of text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_merge_against_sorting(data):
+    """Both ways give ascending (distance, position), whatever is padding and however the distances tie."""
+    shards, queries, k = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 4)), data.draw(st.integers(1, 8))
+    ascending = data.draw(st.booleans())
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    sizes = rng.integers(0, 12, shards)
+    rows = np.arange(sizes.sum()) if ascending else rng.permutation(sizes.sum())
+    distances = np.full((shards, queries, k), rng.choice([INT_MAX, np.iinfo(np.int32).min, 0]), np.int32)
+    positions = np.full((shards, queries, k), -1, np.int64)
+    everything: list[list[tuple[int, int]]] = [[] for _ in range(queries)]
+    for number, mine in enumerate(np.split(rows, np.cumsum(sizes)[:-1])):
+        for query in range(queries):
+            found = sorted((int(rng.integers(0, 3)), int(row)) for row in mine)
+            everything[query] += found
+            for place, (distance, row) in enumerate(found[:k]):
+                distances[number, query, place], positions[number, query, place] = distance, row
+    best, places = merge(distances, positions, ascending)
+    for query in range(queries):
+        expected = sorted(everything[query])[:k]
+        expected += [(-1, -1)] * (k - len(expected))
+        assert list(zip(best[query].tolist(), places[query].tolist(), strict=True)) == expected
+    assert best.dtype == np.int32 and best.shape == places.shape == (queries, k)

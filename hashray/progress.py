@@ -17,7 +17,7 @@ console = Console(stderr=True)
 
 
 class Bar:
-    """`with Bar("encode", total, "rows") as bar: bar.add(1024)`; without a terminal, lines at most every two seconds."""
+    """`with Bar("encode", total, "rows") as bar: bar.add(1024)`; JSON lines without a terminal."""
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done

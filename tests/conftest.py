@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A deadline is a wall clock in disguise; a loaded machine may take any time.
+settings.register_profile("hashray", deadline=None)
+settings.load_profile("hashray")
 
 
 @pytest.fixture(scope="session")

@@ -208,10 +208,9 @@ class _Job:
                 result = ray.get(ready)
                 yield running.pop(ready), result
         except ray.exceptions.RayError as error:
+            # The others run to their end, and the rerun finds what they wrote. Not ray.cancel: on 2.60, cancelling a
+            # task at the moment it ends kills the driver ("Tried to complete task that was not pending").
             raise unwrap(error) from error
-        finally:
-            for reference in running:
-                ray.cancel(reference)
 
     def _read(self, name: str, model: type[RecordT]) -> RecordT | None:
         try:

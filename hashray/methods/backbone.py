@@ -146,7 +146,9 @@ def build_trunk(config: BackboneConfig, load_weights: bool = True) -> Trunk:
     if config.name in OWN_TRUNKS:
         net = cnn_f() if config.name == "cnn_f" else resnet9(config.width)
     else:
-        net = torchvision.models.get_model(config.name, weights=None)
+        # These two draw their first weights for ten seconds, with SciPy; torch's own do as well.
+        slow = {"init_weights": False} if config.name in ("googlenet", "inception_v3") else {}
+        net = torchvision.models.get_model(config.name, weights=None, **slow)
     if load_weights and config.weights:
         names = _weight_names(config.name)
         if config.weights in names:

@@ -182,11 +182,11 @@ def train_label_network(
     device = net.hash.weight.device
     rows = table.rows.to(device)
     weight = table.counts.to(device).float()
-    if banks is None:
-        with torch.no_grad():
-            banks = net(rows)[:2]
     if len(rows) < 2:
         raise InputError("all training rows have the same labels: there is nothing that codes could tell apart")
+    if banks is None:
+        with torch.no_grad():
+            banks = net.eval()(rows)[:2]
     net.train()
     bank_feature, bank_code = (bank.clone() for bank in banks)
     batches = math.ceil(len(rows) / config.label_batch)
@@ -261,7 +261,7 @@ class DSEH(Method):
         super().__init__(config, trunk, num_classes)
         self.semantic = nn.Linear(trunk.feature_dim, config.semantic_dim)
         self.hash = nn.Linear(config.semantic_dim, config.num_bits)
-        self.label_net = LabNet(config, num_classes).requires_grad_(False)
+        self.label_net = LabNet(config, num_classes).requires_grad_(False).eval()
         for name in ("bank_feature", "bank_labels", "bank_counts"):
             self.register_buffer(name, torch.zeros(0), persistent=False)
 

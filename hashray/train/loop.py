@@ -140,7 +140,7 @@ class Loop:
         self.position, self.best = checkpoint.position, checkpoint.best()
         self.method.load_state_dict(checkpoint.under("method"))
         if self.config.ema_decay is not None:
-            self.average = checkpoint.under("average")
+            self.average = checkpoint.under("average") or None
         if self.position.phase_begun:
             self.method.bind(self.table)
         state = checkpoint.optimizer_state()

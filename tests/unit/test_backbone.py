@@ -1,0 +1,244 @@
+"""Trunks: torchvision by name, CNN-F, resnet9; weights by name, by file; what is refused and how."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from pydantic import ValidationError
+from torch import nn
+
+from hashray.errors import InputError
+from hashray.methods.backbone import BackboneConfig, Trunk, build_trunk, state_fingerprint
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = Path(os.environ.get("HASHRAY_WEIGHTS", ROOT.parent / "shared" / "weights"))
+SMALL = "squeezenet1_1"
+
+
+def build(name: str = "resnet9", **fields: object) -> Trunk:
+    return build_trunk(BackboneConfig(name=name, **{"image_size": 32, **fields}))  # type: ignore[arg-type]
+
+
+def images(n: int, size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def weights_file(name: str) -> str:
+    path = WEIGHTS / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here; HASHRAY_WEIGHTS names the folder of the pretrained weights")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "dim"),
+    [("resnet9", 32, 256), ("resnet9", 48, 256), ("mobilenet_v2", 32, 1280), (SMALL, 64, 512), ("resnet18", 32, 512)],
+)
+def test_features_have_the_width_that_the_trunk_says(name: str, size: int, dim: int) -> None:
+    trunk = build(name, image_size=size).eval()
+    out = trunk(images(2, size))
+    assert trunk.feature_dim == dim
+    assert out.shape == (2, dim)
+    assert out.dtype == torch.float32
+    features = torch.randn(5, dim)
+    assert trunk(features) is features
+
+
+def test_resnet9_grows_with_its_width() -> None:
+    assert build(width=8).feature_dim == 64
+    assert sum(isinstance(m, nn.Conv2d) for m in build(width=8).modules()) == 8  # and the head's linear layer
+
+
+def test_cnn_f_is_the_network_of_the_papers() -> None:
+    trunk = build("cnn_f", image_size=224)
+    shapes = [tuple(m.weight.shape) for m in trunk.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert shapes == [
+        (64, 3, 11, 11), (256, 64, 5, 5), (256, 256, 3, 3), (256, 256, 3, 3), (256, 256, 3, 3),
+        (4096, 256 * 36), (4096, 4096),
+    ]  # fmt: skip
+    assert trunk.feature_dim == 4096
+    seen: list[tuple[int, ...]] = []
+    hooks = [m.register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape[1:]))) for m in trunk.modules()
+             if isinstance(m, nn.MaxPool2d)]  # fmt: skip
+    trunk.eval()(images(1, 224))
+    assert len(hooks) == 3
+    assert seen == [(64, 27, 27), (256, 13, 13), (256, 6, 6)]
+
+
+def test_pixels_are_normalised_inside() -> None:
+    trunk = build()
+    seen = []
+    trunk.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    pixels = images(2, 32)
+    trunk.eval()(pixels)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
+    assert torch.allclose(seen[0], expected, atol=1e-6)
+
+
+def test_weights_trained_with_another_normalisation_bring_it() -> None:
+    config = BackboneConfig(name="efficientnet_v2_l", weights="IMAGENET1K_V1")
+    from hashray.methods.backbone import _normalisation
+
+    assert tuple(_normalisation(config)[0]) == (0.5, 0.5, 0.5)
+
+
+def test_a_frozen_trunk_stays_in_evaluation_mode() -> None:
+    trunk = build(frozen=True)
+    before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    assert not any(p.requires_grad for p in trunk.parameters())
+    nn.Sequential(trunk).train()
+    assert not any(module.training for module in trunk.modules())
+    trunk(images(4, 32))
+    assert all(torch.equal(before[name], tensor) for name, tensor in trunk.state_dict().items())
+    assert all(module.training for module in build().train().modules())
+
+
+def test_bfloat16_gives_float32_features_near_those_of_float32() -> None:
+    trunk = build().eval()
+    plain = trunk(images(4, 32))
+    trunk.amp = True
+    cast = trunk(images(4, 32))
+    assert cast.dtype == torch.float32
+    assert not torch.equal(plain, cast)
+    assert torch.nn.functional.cosine_similarity(plain, cast).min() > 0.99
+
+
+def test_an_unknown_trunk_gets_a_hint() -> None:
+    with pytest.raises(ValidationError, match="no trunk is called 'resnet19', perhaps you meant 'resnet"):
+        BackboneConfig(name="resnet19")
+
+
+def test_a_weights_name_is_used_only_when_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def offline(url: str, **options: object) -> None:
+        asked.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    config = BackboneConfig(name=SMALL, weights="IMAGENET1K_V1", image_size=32)
+    build_trunk(config, load_weights=False)
+    assert asked == []
+    with pytest.raises(InputError, match=r"could not be fetched from https://.*no network; .* weights = PATH"):
+        build_trunk(config)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "allowed"),
+    [
+        (SMALL, "IMAGENET1K_V9", "allowed: IMAGENET1K_V1, DEFAULT or a state-dict file"),
+        ("resnet9", "none.pth", "allowed: a state-dict file"),
+    ],
+)
+def test_a_missing_file_says_what_is_allowed(name: str, weights: str, allowed: str) -> None:
+    with pytest.raises(InputError, match=f"weights = '{weights}' for {name}: no such file; {allowed}"):
+        build(name, weights=weights)
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"w\.pth is not a torch state dict"):
+        build(weights=str(path))
+    torch.save([1, 2], path)
+    with pytest.raises(InputError, match="holds a list; expected a state dict"):
+        build(weights=str(path))
+    torch.save({"state_dict": {}, "epoch": 3}, path)
+    with pytest.raises(InputError, match=r"does not fit resnet9: 2 keys unknown .*keys of the trunk not in it"):
+        build(weights=str(path))
+    torch.save(build(width=8).net.state_dict(), path)
+    with pytest.raises(InputError, match=r"does not fit resnet9: \d+ keys unknown or of another shape"):
+        build(width=16, weights=str(path))
+
+
+def test_a_state_dict_file_is_what_the_trunk_then_holds(tmp_path: Path, s3_url: str) -> None:
+    source = build(width=8)
+    path = tmp_path / "w.pth"
+    torch.save(source.net.state_dict(), path)
+    assert same(build(width=8, weights=str(path)), source)
+    from hashray.storage import open_store
+
+    open_store(s3_url).write("w.pth", path.read_bytes())
+    assert same(build(width=8, weights=f"{s3_url}/w.pth"), source)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", SMALL])
+def test_the_classifier_of_a_file_may_be_missing_or_another(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    net = torchvision.models.get_model(name, weights=None, num_classes=7)
+    states = [net.state_dict(), {k: v for k, v in net.state_dict().items() if not k.startswith("classifier")}]
+    for state in states:
+        torch.save(state, path)
+        trunk = build(name, weights=str(path))
+        own = trunk.net.state_dict()
+        assert all(torch.equal(own[k], v) for k, v in state.items() if k.startswith("features"))
+        assert not any(tuple(v.shape[:1]) == (7,) for v in own.values())
+    del state["features.0.weight" if name == SMALL else "features.0.0.weight"]
+    torch.save(state, path)
+    with pytest.raises(InputError, match="1 keys of the trunk not in it"):
+        build(name, weights=str(path))
+
+
+def test_cnn_f_has_no_classifier_that_could_be_missing(tmp_path: Path) -> None:
+    state = build("cnn_f", image_size=64).net.state_dict()
+    last = max((k for k in state if k.endswith("weight")), key=lambda k: int(k.split(".")[0]))
+    del state[last]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="1 keys of the trunk not in it"):
+        build("cnn_f", image_size=64, weights=str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize(("name", "size"), [("alexnet", 32), ("vit_b_32", 32), ("inception_v3", 32), ("cnn_f", 32)])
+def test_images_too_small_for_a_trunk_are_refused(name: str, size: int) -> None:
+    with pytest.raises(InputError, match=f"{name} cannot take images of {size} x {size} pixels: .*raise image_size"):
+        build(name, image_size=size)
+
+
+def test_auxiliary_outputs_are_gone_in_training() -> None:
+    trunk = build("googlenet", image_size=64).train()
+    assert trunk(images(2, 64)).shape == (2, trunk.feature_dim)
+    assert not any("aux" in name for name, _ in trunk.named_parameters())
+
+
+def test_pretrained_mobilenet_from_a_local_file() -> None:
+    trunk = build("mobilenet_v2", weights=weights_file("mobilenet_v2_features_fp32.pth"), image_size=64).eval()
+    with torch.no_grad():
+        out = trunk(images(2, 64))
+    assert out.shape == (2, 1280)
+    assert torch.isfinite(out).all()
+    assert not same(trunk, build("mobilenet_v2", image_size=64))
+
+
+def test_pretrained_squeezenet_from_a_local_file() -> None:
+    path = weights_file("squeezenet1_1_fp32.pth")
+    trunk = build(SMALL, weights=path, image_size=64).eval()
+    state = torch.load(path, weights_only=True)
+    assert torch.equal(trunk.net.state_dict()["features.0.weight"], state["features.0.weight"])
+    with torch.no_grad():
+        assert trunk(images(2, 64)).shape == (2, 512)
+
+
+def test_fingerprint_covers_names_values_types_and_preprocessing() -> None:
+    state = {"a": torch.arange(4.0), "b": torch.tensor(1)}
+    base = state_fingerprint(state, "32 crop")
+    assert state_fingerprint(dict(reversed(state.items())), "32 crop") == base
+    changed = [
+        ({**state, "a": torch.tensor([0.0, 1, 2, 4])}, "32 crop"),
+        ({**state, "a": state["a"].reshape(2, 2)}, "32 crop"),
+        ({**state, "a": state["a"].to(torch.bfloat16)}, "32 crop"),
+        ({"A": state["a"], "b": state["b"]}, "32 crop"),
+        ({"a": state["a"]}, "32 crop"),
+        (state, "64 crop"),
+    ]
+    assert len({base, *(state_fingerprint(*pair) for pair in changed)}) == 7
+
+
+def same(left: Trunk, right: Trunk) -> bool:
+    a, b = left.net.state_dict(), right.net.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,207 @@
+"""Config: every fault of a file at once, with what is allowed; flags over files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field, ValidationError, model_validator
+
+from hashray.config import Config, override, read_toml, require_path, validate
+from hashray.errors import ConfigError, InputError, StorageError, perhaps
+from hashray.train.config import TrainConfig
+
+
+class Alpha(Config):
+    kind: Literal["alpha"] = "alpha"
+    width: int = Field(1, ge=1)
+
+
+class Beta(Config):
+    kind: Literal["beta"] = "beta"
+    depth: int = Field(1, ge=1)
+
+
+class Preset(Config):
+    style: Literal["plain", "wide"] = "plain"
+    columns: int = 1
+    rows: int = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: object) -> object:
+        return {"columns": 9, "rows": 9, **data} if isinstance(data, dict) and data.get("style") == "wide" else data
+
+
+class Whole(Config):
+    name: str = "x"
+    count: int = Field(3, ge=0)
+    either: Alpha | Beta = Field(default_factory=lambda: Alpha(), discriminator="kind")
+    preset: Preset = Field(default_factory=lambda: Preset())
+    table: dict[str, Alpha] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _together(self) -> Whole:
+        if self.name == "bad" and self.count > 5:
+            raise ValueError("name 'bad' allows a count of 5 at most")
+        return self
+
+
+def text_of(call: object, *args: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call(*args)  # type: ignore[operator]
+    return str(caught.value)
+
+
+def test_all_faults_of_a_file_are_listed_at_once() -> None:
+    data = {
+        "method": {"kind": "dseh", "num_bits": 12, "rounds": 0, "num_bit": 3},
+        "optim": {"lr": -1, "nam": "adam"},
+        "epoch": 3,
+        "zzzzz": 1,
+        "backbone": {"name": "resnet8"},
+    }
+    text = text_of(validate, TrainConfig, data, "run.toml")
+    lines = text.splitlines()
+    assert lines[0] == "run.toml: 8 faults"
+    assert len(lines) == 9
+    assert "method.num_bits: num_bits = 12 is not a positive multiple of 8; use 8 or 16 (found 12)" in text
+    assert "method.rounds: Input should be greater than or equal to 1 (found 0)" in text
+    assert "method.num_bit: unknown key, perhaps you meant 'num_bits'? Known here: " in text
+    assert "optim.nam: unknown key, perhaps you meant 'name'? Known here: clip_norm, lr, " in text
+    assert "  epoch: unknown key, perhaps you meant 'epochs'? Known here: augment, backbone, " in text
+    assert "  zzzzz: unknown key. Known here: augment" in text
+    assert "optim.lr: Input should be greater than 0 (found -1)" in text
+    assert "backbone.name: no trunk is called 'resnet8', perhaps you meant 'resnet" in text
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "method: Field required"),
+        ({"method": {"kind": "dse"}}, "method.kind = 'dse' is not known, perhaps you meant 'dseh'? Known: "),
+        ({"method": {"num_bits": 8}}, "method.kind = None is not known. Known: "),
+        ({"method": 3}, "method.kind = None is not known. Known: "),
+    ],
+)
+def test_the_method_must_be_named(data: dict, message: str) -> None:
+    text = text_of(validate, TrainConfig, data, "run.toml")
+    assert text.startswith("run.toml: 1 fault\n")
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "known"),
+    [("alpha", "widht", "perhaps you meant 'width'? Known here: kind, width"),
+     ("beta", "dept", "perhaps you meant 'depth'? Known here: depth, kind")],
+)  # fmt: skip
+def test_an_unknown_key_of_a_choice_is_compared_with_the_kind_that_was_chosen(kind: str, key: str, known: str) -> None:
+    assert known in text_of(validate, Whole, {"either": {"kind": kind, key: 1}}, "f")
+
+
+def test_an_unknown_key_in_a_table_of_tables() -> None:
+    text = text_of(validate, Whole, {"table": {"one": {"widt": 2}}}, "f")
+    assert "table.one.widt: unknown key, perhaps you meant 'width'?" in text
+
+
+def test_a_rule_between_fields_is_a_fault_of_the_config() -> None:
+    text = text_of(validate, Whole, {"name": "bad", "count": 6}, "f")
+    assert "config: name 'bad' allows a count of 5 at most" in text
+
+
+def test_a_long_value_is_shown_in_part() -> None:
+    text = text_of(validate, Whole, {"count": "9" * 3000 + "x"}, "f")
+    assert "found '999" in text
+    assert len(text) < 300
+
+
+def test_configs_are_frozen_and_defaults_validated() -> None:
+    with pytest.raises(ValidationError):
+        Whole().count = 4  # type: ignore[misc]
+    assert validate(Whole, {}, "f") == Whole()
+    assert Whole.model_validate(Whole(either=Beta(depth=2)).model_dump(mode="json")) == Whole(either=Beta(depth=2))
+
+
+def test_read_toml(tmp_path: Path, s3_url: str) -> None:
+    path = tmp_path / "a b.toml"
+    path.write_bytes("\ufeffcount = 4\n[preset]\nrows = 2\n".encode())
+    assert read_toml(path) == {"count": 4, "preset": {"rows": 2}}
+    from hashray.storage import open_store
+
+    open_store(s3_url).write("c.toml", b"count = 5")
+    assert read_toml(f"{s3_url}/c.toml") == {"count": 5}
+
+
+def test_read_toml_says_what_is_wrong_and_where(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("count = 4\n[preset\n")
+    assert "broken.toml is not valid TOML" in (text := text_of(read_toml, path))
+    assert "line 2" in text
+    path.write_bytes(b"name = '\xff'")
+    assert "broken.toml is not UTF-8 text" in text_of(read_toml, path)
+    with pytest.raises(InputError, match=r"none\.toml not found"):
+        read_toml(tmp_path / "none.toml")
+    with pytest.raises(InputError, match="is a folder, a file was expected"):
+        read_toml(tmp_path)
+
+
+def test_flags_override_a_file() -> None:
+    config = validate(TrainConfig, {"method": {"kind": "dseh", "rounds": 3}, "optim": {"lr": 0.1}}, "f")
+    out = override(config, ["--method.num-bits", "64", "--epochs=7", "--optim.name", "sgd"], "hashray train")
+    assert (out.method.num_bits, out.method.rounds, out.epochs, out.optim.lr, out.optim.name) == (64, 3, 7, 0.1, "sgd")  # type: ignore[attr-defined]
+    assert override(config, [], "p") == config
+    assert config.epochs == 20
+
+
+def test_a_preset_on_the_command_line_works_as_in_a_file() -> None:
+    config = validate(Whole, {"preset": {"rows": 2}}, "f")
+    assert override(config, ["--preset.style", "wide"], "p").preset == Preset(style="wide", rows=2)
+    # A flag that says the default is still a flag.
+    asked = override(config, ["--preset.style", "wide", "--preset.columns", "1"], "p").preset
+    assert asked == Preset(style="wide", rows=2, columns=1)
+    method = override(
+        validate(TrainConfig, {"method": {"kind": "dseh"}}, "f"), ["--method.preset", "paper"], "p"
+    ).method
+    assert method.label_hidden == 4096  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--method.num-bis", "8"], "--method.num-bits"),
+        (["--method.num-bits", "12"], "not a positive multiple of 8"),
+        (["--optim.lr", "-1"], "greater than 0"),
+        (["--seed", "x"], "x"),
+    ],
+)
+def test_a_wrong_flag_exits_2_and_says_so(flags: list[str], shown: str, capsys: pytest.CaptureFixture) -> None:
+    config = validate(TrainConfig, {"method": {"kind": "dseh"}}, "f")
+    with pytest.raises(SystemExit) as caught:
+        override(config, flags, "hashray train")
+    assert caught.value.code == 2
+    assert shown in capsys.readouterr().err
+
+
+def test_flags_that_do_not_go_together() -> None:
+    with pytest.raises((ConfigError, SystemExit)) as caught:
+        override(Whole(count=6), ["--name", "bad"], "p")
+    assert getattr(caught.value, "exit_code", getattr(caught.value, "code", None)) == 2
+
+
+def test_require_path() -> None:
+    assert require_path("s3://b/p", "--out") == "s3://b/p"
+    with pytest.raises(InputError, match="--out is missing: give --out PATH"):
+        require_path(None, "--out")
+
+
+def test_the_tree_of_errors_has_two_exit_codes() -> None:
+    from hashray import errors
+
+    tree = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.HashrayError)]
+    for error in tree:
+        assert error.__doc__ is not None
+        assert error is errors.HashrayError or error.__name__ in (errors.__doc__ or "")
+        assert error("x").exit_code == (2 if issubclass(error, errors.RequestError) else 1)
+    assert StorageError("x").exit_code == 2
+    assert perhaps("lrr", ["lr", "seed"]) == ", perhaps you meant 'lr'?"

@@ -1,0 +1,100 @@
+"""The contract suite: what every method must do, whatever its paper."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hashray import storage
+from hashray.codes import binarize
+from hashray.evaluate.metrics import mean_average_precision
+from hashray.methods import known_methods
+from hashray.methods.base import Method
+from hashray.model import load_model, write_model
+from tests.unit.crew import build, config_of, make_rows, run_loop
+
+KINDS = sorted(known_methods())
+SMALL: dict[str, dict[str, Any]] = {"dseh": {"rounds": 1}}
+
+
+def fitted(kind: str, count: int = 64, **changes: Any) -> tuple[Method, np.ndarray, np.ndarray]:
+    config = config_of(**{"epochs": 1} | changes, method={"kind": kind, **SMALL.get(kind, {})})
+    weights, loop = run_loop(config, count, dtype=torch.float32)
+    loop.method.load_state_dict(weights)
+    features, labels, _ = make_rows(count)
+    return loop.method, features.astype(np.float32), labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms_are_finite_and_every_trained_parameter_gets_a_gradient(kind: str) -> None:
+    method, features, labels = fitted(kind)
+    config = config_of(epochs=1, method={"kind": kind, **SMALL.get(kind, {})})
+    reached: set[int] = set()
+    for phase in method.phases(config.epochs):
+        terms = method.loss_terms(phase, torch.as_tensor(features), torch.as_tensor(labels), torch.ones(64))
+        assert terms and all(bool(torch.isfinite(term)) for term in terms.values())
+        method.zero_grad()
+        torch.stack(list(terms.values())).sum().backward()
+        for group in method.trained(phase).values():
+            for parameter in group:
+                assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all())
+                if bool((parameter.grad != 0).any()):
+                    reached.add(id(parameter))
+    trained = {id(p) for phase in method.phases(1) for group in method.trained(phase).values() for p in group}
+    assert reached == trained
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_and_padding_of_a_batch_do_not_change_the_loss(kind: str) -> None:
+    method, features, labels = fitted(kind)
+    phase = method.phases(1)[0]
+    method.double()
+
+    def total(rows: list[int], weight: list[float]) -> float:
+        inputs, targets = torch.as_tensor(features[rows]).double(), torch.as_tensor(labels[rows])
+        return float(torch.stack(list(method.loss_terms(phase, inputs, targets, torch.tensor(weight)).values())).sum())
+
+    plain = total(list(range(20)), [1.0] * 20)
+    assert total(list(reversed(range(20))), [1.0] * 20) == pytest.approx(plain, abs=1e-10)
+    assert total([*range(20), 33, 40], [1.0] * 20 + [0.0, 0.0]) == pytest.approx(plain, abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_overfits_64_rows_to_map_1(kind: str) -> None:
+    method, features, labels = fitted(kind, epochs=150, batch_size=64, optim={"lr": 3e-3})
+    with torch.no_grad():
+        codes = binarize(method.encode(torch.as_tensor(features)))
+    one = labels.sum(1) == 1  # rows of two classes are relevant to two clusters: no order of codes is perfect
+    assert mean_average_precision(codes[one], labels[one], codes[one], labels[one]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_gives_the_same_codes(kind: str, tmp_path: Path) -> None:
+    config = config_of(method={"kind": kind, **SMALL.get(kind, {})})
+    method = build(config, torch.float32)
+    from hashray.methods import build_method
+    from hashray.methods.backbone import BackboneConfig, build_trunk
+
+    method = build_method(config.method, build_trunk(BackboneConfig(width=4)), 4).eval()
+    store = storage.open_store(tmp_path)
+    write_model(store, method, method.state_dict(), list("abcd"), {}, {}, [], {})
+    images = np.random.default_rng(0).integers(0, 256, (5, 40, 48, 3), dtype=np.uint8)
+    loaded, again = load_model(str(tmp_path)), load_model(str(tmp_path))
+    codes = loaded.encode(images)
+    assert np.array_equal(codes, again.encode(images)) and codes.shape == (5, loaded.num_bits // 8)
+    assert codes.fingerprint == loaded.fingerprint == again.fingerprint
+    from PIL import Image
+
+    assert np.array_equal(codes, loaded.encode([Image.fromarray(image) for image in images]))
+
+
+@pytest.mark.parametrize("module", [*[f"hashray.methods.{kind}" for kind in KINDS], "hashray.model"])
+def test_imports_without_ray(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,83 @@
+"""The training loop: the global batch is the unit, and a resumed run is the unbroken one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hashray.errors import RunError
+from hashray.train.config import OptimConfig
+from hashray.train.loop import learning_rate
+from tests.unit.crew import Stop, config_of, read, run_loop, run_processes
+
+RUN = {"epochs": 2, "method": {"rounds": 2}}
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
+
+
+def test_two_workers_take_the_steps_of_one_uneven_last_batch_included() -> None:
+    # 300 rows in batches of 128: 128, 128, 44 and, of two workers with slices of 64, 44 + 0 in the last.
+    config = config_of(epochs=1, batch_size=128, method={"rounds": 2})
+    alone, loop = run_loop(config, 300)
+    assert loop.source.plan.steps == 3
+    first, second = run_processes(config, 300, world=2)
+    assert largest_difference(first, second) == 0
+    assert largest_difference(alone, first) < 1e-5
+
+
+def test_five_steps_of_two_times_64_equal_five_of_128() -> None:
+    config = config_of(epochs=1, batch_size=128, method={"rounds": 1}, optim={"name": "sgd", "lr": 0.05})
+    alone, loop = run_loop(config, 600)
+    assert loop.source.plan.steps == 5 and loop.source.plan.batch_rows(4) == 88
+    assert largest_difference(alone, run_processes(config, 600, world=2)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (0, 1, 0), (0, 1, 2), (1, 0, 0), (1, 1, 0)])
+def test_a_stopped_run_resumes_to_the_unbroken_one(tmp_path: Path, place: tuple[int, int, int]) -> None:
+    config = config_of(**RUN, checkpoint_steps=2, ema_decay=0.9)
+    whole, unbroken = run_loop(config, 150)
+    with pytest.raises(Stop):
+        run_loop(config, 150, stop_at=place, folder=tmp_path)
+    resumed, loop = run_loop(config, 150, checkpoint=read(tmp_path))
+    assert largest_difference(whole, resumed) < 1e-6
+    assert loop.position.notes["history"] == unbroken.position.notes["history"]
+
+
+def test_the_same_run_twice_is_bitwise_the_same() -> None:
+    config = config_of(**RUN)
+    assert largest_difference(run_loop(config, 100)[0], run_loop(config, 100)[0]) == 0
+    assert largest_difference(run_loop(config, 100)[0], run_loop(config_of(**RUN, seed=1), 100)[0]) > 0
+
+
+def test_validation_keeps_the_weights_of_the_best_score() -> None:
+    scores = iter([0.2, 0.9, 0.5, 0.4])
+    seen: list[torch.Tensor] = []
+
+    def validate(method: torch.nn.Module) -> float:
+        seen.append(method.state_dict()["hash.weight"].clone())
+        return next(scores)
+
+    chosen, loop = run_loop(config_of(**RUN, validation_every=1), 100, validate=validate)
+    assert torch.equal(chosen["hash.weight"], seen[1])
+    assert (loop.position.best_score, loop.position.best_at) == (0.9, "phase 0, epoch 2")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice() -> None:
+    with pytest.raises(RunError, match=r"not finite at phase 0, epoch .*lower optim\.lr"):
+        run_loop(config_of(optim={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, epochs=4), 100)
+
+
+def test_learning_rates() -> None:
+    phase = run_loop(config_of(epochs=1, method={"rounds": 2}), 40)[1].phases[1]
+    assert phase.lr_factor == pytest.approx(10**-0.5)
+    step = OptimConfig(lr=1e-3, schedule="step")
+    assert learning_rate(step, phase, 0, 2) == pytest.approx(10**-3.5)
+    assert learning_rate(step, phase, 20, 2) == pytest.approx(1e-4)
+    cosine = OptimConfig(lr=1.0, warmup_share=0.5)
+    rates = [learning_rate(cosine, phase, at, 10) for at in range(10)]
+    assert rates[4] == pytest.approx(phase.lr_factor) and rates[0] < rates[1] and rates[9] < rates[6]

@@ -1,0 +1,227 @@
+"""Folders and list files: ids, labels, splits, and errors with their place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hashray.data.sources import Listing, SourceConfig, fetch, guess_format, list_source
+from hashray.errors import InputError
+from hashray.storage import open_store
+
+Files = dict[str, bytes | str]
+Put = Callable[[Files], str]
+
+
+@pytest.fixture(params=["local", "s3"])
+def put(request: pytest.FixtureRequest, tmp_path: Path) -> Put:
+    """Write files to a folder, or to S3; give its url."""
+    url = str(tmp_path / "a source") if request.param == "local" else request.getfixturevalue("s3_url")
+
+    def write(files: Files) -> str:
+        for key, data in files.items():
+            open_store(url).write(key, data.encode() if isinstance(data, str) else data)
+        return url
+
+    return write
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Put:
+    def write(files: Files) -> str:
+        for key, data in files.items():
+            path = tmp_path / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data.encode() if isinstance(data, str) else data)
+        return str(tmp_path)
+
+    return write
+
+
+def pictures(*keys: str) -> Files:
+    return {key: f"bytes of {key}" for key in keys}
+
+
+def rows(listing: Listing) -> dict[str, tuple[tuple[int | str, ...], str | None]]:
+    assert len({row.id for row in listing.rows}) == len(listing.rows)
+    return {row.id: (row.labels, row.split) for row in listing.rows}
+
+
+def refuse(url: str, message: str, **options: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list_source(url, SourceConfig(**options))  # type: ignore[arg-type]
+
+
+def test_a_folder_of_classes(put: Put) -> None:
+    names = ["cat/one.png", "cat/deep/er/two.JPG", "dog/three 3.jpeg", "top.webp", "odd #1%20+&=?/é.png"]
+    url = put(pictures(*names) | {"cat/notes.md": "x", ".hidden/a.png": "x", "cat/.b.png": "x", "README.txt": "hello"})
+    listing = list_source(url, SourceConfig())
+    assert (listing.format, listing.class_names, listing.random_access) == ("folder", None, True)
+    assert rows(listing) == {
+        "cat/one.png": (("cat",), None), "cat/deep/er/two.JPG": (("cat",), None), "dog/three 3.jpeg": (("dog",), None),
+        "top.webp": ((), None), "odd #1%20+&=?/é.png": (("odd #1%20+&=?",), None),
+    }  # fmt: skip
+    for row in listing.rows:
+        assert fetch(row.locator) == f"bytes of {row.id}".encode()
+
+
+def test_a_folder_of_splits(put: Put) -> None:
+    url = put(pictures("train/cat/1.png", "Test/dog/1.png", "unlabeled/9.png", "database/cat/x/1.png"))
+    assert rows(list_source(url, SourceConfig())) == {
+        "train/cat/1.png": (("cat",), "train"), "Test/dog/1.png": (("dog",), "query"),
+        "unlabeled/9.png": ((), "unlabelled"), "database/cat/x/1.png": (("cat",), "database"),
+    }  # fmt: skip
+
+
+def test_a_class_may_have_the_name_of_a_split(local: Put) -> None:
+    url = local(pictures("car/1.png", "train/1.png", "plane/1.png"))  # as in CIFAR-100
+    assert {split for _, split in rows(list_source(url, SourceConfig())).values()} == {None}
+    url = local(pictures("train/car/1.png"))
+    refuse(url, "holds the split 'train' beside 'car', which is no split; .* move one of them")
+
+
+def test_public_deep_hashing_lists(put: Put) -> None:
+    url = put(
+        {
+            "train.txt": "images/a 1.jpg 1 0 0 0\n./images/b.jpg 0 1 1 0\r\n",
+            "database.txt": "images/a 1.jpg 1 0 0 0\nimages/b.jpg 0 1 1 0\nimages/c.jpg 0 0 0 0\n\n",
+            "test.txt": "images/d.jpg 0 0 1 0",
+            **pictures("images/a 1.jpg", "images/b.jpg", "images/c.jpg", "images/d.jpg"),
+        }
+    )
+    listing = list_source(url, SourceConfig())
+    assert listing.format == "list"
+    assert listing.class_names == ["0", "1", "2", "3"]  # the last class has no row, and is one all the same
+    assert rows(listing) == {
+        "images/a 1.jpg": ((0,), "database+train"), "images/b.jpg": ((1, 2), "database+train"),
+        "images/c.jpg": ((), "database"), "images/d.jpg": ((2,), "query"),
+    }  # fmt: skip
+    assert all(fetch(row.locator) == f"bytes of {row.id}".encode() for row in listing.rows)
+    one = list_source(f"{url}/train.txt", SourceConfig())
+    assert {split for _, split in rows(one).values()} == {"train"}
+
+
+def test_a_list_of_indices_with_class_names(put: Put) -> None:
+    url = put({"all.lst": "\ufeffa.png 2\nb.png 0\n", "classes.txt": "ant\nbee\ncat\n\n", **pictures("pix/a.png")})
+    config = SourceConfig(class_names=f"{url}/classes.txt", root=f"{url}/pix", format="list")
+    listing = list_source(url, config)
+    assert listing.class_names == ["ant", "bee", "cat"]
+    assert rows(listing) == {"a.png": ((2,), None), "b.png": ((0,), None)}
+    assert fetch(listing.rows[0].locator) == b"bytes of pix/a.png"
+
+
+def test_paths_of_a_list_that_stand_elsewhere(local: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = local({"l/list.txt": f"{Path('/') / 'far' / 'a.png'} 0\ns3://bucket/b.png 1\n", **pictures("pix/far/a.png")})
+    listed = list_source(f"{url}/l/list.txt", SourceConfig())
+    assert [row.locator for row in listed.rows] == ["/far/a.png", "s3://bucket/b.png"]
+    monkeypatch.chdir(url)
+    listed = list_source("l/list.txt", SourceConfig(root="pix"))  # relative: workers stand elsewhere
+    assert listed.rows[0].locator == f"{url}/pix/far/a.png"
+    assert fetch(listed.rows[0].locator) == b"bytes of pix/far/a.png"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("a.png 0\nb.png\n", "line 2: no label after the path 'b.png'; expected 'path index' or 'path 0 1 0"),
+        ("a.png 0\n\nb.png x 1.5\n", "line 3: no label after the path 'b.png x 1.5'"),
+        ("a.png ²\n", "line 1: no label after the path"),
+        ("a.png -1\n", r"line 1: label -1 is out of range; allowed: 0 and up"),
+        ("a.png 0 2 1\n", "line 1: a multi-hot row of 3 fields may hold only 0 and 1"),
+        ("a.png 0 1 1\nb.png 0 1\n", "line 2: 2 label fields, the lines before have 3"),
+        ("a.png 0 1 1\nb.png 2\n", "line 2: 1 label fields, the lines before have 3"),
+        ("a.png 0\na.png 0\n", "line 2: a.png stands twice in the lists of one split; ids must be unique"),
+        ("a.png 0\n./a.png 1\n", r"line 2: a.png has labels \(1,\), elsewhere \(0,\); a row has one label set"),
+        (b"a\xff.png 0\n", "train.txt is not UTF-8 text"),
+        ("\n", r"\(list\) holds no images"),
+    ],
+)
+def test_malformed_lines_are_refused_with_their_place(local: Put, lines: str | bytes, message: str) -> None:
+    refuse(f"{local({'train.txt': lines})}/train.txt", message)
+
+
+def test_two_lists_must_agree(local: Put) -> None:
+    url = local({"train.txt": "a.png 0 1 0\n", "test.txt": "b.png 0 1\n"})
+    refuse(url, r"train\.txt, line 1: 3 label fields, the lines before have 2")
+    refuse(local({"test.txt": "a.png 1 1 0\n"}), r"train\.txt, line 1: a\.png has labels \(1,\), elsewhere \(0, 1\)")
+
+
+def test_labels_are_compared_with_the_class_names(local: Put) -> None:
+    url = local({"l.txt": "a.png 0\nb.png 2\n", "classes.txt": "ant\nbee\n"})
+    names = f"{url}/classes.txt"
+    refuse(f"{url}/l.txt", r"l\.txt, line 2: label 2 is out of range; allowed: 0 to 1", class_names=names)
+    local({"l.txt": "a.png 0 1 1\n"})
+    refuse(f"{url}/l.txt", "line 1: 3 label fields, the class-names file has 2 classes", class_names=names)
+    local({"classes.txt": "ant\n\nbee\n"})
+    refuse(f"{url}/l.txt", r"classes\.txt, line 2: empty", class_names=names)
+    local({"classes.txt": "ant\nant\n"})
+    refuse(f"{url}/l.txt", "names a class twice", class_names=names)
+    refuse(f"{url}/l.txt", r"none\.txt not found", class_names=f"{url}/none.txt")
+
+
+def test_nothing_there(put: Put) -> None:
+    url = put({})
+    refuse(url, "not found, or an empty folder; nothing to ingest")
+    refuse(f"{url}/none.txt", "not found")
+    url = put({"a.md": "x"})
+    refuse(url, "is empty or of no known format; give a folder of images")
+    refuse(url, r"\(folder\) holds no images; image files end in .png", format="folder")
+    refuse(url, r"\(tar\) holds no images", format="tar")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["b/a.png", "README.txt"], "folder"),
+        (["images/a.png", "train.txt"], "list"),
+        (["images/a.png", "database.lst"], "list"),
+        (["things.txt"], "list"),
+        (["README.txt", "d/part-0.parquet"], "parquet"),
+        (["00000.tar", "index.txt"], "tar"),
+    ],
+)
+def test_the_format_is_told_from_the_files(local: Put, files: list[str], expected: str) -> None:
+    assert guess_format(local(dict.fromkeys(files, "x"))) == expected
+
+
+def test_the_format_of_one_file(put: Put) -> None:
+    url = put({"a.parquet": "x", "b.tar": "x", "c.txt": "x", "d.tar.gz": "x"})
+    assert [guess_format(f"{url}/{name}") for name in ("a.parquet", "b.tar", "c.txt")] == ["parquet", "tar", "list"]
+    with pytest.raises(InputError, match=r"d\.tar\.gz is a compressed tar, .*; decompress it to \.tar first"):
+        guess_format(f"{url}/d.tar.gz")
+
+
+def test_a_whole_bucket_is_a_source(s3_url: str) -> None:
+    bucket = "/".join(s3_url.split("/")[:3])
+    open_store(bucket).write("cat/a.png", b"x")
+    listing = list_source(bucket, SourceConfig())
+    assert fetch(listing.rows[0].locator) == b"x"
+    refuse(bucket, r"\(tar\) holds no images", format="tar")
+
+
+def test_the_folder_above(local: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = local(pictures("in/cat/a.png"))
+    monkeypatch.chdir(f"{url}/in/cat")
+    assert rows(list_source("..", SourceConfig())) == {"cat/a.png": (("cat",), None)}
+    refuse("..", r"\(parquet\) holds no images", format="parquet")
+
+
+def test_a_missing_image_is_an_input_error(put: Put) -> None:
+    url = put({"l.txt": "a.png 0\n"})
+    with pytest.raises(InputError, match=r"a\.png"):
+        fetch(list_source(f"{url}/l.txt", SourceConfig()).rows[0].locator)
+
+
+def test_a_file_name_that_is_not_utf8(local: Put, tmp_path: Path) -> None:
+    url = local(pictures("cat/a.png"))
+    (tmp_path / "cat" / b"\xff.png".decode(errors="surrogateescape")).write_bytes(b"x")
+    refuse(url, "the file name .* is not UTF-8; rename it")
+
+
+def test_ingest_starts_without_torch() -> None:
+    check = "import hashray.data.ingest, sys; assert 'torch' not in sys.modules, 'torch'"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

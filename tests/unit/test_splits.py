@@ -1,0 +1,137 @@
+"""Split protocols: counts, disjointness, and that the order of a listing does not matter."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hashray.data.splits import SplitConfig, assign_splits, check_disjoint, order_key
+from hashray.errors import InputError
+
+
+def source(rows: int, classes: int, several: bool = False) -> tuple[list[str], list[list[int]]]:
+    ids = [f"img/{i}.png" for i in range(rows)]
+    labels = [[i % classes] + ([(i // classes) % classes] if several else []) for i in range(rows)]
+    return ids, [sorted(set(row)) for row in labels]
+
+
+def per_class(**fields: Any) -> SplitConfig:
+    return SplitConfig(protocol="per-class", **fields)
+
+
+@given(
+    st.integers(0, 99),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.booleans(),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_the_order_of_a_listing_does_not_matter(
+    seed: int, queries: int, trains: int, inside: bool, several: bool, rng: random.Random
+) -> None:
+    ids, labels = source(60, 3, several)
+    config = per_class(seed=seed, query_per_class=queries, train_per_class=trains, train_in_database=inside)
+    splits = dict(zip(ids, assign_splits(ids, labels, [None] * 60, config), strict=True))
+    order = list(range(60))
+    rng.shuffle(order)
+    again = assign_splits([ids[i] for i in order], [labels[i] for i in order], [None] * 60, config)
+    assert {ids[i]: split for i, split in zip(order, again, strict=True)} == splits
+    assert Counter(splits.values()) == {
+        "query": 3 * queries, "database+train" if inside else "train": 3 * trains,
+        "database": 60 - 3 * (queries + trains),
+    }  # fmt: skip
+    if not several:
+        found = Counter((label[0], splits[row_id]) for row_id, label in zip(ids, labels, strict=True))
+        assert all(found[label, "query"] == queries for label in range(3))
+    assert not any("query" in split and split != "query" for split in splits.values())
+
+
+def test_another_seed_draws_other_rows() -> None:
+    ids, labels = source(60, 3)
+    draws = {
+        tuple(assign_splits(ids, labels, [None] * 60, per_class(seed=s, query_per_class=2, train_per_class=2)))
+        for s in range(5)
+    }
+    assert len(draws) == 5
+    assert order_key(1, "a") != order_key(0, "a") == order_key(0, "a")
+
+
+def test_cifar10_semi_has_the_counts_of_the_papers() -> None:
+    ids, labels = source(60_000, 10)
+    splits = Counter(assign_splits(ids, labels, [None] * 60_000, SplitConfig(protocol="cifar10-semi")))
+    assert splits == {"query": 1_000, "database+train": 5_000, "database+unlabelled": 54_000}
+
+
+def test_adalabelhash_cifar10_trains_on_the_database() -> None:
+    given_splits = ["train"] * 50 + ["query"] * 10
+    ids, labels = source(60, 10)
+    out = assign_splits(ids, labels, given_splits, SplitConfig(protocol="adalabelhash-cifar10"))
+    assert Counter(out) == {"database+train": 50, "query": 10}
+    for wrong in ([None] * 60, ["train"] * 60, [*given_splits[:-1], "database"]):
+        with pytest.raises(InputError, match="needs a source split into train and test; found"):
+            assign_splits(ids, labels, wrong, SplitConfig(protocol="adalabelhash-cifar10"))
+
+
+@pytest.mark.parametrize(
+    ("given_splits", "expected"),
+    [
+        ([None, None], ["database", "database"]),
+        (["train", "query"], ["database+train", "query"]),
+        (["train", "unlabelled", "query", "validation"],
+         ["database+train", "database+unlabelled", "query", "validation"]),
+        (["train+unlabelled", "query"], ["database+train+unlabelled", "query"]),
+        (["train", "database", "query"], ["train", "database", "query"]),
+        (["database+train", "database", "query"], ["database+train", "database", "query"]),
+    ],
+)  # fmt: skip
+def test_as_given(given_splits: list[str | None], expected: list[str]) -> None:
+    ids = [str(i) for i in range(len(given_splits))]
+    assert assign_splits(ids, [[] for _ in ids], given_splits, SplitConfig()) == expected
+
+
+def test_some_rows_with_a_split_and_some_without() -> None:
+    with pytest.raises(InputError, match="1 of 3 rows came with no split while others have one"):
+        assign_splits(["a", "b", "c"], [[], [], []], ["train", None, "query"], SplitConfig())
+
+
+@pytest.mark.parametrize("alone", ["query", "validation"])
+def test_a_query_in_another_split_is_a_leak(alone: str) -> None:
+    splits = ["database", "+".join(sorted([alone, "database"])), "train"]
+    with pytest.raises(InputError, match=f"1 {alone} rows are in another split too, the first 'b'"):
+        check_disjoint(["a", "b", "c"], splits)
+    with pytest.raises(InputError, match="remove them from one of the lists"):
+        assign_splits(["a", "b", "c"], [[], [], []], splits, SplitConfig())
+
+
+def test_ids_must_be_unique() -> None:
+    with pytest.raises(
+        InputError, match=r"2 ids occur more than once, for example 'a' \(3 times\); ids must be unique"
+    ):
+        assign_splits(["a", "b", "a", "a"], [[0]] * 4, [None] * 4, SplitConfig())
+
+
+def test_too_few_rows_in_a_class() -> None:
+    ids, labels = source(12, 3)
+    with pytest.raises(
+        InputError, match=r"class 0 has 4 rows left for 'query', the protocol draws 5 a class; .*--query-per-class"
+    ):
+        assign_splits(ids, labels, [None] * 12, per_class(query_per_class=5, train_per_class=1))
+    with pytest.raises(InputError, match="class 0 has 2 rows left for 'database\\+train', the protocol draws 3"):
+        assign_splits(ids, labels, [None] * 12, per_class(query_per_class=2, train_per_class=3))
+    with pytest.raises(InputError, match="draws rows per class, and no row has a class"):
+        assign_splits(ids, [[] for _ in ids], [None] * 12, per_class())
+
+
+def test_a_rare_class_is_served_before_a_common_one() -> None:
+    # Class 1 has but three rows, all of them of class 0 too.
+    ids = [str(i) for i in range(20)]
+    labels = [[0, 1] if i < 3 else [0] for i in range(20)]
+    splits = assign_splits(ids, labels, [None] * 20, per_class(query_per_class=1, train_per_class=2))
+    assert sorted(split for split in splits[:3]) == ["database+train", "database+train", "query"]
+    assert Counter(splits) == {"query": 2, "database+train": 4, "database": 14}

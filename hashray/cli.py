@@ -29,7 +29,12 @@ STAGES: dict[str, tuple[str, str, str | None, str]] = {
     "index build": ("hashray.index.build", "build_index", "IndexConfig", "codes -> sharded FAISS index, published"),
     "search": ("hashray.cli", "search_command", "SearchConfig", "query images -> nearest rows of an index"),
     "evaluate": ("hashray.evaluate.run", "evaluate", "EvaluateConfig", "mAP beside baselines, figures, report.html"),
-    "pipeline": ("hashray.pipeline", "pipeline", "PipelineConfig", "ingest, train, encode, index and evaluate in a row"),
+    "pipeline": (
+        "hashray.pipeline",
+        "pipeline",
+        "PipelineConfig",
+        "ingest, train, encode, index and evaluate in a row",
+    ),
     "describe": ("hashray.cli", "describe_command", "ArtifactConfig", "what an artifact is, from what, how big"),
     "verify": ("hashray.cli", "verify_command", "ArtifactConfig", "every checksum, every row count, ids unique"),
 }

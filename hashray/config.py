@@ -81,7 +81,7 @@ def _flags(config_class: type[ConfigT], arguments: list[str], program: str, defa
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
     given = {} if default is None else {"default": default}
     try:
-        return tyro.cli(config_class, args=arguments, prog=program, config=markers, **given)  # type: ignore[call-overload, no-any-return]
+        return tyro.cli(config_class, args=arguments, prog=program, config=markers, **given)  # type: ignore[call-overload]
     except ValidationError as error:
         lines = [f"  {_fault(config_class, {}, fault)}" for fault in error.errors()]
         raise ConfigError("the command line:\n" + "\n".join(lines)) from error

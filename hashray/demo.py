@@ -78,5 +78,3 @@ def _search_one(out: Path, metrics: dict[str, Any]) -> None:
         ids, distances = index.search(model.encode([image]), 5)
     rows = [[str(row_id), str(int(distance))] for row_id, distance in zip(ids[0], distances[0], strict=True)]
     show_table(f"the five rows nearest to {query}", ["id", "distance"], rows)
-
-

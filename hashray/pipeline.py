@@ -58,6 +58,10 @@ def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
         )
     )  # fmt: skip
     train(training.model_copy(update={"corpus": at["corpus"], "out": at["model"]}))
-    encode(EncodeConfig(model=at["model"], corpus=at["corpus"], out=at["codes"], max_bad=config.max_bad, pool=config.pool))
-    build_index(IndexConfig(codes=at["codes"], out=at["index"], kind=config.kind, shards=config.shards, pool=config.pool))
+    encode(
+        EncodeConfig(model=at["model"], corpus=at["corpus"], out=at["codes"], max_bad=config.max_bad, pool=config.pool)
+    )
+    build_index(
+        IndexConfig(codes=at["codes"], out=at["index"], kind=config.kind, shards=config.shards, pool=config.pool)
+    )
     return evaluate(EvaluateConfig(model=at["model"], corpus=at["corpus"], out=at["evaluation"], pool=config.pool))

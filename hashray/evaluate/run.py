@@ -36,6 +36,7 @@ from hashray.errors import InputError
 from hashray.evaluate import figures, report
 from hashray.evaluate.baselines import fit_baselines
 from hashray.evaluate.metrics import TIES, average_precisions, code_health, mean_average_precision_float, rank
+from hashray.index.build import code_matrix
 from hashray.methods.backbone import BackboneConfig
 from hashray.model import Model, load_model
 from hashray.progress import Bar, say, show_table
@@ -111,8 +112,7 @@ def _encoded(config: EvaluateConfig, corpus: Corpus, split: str) -> tuple[Codes,
     tables = [read_table(store, record) for record in manifest.files if record.name.startswith("parts/")]
     table = pa.concat_tables(tables)
     ids = table.column("id").to_pylist()
-    width = int(manifest.info["num_bits"]) // 8
-    codes = np.frombuffer(b"".join(table.column("code").to_pylist()), dtype=np.uint8).reshape(-1, width)
+    codes = code_matrix(table.column("code"), int(manifest.info["num_bits"]))
     rows = corpus.rows(split)
     place = {row_id: i for i, row_id in enumerate(rows.ids)}
     return codes, Rows(ids, rows.labels[[place[row_id] for row_id in ids]])
@@ -243,7 +243,9 @@ def _commit() -> str | None:
         return None
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     head = git("rev-parse", "--short=12", "HEAD")
     return (head + ("+changes" if git("status", "--porcelain", "-uno") else "")) or None

@@ -64,4 +64,8 @@ def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
     build_index(
         IndexConfig(codes=at["codes"], out=at["index"], kind=config.kind, shards=config.shards, pool=config.pool)
     )
-    return evaluate(EvaluateConfig(model=at["model"], corpus=at["corpus"], out=at["evaluation"], pool=config.pool))
+    return evaluate(
+        EvaluateConfig(
+            model=at["model"], corpus=at["corpus"], codes=at["codes"], out=at["evaluation"], pool=config.pool
+        )
+    )  # fmt: skip

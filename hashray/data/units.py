@@ -14,6 +14,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,11 @@ import ray
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from hashray import artifact
+from hashray import artifact, errors
 from hashray.artifact import FileRecord
 from hashray.data.corpus import QUARANTINE_SCHEMA, iterate_bytes, table_bytes
 from hashray.data.images import Pixels, Resize, decode_rows
-from hashray.errors import AlreadyExists, AuditError, InputError, TooManyBadRows
+from hashray.errors import AlreadyExists, AuditError, HashrayError, InputError, TooManyBadRows
 from hashray.progress import Bar
 from hashray.runtime import WorkersConfig, unwrap
 from hashray.storage import Store
@@ -64,23 +65,28 @@ class UnitWorker(ABC):
 
 class _Actor:
     def __init__(self, worker: type[UnitWorker], arguments: dict[str, Any], store: Store, plan: str) -> None:
-        self.worker = worker(**arguments)
+        self.make = partial(worker, **arguments)
+        self.worker: UnitWorker | None = None
         self.store, self.plan = store, plan
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        done = []
-        for text in batch["unit"]:
-            unit = json.loads(text)
-            table, bad, info, notes = self.worker.process(unit)
-            name = part_name(self.plan, unit["index"])
-            if len(table) + len(bad) != unit["rows"]:
-                raise AuditError(f"{name}: {unit['rows']} rows in, {len(table)} out, {len(bad)} quarantined")
-            record = artifact.write_file(self.store, name, table_bytes(table), rows=len(table), info=info)
-            part = Part(index=unit["index"], file=record, rows_in=unit["rows"], bad=tuple(bad), notes=notes)
-            data = part.model_dump_json().encode()
-            self.store.write(_record_key(self.plan, part.index), data)
-            done.append(data.decode())
-        return {"part": done}
+        try:
+            return {"part": [self._run(json.loads(text)) for text in batch["unit"]], "error": [""] * len(batch["unit"])}
+        except HashrayError as error:  # as data: Ray Data keeps of an exception only its traceback as text
+            return {"part": [""], "error": [json.dumps([type(error).__name__, str(error)])]}
+
+    def _run(self, unit: dict[str, Any]) -> str:
+        if self.worker is None:
+            self.worker = self.make()
+        table, bad, info, notes = self.worker.process(unit)
+        name = part_name(self.plan, unit["index"])
+        if len(table) + len(bad) != unit["rows"]:
+            raise AuditError(f"{name}: {unit['rows']} rows in, {len(table)} out, {len(bad)} quarantined")
+        record = artifact.write_file(self.store, name, table_bytes(table), rows=len(table), info=info)
+        part = Part(index=unit["index"], file=record, rows_in=unit["rows"], bad=tuple(bad), notes=notes)
+        data = part.model_dump_json()
+        self.store.write(_record_key(self.plan, part.index), data.encode())
+        return data
 
 
 def map_part(
@@ -133,6 +139,7 @@ def run_units(
 
     Raises:
         AlreadyExists: another plan's artifact is finished here; nothing of it is touched.
+        HashrayError: what a worker raised, as it raised it.
         TooManyBadRows: with counts, the first reasons and where the table of all of them is.
     """
     refuse_taken(store, plan)
@@ -155,6 +162,9 @@ def run_units(
             )
             try:
                 for row in dataset.iter_rows():
+                    if row["error"]:
+                        name, text = json.loads(row["error"])
+                        raise getattr(errors, name)(text)
                     part = Part.model_validate_json(row["part"])
                     parts[part.index] = part
                     bar.add(part.rows_in)

@@ -50,6 +50,10 @@ def _line(axes: Axes, result: Mapping[str, Any], x: Sequence[float], y: Sequence
     )  # fmt: skip
 
 
+def _legend_beside(axes: Axes) -> None:
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
 def precision_recall(results: Sequence[Mapping[str, Any]]) -> Figure:
     """Mean precision over mean recall, a point for each Hamming radius."""
     figure, axes = _axes("Precision and recall by Hamming radius", "recall", "precision")
@@ -60,7 +64,7 @@ def precision_recall(results: Sequence[Mapping[str, Any]]) -> Figure:
             _line(axes, result, [r for r, _ in points], [p for _, p in points])
     axes.set_xlim(0, 1.01)
     axes.set_ylim(0, 1.02)
-    axes.legend(fontsize=8, frameon=False)
+    _legend_beside(axes)
     return figure
 
 
@@ -73,7 +77,7 @@ def precision_at(results: Sequence[Mapping[str, Any]]) -> Figure:
             _line(axes, result, [n for n, _ in pairs], [value for _, value in pairs])
     axes.set_xscale("log")
     axes.set_ylim(0, 1.02)
-    axes.legend(fontsize=8, frameon=False)
+    _legend_beside(axes)
     return figure
 
 

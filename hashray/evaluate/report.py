@@ -26,6 +26,7 @@ STYLE = """
 body { margin: 0 auto; max-width: 1120px; padding: 40px 24px 80px; color: var(--ink); background: #fff;
        font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 4px } h2 { font-size: 19px; margin: 44px 0 12px }
+h3 { font-size: 15px; margin: 28px 0 4px }
 p.lead { color: var(--soft); margin: 0 0 24px }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px }
 .tile { border: 1px solid var(--line); border-radius: 10px; padding: 12px 18px; min-width: 132px }
@@ -121,17 +122,22 @@ def _number(value: float | None) -> str:
 
 def _gallery(metrics: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     rows = []
+    shown_hard = False
     for entry in metrics["gallery"]:
+        if entry["hardest"] and not shown_hard:
+            rows.append("<h3>The queries with the lowest average precision</h3>")
+            shown_hard = True
         query = _card(images.get(entry["query"]), entry["query"], "query", "query", entry["labels"])
         cards = [
             _card(
                 images.get(n["id"]), n["id"], "right" if n["relevant"] else "wrong",
-                f'<span class="mark">{"✓" if n["relevant"] else "✗"}</span> {n["distance"]}', n["labels"],
+                f'<span class="mark">{"✓" if n["relevant"] else "✗"}</span> at {n["distance"]}', n["labels"],
             )
             for n in entry["neighbours"]
         ]  # fmt: skip
         rows.append(f'<div class="row">{query}{"".join(cards)}</div>')
-    return "".join(rows) or "<p>No gallery was asked for.</p>"
+    legend = "<p class='lead'>Nearest first, with the Hamming distance in bits; ✓ shares a class with the query.</p>"
+    return legend + "".join(rows) if rows else "<p>No gallery was asked for.</p>"
 
 
 def _card(data: bytes | None, row_id: str, css: str, first_line: str, labels: list[str]) -> str:

@@ -58,10 +58,11 @@ class EvaluateConfig(Config):
     ties: str = Field("expected", description=f"convention for equal distances: {', '.join(TIES)}")
     query_split: str = "query"
     database_split: str = "database"
+    codes: str | None = Field(None, description="codes of the database split, if they exist already")
     baselines: bool = Field(True, description="random, LSH, PCA-sign, ITQ, class code and float cosine, same features")
     baseline_limit: int = Field(200_000, ge=1, description="rows above which baselines are left out")
     baseline_train_rows: int = Field(20_000, ge=1, description="train rows that baselines are fitted on, at most")
-    gallery: int = Field(12, ge=0, description="queries shown on the page")
+    gallery: int = Field(12, ge=0, description="queries shown on the page, a quarter of them the hardest")
     seed: int = Field(0, ge=0)
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
@@ -77,8 +78,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         corpus.require(split, "evaluation")
     model = load_model(config.model, device="cpu")
     connect()
-    query_codes, query = _encoded(config, corpus, config.query_split)
-    database_codes, database = _encoded(config, corpus, config.database_split)
+    query_codes, query = _encoded(config, corpus, config.query_split, None)
+    database_codes, database = _encoded(config, corpus, config.database_split, config.codes)
     name = str(model.method.config.kind)
     results = [_score(name, model.num_bits, query_codes, query.labels, database_codes, database.labels, config)]
     protocol = _protocol(config, model, corpus, query, database)
@@ -103,9 +104,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return metrics
 
 
-def _encoded(config: EvaluateConfig, corpus: Corpus, split: str) -> tuple[Codes, Rows]:
+def _encoded(config: EvaluateConfig, corpus: Corpus, split: str, given: str | None) -> tuple[Codes, Rows]:
     """Codes of a split, with the ids and labels of exactly the rows that have one, in the codes' order."""
-    out = join(config.out, "codes", split)
+    out = given or join(config.out, "codes", split)
     encode(EncodeConfig(model=config.model, corpus=config.corpus, out=out, split=split, pool=config.pool))
     store = open_store(out)
     manifest = artifact.load_manifest(store, "codes")
@@ -267,12 +268,15 @@ def _distance_shares(
 def _gallery(
     config: EvaluateConfig, corpus: Corpus, query_codes: Codes, query: Rows, database_codes: Codes, database: Rows
 ) -> list[dict[str, Any]]:
-    """Some queries, spread over the classes, with their nearest rows; ties by ascending id."""
+    """Some queries spread over the classes, then those of the lowest AP, with their nearest rows; ties by id."""
     order = np.lexsort((np.random.default_rng(config.seed).permutation(len(query.ids)), query.labels.argmax(1)))
-    places = np.linspace(0, len(order) - 1, min(config.gallery, len(order))).round().astype(int)
+    hard = config.gallery // 4
+    places = np.linspace(0, len(order) - 1, min(config.gallery - hard, len(order))).round().astype(int)
+    scores = average_precisions(query_codes, query.labels, database_codes, database.labels).values
+    hardest = np.argsort(scores, kind="stable")[:hard]
     by_id = np.argsort(np.array(database.ids))
     found = []
-    for row in dict.fromkeys(order[places].tolist()):
+    for row in dict.fromkeys([*order[places].tolist(), *hardest.tolist()]):
         distances = hamming(query_codes[row : row + 1], database_codes)[0][by_id]
         near = np.argsort(distances, kind="stable")[:GALLERY_NEIGHBOURS]
         neighbours = [
@@ -284,7 +288,10 @@ def _gallery(
             }
             for i in near
         ]
-        found.append({"query": query.ids[row], "labels": _names(corpus, query.labels[row]), "neighbours": neighbours})
+        names = _names(corpus, query.labels[row])
+        score = None if np.isnan(scores[row]) else float(scores[row])
+        hit = {"query": query.ids[row], "labels": names, "average_precision": score, "neighbours": neighbours}
+        found.append({**hit, "hardest": row in hardest})
     return found
 
 

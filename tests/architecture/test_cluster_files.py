@@ -1,0 +1,50 @@
+"""The cluster files have the form that their tools read, and name what exists."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hashray.cli import STAGES
+from hashray.config import parse_flags
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((ROOT / "cluster" / name).read_text())
+
+
+def test_the_rayjob_runs_a_job_that_exists_with_arguments_that_parse() -> None:
+    import importlib
+
+    spec = load("rayjob.yaml")["spec"]
+    words = spec["entrypoint"].split()
+    job = Path(words[1]).relative_to("/app")
+    assert (ROOT / job).exists() and spec["shutdownAfterJobFinishes"]
+    module, _, config, _ = STAGES[job.stem]
+    parsed = parse_flags(getattr(importlib.import_module(module), str(config)), words[2:], "rayjob")
+    assert (ROOT / Path(parsed.config).relative_to("/app")).exists()  # type: ignore[attr-defined]
+    pins = (ROOT / "constraints.txt").read_text()
+    assert f"ray=={spec['rayClusterSpec']['rayVersion']}" in pins
+    for group in [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]:
+        assert group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_the_ray_up_file_is_one_cluster_of_known_node_types() -> None:
+    spec = load("ray-up.yaml")
+    assert spec["head_node_type"] in spec["available_node_types"]
+    assert spec["max_workers"] >= sum(t.get("min_workers", 0) for t in spec["available_node_types"].values())
+
+
+def test_the_image_copies_what_exists_and_installs_an_extra_that_exists() -> None:
+    text = (ROOT / "cluster/Dockerfile").read_text()
+    for words in re.findall(r"^COPY (.+)$", text, re.M):
+        for path in words.split()[:-1]:
+            assert (ROOT / path).exists(), path
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert re.search(r"ARG EXTRA=(\w+)", text)[1] in extras  # type: ignore[index]

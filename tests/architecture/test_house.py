@@ -1,0 +1,120 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import hashray
+from hashray.cli import STAGES, main
+from hashray.config import validate
+from hashray.train.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCT = sorted((ROOT / "hashray").rglob("*.py"))
+MODULES = [info.name for info in pkgutil.walk_packages(hashray.__path__, "hashray.")]
+
+
+def test_layers_and_the_pure_files_hold() -> None:
+    found = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"],
+                           cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+    assert found.returncode == 0, found.stdout
+
+
+def test_no_file_is_long_and_none_is_called_after_nothing() -> None:
+    for path in [*PRODUCT, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]:
+        assert len(path.read_text().splitlines()) <= 400, path
+        assert not re.fullmatch(r"(utils?|common|helpers?|misc|managers?)", path.stem), path
+
+
+def test_jobs_are_short_and_name_their_own_command() -> None:
+    jobs = sorted((ROOT / "jobs").glob("*.py"))
+    assert {job.stem for job in jobs} >= {"ingest", "train_dseh", "encode", "build_index", "evaluate", "pipeline"}
+    for job in jobs:
+        text = job.read_text()
+        assert len(text.splitlines()) <= 35 and f"jobs/{job.name}" in text, job
+        assert main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("command", sorted(STAGES))
+def test_every_help_works(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    assert "usage: hashray" in capsys.readouterr().out
+
+
+def test_every_config_validates_and_its_header_tells_protocol_cost_and_expectation() -> None:
+    configs = sorted((ROOT / "jobs/configs").glob("*.toml"))
+    assert configs
+    for path in configs:
+        text = path.read_text()
+        validate(TrainConfig, tomllib.loads(text), str(path))
+        head = text.split("\n\n")[0]
+        assert all(f"# {word}:" in head for word in ("Protocol", "Cost", "Expected")), path
+
+
+def test_readme_commands_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"hashray ([a-z]+(?: build)?)\b", "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.S))):
+        assert any(stage.startswith(name.split()[0]) for stage in STAGES), name
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)`?", text):
+        assert f"\n{target}:" in makefile, target
+    for path in re.findall(r"(?:jobs|cluster|benchmarks|tests|hashray)/[\w/.-]+\.\w+", text):
+        assert (ROOT / path).exists(), path
+
+
+def public_objects() -> list[tuple[str, object]]:
+    found = []
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for key, value in vars(module).items():
+            own = getattr(value, "__module__", None) == name
+            if own and not key.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+                found.append((f"{name}.{key}", value))
+    return found
+
+
+def test_public_names_are_documented_and_documented_arguments_exist() -> None:
+    for name, value in public_objects():
+        doc = inspect.getdoc(value)
+        assert doc, name
+        section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", doc, re.M)
+        if section:
+            parameters = set(inspect.signature(value).parameters)  # type: ignore[arg-type]
+            listed = re.findall(r"^    ([\w, ]+):", section[1], re.M)
+            documented = {word.strip() for names in listed for word in names.split(",")}
+            # A line may document several by "a: …; b: …", which this reads the first of.
+            assert documented <= parameters, f"{name}: {documented - parameters}"
+
+
+def test_errors_are_drawn_in_their_tree() -> None:
+    from hashray import errors
+
+    for name, value in vars(errors).items():
+        if inspect.isclass(value) and issubclass(value, errors.HashrayError):
+            assert re.search(rf"\b{name}\b", errors.__doc__ or ""), name
+
+
+def test_the_product_never_raises_a_bare_assertion_for_users_or_swallows_errors() -> None:
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{path}:{node.lineno} catches everything"
+                only = node.body[0]
+                assert not (len(node.body) == 1 and isinstance(only, ast.Pass)), f"{path}:{node.lineno} hides an error"
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import hashray, sys; sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'faiss')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

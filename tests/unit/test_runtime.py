@@ -1,0 +1,125 @@
+"""What the driver shows and how big a pool is; errors that come back through Ray. No Ray is started."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayTaskError
+
+from hashray.errors import InputError, TooManyBadRows
+from hashray.progress import Bar, console, say, show_table
+from hashray.runtime import WorkersConfig, connect, unwrap
+
+
+def raised(error: BaseException, cause: BaseException | None) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+def test_the_error_inside_ray_errors_is_found() -> None:
+    inner = InputError("no such file")
+    wrapped = RayTaskError("process", "traceback", inner).as_instanceof_cause()
+    for error in (
+        inner,
+        wrapped,
+        raised(RuntimeError("x"), inner),
+        raised(RuntimeError("y"), raised(ValueError("z"), wrapped)),
+    ):
+        found = unwrap(error)
+        assert type(found) is InputError
+        assert str(found) == "no such file"
+        assert found.exit_code == 2
+
+
+def test_an_error_that_is_not_ours_comes_back_as_it_is() -> None:
+    error = ValueError("x")
+    assert unwrap(error) is error
+    assert unwrap(raised(error, error)) is error  # `raise error from error`
+    assert unwrap(raised(KeyError("a"), raised(error, None))).args == ("a",)
+    assert unwrap(raised(TooManyBadRows("t"), TooManyBadRows("u"))).args == ("t",)
+
+
+@pytest.mark.parametrize(
+    ("config", "resources", "cores", "nodes", "expected"),
+    [
+        ({}, {"CPU": 4}, 2, 1, 2),
+        ({}, {"CPU": 4}, 2, 3, 4),
+        ({"cpus_per_worker": 2}, {"CPU": 8}, 16, 3, 4),
+        ({"cpus_per_worker": 8}, {"CPU": 4}, 16, 1, 1),
+        ({"gpus_per_worker": 0.5}, {"CPU": 4, "GPU": 2}, 2, 1, 4),
+        ({"gpus_per_worker": 1}, {"CPU": 4}, 2, 1, 1),
+        ({"workers": 7}, {"CPU": 4}, 2, 1, 7),
+    ],
+)
+def test_size_of_a_pool(
+    config: dict[str, Any],
+    resources: dict[str, float],
+    cores: int,
+    nodes: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(ray, "nodes", lambda: [{}] * nodes)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert WorkersConfig(**config).most() == expected
+
+
+def test_connect_starts_no_second_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    connect()
+    assert started == []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    connect()
+    assert started[0]["address"] == "local"
+    assert started[0]["num_cpus"] >= 4
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    connect()
+    assert started[1]["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == "http://store:9000"
+    assert "secret" not in str(started[1])
+
+
+def test_without_a_terminal_progress_is_json_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    clock = iter([0.0, 1.0, 3.0, 4.0, 5.0])
+    monkeypatch.setattr("hashray.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(type(console), "is_terminal", property(lambda self: False))
+    with Bar("encode", 10, "rows", done=2) as bar:
+        for count in (1, 3, 1, 3):
+            bar.add(count, loss=np.float32(0.5))
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert out == ""
+    assert [line["done"] for line in lines] == [6, 10]  # at 3 s and at the end; not at 1 s and 4 s
+    assert lines[0] == {
+        "stage": "encode", "done": 6, "total": 10, "unit": "rows", "per_s": 1.3, "eta_s": 3.0, "loss": "0.5",
+    }  # fmt: skip
+    assert lines[1]["eta_s"] == 0.0
+
+
+def test_on_a_terminal_it_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(type(console), "is_terminal", property(lambda self: True))
+    with Bar("encode", 2, "rows") as bar:
+        bar.add(2, loss=1)
+    err = capsys.readouterr().err
+    assert "encode" in err
+    assert "{" not in err
+
+
+def test_say_and_show_table(capsys: pytest.CaptureFixture) -> None:
+    say("[bold]rows[/bold] in = " + "9" * 300)
+    show_table("results", ["name", "mAP"], [["itq", "0.5"]])
+    out, err = capsys.readouterr()
+    assert err == "[bold]rows[/bold] in = " + "9" * 300 + "\n"
+    assert "itq" in out
+    assert "mAP" in out

@@ -20,13 +20,15 @@ from hashray import __version__, artifact
 from hashray.artifact import Manifest, sha256_hex
 from hashray.codes import BIT_ORDER, Codes, binarize
 from hashray.config import Config
-from hashray.data.corpus import open_corpus
+from hashray.data.corpus import Corpus, feature_matrix, open_corpus
 from hashray.data.images import Pixels
 from hashray.data.units import BadRow, UnitWorker, clear_progress, map_part, run_units, write_quarantine
+from hashray.errors import MismatchError
 from hashray.model import load_model
 from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import open_store
+from hashray.train.features import trunk_fingerprint
 
 
 class EncodeConfig(Config):
@@ -35,6 +37,7 @@ class EncodeConfig(Config):
     model: str = Field(description="model, local folder or s3:// url")
     corpus: str = Field(description="corpus, local folder or s3:// url")
     out: str = Field(description="where the codes go")
+    features: str | None = Field(None, description="cached features of the model's frozen trunk, instead of the images")
     split: str = Field("database", description="train, query, database, unlabelled, validation or all")
     batch_size: int = Field(64, ge=1, description="images in memory at a time, a worker")
     max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
@@ -42,20 +45,37 @@ class EncodeConfig(Config):
 
 
 class _EncodeWorker(UnitWorker):
-    def __init__(self, model: str, corpus: str, split: str, batch_size: int, gpu: bool) -> None:
+    def __init__(self, model: str, source: str, split: str, batch_size: int, gpu: bool) -> None:
         if not gpu:
             torch.set_num_threads(1)
         self.model = load_model(model, device="cuda" if gpu else "cpu")
-        self.corpus, self.split, self.batch_size = open_corpus(corpus), split, batch_size
+        self.corpus, self.split, self.batch_size = open_corpus(source, None), split, batch_size
 
     def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
         table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]), self.split)
+        if "feature" in table.column_names:
+            codes = binarize(self.model.logits(feature_matrix(table.column("feature"))))
+            return codes_table(table.column("id").to_pylist(), codes, self.model.num_bits), [], {}, {}
         trunk = self.model.backbone
         rows, codes, bad = map_part(table, trunk.image_size, trunk.resize, self._codes, self.batch_size)
         return codes_table(rows.column("id").to_pylist(), codes, self.model.num_bits), bad, {}, {}
 
     def _codes(self, pixels: Pixels) -> Codes:
         return binarize(self.model.logits(pixels))
+
+
+def _features(config: EncodeConfig, corpus: Corpus) -> Corpus:
+    """The cached features, after checking that they are this corpus through this model's trunk."""
+    found = open_corpus(str(config.features), "features")
+    trunk = load_model(config.model, device="cpu").method.trunk
+    if not trunk.config.frozen:
+        raise MismatchError(f"{config.model} has trained its trunk: cached features do not apply; leave out --features")
+    if found.manifest.parents["corpus"] != corpus.manifest.id or found.manifest.fingerprint != trunk_fingerprint(trunk):
+        raise MismatchError(
+            f"{config.features} are not the features of {config.corpus} through the trunk of {config.model}; "
+            "leave out --features, or name those that training made"
+        )
+    return found
 
 
 def codes_table(ids: list[str], codes: Codes, num_bits: int) -> pa.Table:
@@ -74,9 +94,14 @@ def encode(config: EncodeConfig) -> Manifest:
         AlreadyExists: `out` holds codes of another model, corpus or split.
     """
     model, corpus = artifact.load_manifest(config.model, "model"), open_corpus(config.corpus)
-    total = corpus.require(config.split, "encoding")
+    parents = {"model": model.id, "corpus": corpus.manifest.id}
+    source = corpus
+    if config.features is not None:
+        source = _features(config, corpus)
+        parents["features"] = source.manifest.id
+    total = source.require(config.split, "encoding")
     num_bits = int(model.config["method"]["num_bits"])
-    plan = sha256_hex(f"codes {model.id} {corpus.manifest.id} {config.split}".encode())[:16]
+    plan = sha256_hex(f"codes {parents} {config.split}".encode())[:16]
     store = open_store(config.out)
     if artifact.is_finished(store):
         manifest = artifact.load_manifest(store, "codes")
@@ -84,13 +109,13 @@ def encode(config: EncodeConfig) -> Manifest:
             say(f"{config.out} is finished already: {manifest.rows_out:,} codes")
             return manifest
     connect()
-    chosen = [record for record in corpus.parts if corpus.count_part(record, config.split)]
+    chosen = [record for record in source.parts if source.count_part(record, config.split)]
     units = [
-        {"index": i, "rows": corpus.count_part(record, config.split), "part": record.name}
+        {"index": i, "rows": source.count_part(record, config.split), "part": record.name}
         for i, record in enumerate(chosen)
     ]
     arguments = {
-        "model": config.model, "corpus": config.corpus, "split": config.split,
+        "model": config.model, "source": source.store.url, "split": config.split,
         "batch_size": config.batch_size, "gpu": config.pool.gpus_per_worker > 0,
     }  # fmt: skip
     parts = run_units(store, plan, units, _EncodeWorker, arguments, config.pool, "encode", config.max_bad)
@@ -99,7 +124,7 @@ def encode(config: EncodeConfig) -> Manifest:
         store,
         Manifest(
             kind="codes", project_version=__version__, config={"split": config.split},
-            parents={"model": model.id, "corpus": corpus.manifest.id}, fingerprint=model.fingerprint,
+            parents=parents, fingerprint=model.fingerprint,
             columns={"id": "string", "code": f"fixed_size_binary[{num_bits // 8}]"}, bit_order=BIT_ORDER,
             rows_in=total, rows_out=total - bad, rows_quarantined=bad,
             files=(*[part.file for part in parts], write_quarantine(store, parts)),

@@ -17,6 +17,7 @@ from hashray.index.build import IndexConfig, build_index
 from hashray.runtime import WorkersConfig
 from hashray.storage import join
 from hashray.train.config import TrainConfig
+from hashray.train.features import features_of_model
 from hashray.train.trainer import train
 
 
@@ -58,9 +59,13 @@ def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
         )
     )  # fmt: skip
     train(training.model_copy(update={"corpus": at["corpus"], "out": at["model"]}))
+    features = features_of_model(at["model"], at["corpus"], config.pool, config.max_bad)
     encode(
-        EncodeConfig(model=at["model"], corpus=at["corpus"], out=at["codes"], max_bad=config.max_bad, pool=config.pool)
-    )
+        EncodeConfig(
+            model=at["model"], corpus=at["corpus"], features=features, out=at["codes"], max_bad=config.max_bad,
+            pool=config.pool,
+        )
+    )  # fmt: skip
     build_index(
         IndexConfig(codes=at["codes"], out=at["index"], kind=config.kind, shards=config.shards, pool=config.pool)
     )

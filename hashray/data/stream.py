@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from hashray.data.batches import EpochPlan, Slice, SliceSource, Window, row_seeds, slice_rows
 from hashray.data.corpus import Corpus, multi_hot, open_corpus
 from hashray.data.images import AugmentConfig, Resize, augment
-from hashray.errors import CorruptArtifact
+from hashray.errors import CorruptArtifact, RunError
 from hashray.storage import open_store
 
 POSITION_FILE = "position.json"
@@ -44,7 +44,7 @@ class StreamSpec:
 
 
 def training_dataset(spec: StreamSpec, passes: int) -> ray.data.Dataset:
-    """Every window of `passes` passes; windows before the last checkpoint give nothing when they run."""
+    """Every window of `passes` passes; windows behind the place where workers began give nothing when they run."""
     items = [
         {"item": json.dumps({"pass": number, "window": window.index})}
         for number in range(passes)
@@ -80,7 +80,7 @@ def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, sweep: boo
 
 
 def _is_past(spec: StreamSpec, number: int, window: Window) -> bool:
-    """Whether the run's last checkpoint lies behind this window. Read when the task runs: a worker group that
+    """Whether this window lies behind the place where the worker group began. Read when the task runs: a group that
     restarts begins the dataset anew, and the batches up to its checkpoint need not be read again."""
     store = open_store(spec.position_url)
     if not store.exists(POSITION_FILE):
@@ -161,6 +161,8 @@ class StreamSlices(SliceSource):
                 found = next(self._running, None)
             if found is None:
                 return
+            if found[0] != number:
+                raise RunError(f"the data stream gave pass {found[0]} where pass {number} was due")
             yield found[1]
 
     def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.uint8]]]:

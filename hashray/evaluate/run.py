@@ -32,7 +32,7 @@ from hashray.codes import Codes, hamming
 from hashray.config import Config
 from hashray.data.corpus import Corpus, Rows, open_corpus, read_table
 from hashray.encode import EncodeConfig, encode
-from hashray.errors import InputError
+from hashray.errors import InputError, MismatchError
 from hashray.evaluate import figures, report
 from hashray.evaluate.baselines import fit_baselines
 from hashray.evaluate.metrics import TIES, average_precisions, code_health, mean_average_precision_float, rank
@@ -42,9 +42,10 @@ from hashray.model import Model, load_model
 from hashray.progress import Bar, say, show_table
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import join, open_store
-from hashray.train.features import compute_features
+from hashray.train.features import compute_features, features_of_model
 
 PIXEL_SIZE = 32
+MAX_BAD = 0.05
 GALLERY_NEIGHBOURS = 10
 
 
@@ -78,15 +79,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         corpus.require(split, "evaluation")
     model = load_model(config.model, device="cpu")
     connect()
-    query_codes, query = _encoded(config, corpus, config.query_split, None)
-    database_codes, database = _encoded(config, corpus, config.database_split, config.codes)
+    features = features_of_model(config.model, config.corpus, config.pool, MAX_BAD)
+    query_codes, query = _encoded(config, corpus, config.query_split, features, None)
+    database_codes, database = _encoded(config, corpus, config.database_split, features, config.codes)
     name = str(model.method.config.kind)
     results = [_score(name, model.num_bits, query_codes, query.labels, database_codes, database.labels, config)]
     protocol = _protocol(config, model, corpus, query, database)
     if config.baselines and len(database.ids) + len(query.ids) <= config.baseline_limit:
-        features = _Features(config, model, corpus)
-        protocol["baseline_features"] = features.name
-        results += _baselines(config, model.num_bits, features, query, database)
+        values = _Features(config, model, corpus, features)
+        protocol["baseline_features"] = values.name
+        results += _baselines(config, model.num_bits, values, query, database)
     elif config.baselines:
         say(f"baselines left out: more than --baseline-limit {config.baseline_limit:,} rows")
     metrics: dict[str, Any] = {
@@ -104,12 +106,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return metrics
 
 
-def _encoded(config: EvaluateConfig, corpus: Corpus, split: str, given: str | None) -> tuple[Codes, Rows]:
+def _encoded(
+    config: EvaluateConfig, corpus: Corpus, split: str, features: str | None, given: str | None
+) -> tuple[Codes, Rows]:
     """Codes of a split, with the ids and labels of exactly the rows that have one, in the codes' order."""
     out = given or join(config.out, "codes", split)
-    encode(EncodeConfig(model=config.model, corpus=config.corpus, out=out, split=split, pool=config.pool))
+    if given is None:
+        encode(
+            EncodeConfig(
+                model=config.model, corpus=config.corpus, out=out, split=split, features=features, pool=config.pool
+            )
+        )  # fmt: skip
     store = open_store(out)
     manifest = artifact.load_manifest(store, "codes")
+    made_from = (manifest.parents["model"], manifest.parents["corpus"], manifest.info["split"])
+    wanted = (artifact.load_manifest(config.model, "model").id, corpus.manifest.id, split)
+    if made_from != wanted:
+        raise MismatchError(f"{out} are not the codes of the {split!r} rows of {config.corpus} by {config.model}")
     tables = [read_table(store, record) for record in manifest.files if record.name.startswith("parts/")]
     table = pa.concat_tables(tables)
     ids = table.column("id").to_pylist()
@@ -144,19 +157,17 @@ def _score(
 class _Features:
     """Baseline features of any split: cached trunk features, or pixels."""
 
-    def __init__(self, config: EvaluateConfig, model: Model, corpus: Corpus) -> None:
+    def __init__(self, config: EvaluateConfig, model: Model, corpus: Corpus, frozen_url: str | None) -> None:
         trained = dict(model.manifest.config["backbone"]) if model.manifest else {}
         backbone = BackboneConfig.model_validate(trained)
         self.cached: Corpus | None = None
         self.corpus = corpus
-        if backbone.weights is None:
+        if backbone.weights is None and frozen_url is None:
             self.name = f"pixels, {PIXEL_SIZE} x {PIXEL_SIZE} x 3"
             return
-        frozen = backbone.model_copy(update={"frozen": True})
-        workers = WorkersConfig(**config.pool.model_dump())
-        # A frozen trunk is in the model, whatever became of the weights file; a trained one starts from the file.
-        source = config.model if backbone.frozen else None
-        url = compute_features(config.corpus, frozen, None, workers, 0.05, trunk_of_model=source)
+        # A frozen trunk is in the model, whatever became of the weights file; a trained one started from the file.
+        start = backbone.model_copy(update={"frozen": True})
+        url = frozen_url or compute_features(config.corpus, start, None, config.pool, MAX_BAD)
         self.cached = open_corpus(url, "features")
         self.name = f"{backbone.name}, {backbone.image_size} px, pretrained"
 

@@ -279,7 +279,10 @@ class DSEH(Method):
         device = self.hash.weight.device
         banks = None
         if phase.round > 0:
+            was_training = self.training
+            self.eval()  # batch statistics would make the banks depend on how a sweep is cut into batches
             sums = crew.sum_by_label_row(self._bank_outputs).to(device)
+            self.train(was_training)
             means = sums / table.counts.to(device)[:, None]
             feature, code = means.split([self.config.semantic_dim, self.config.num_bits], dim=1)
             dtype = self.hash.weight.dtype

@@ -6,7 +6,7 @@ import operator
 from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from hashray.config import Config
 from hashray.data.images import AugmentConfig
@@ -72,6 +72,12 @@ class TrainConfig(Config):
     max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint after a lost worker")
     max_bad: float = Field(0.05, ge=0, le=1, description="frozen trunk: share of rows that may be quarantined")
     tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _features_are_in_memory(self) -> TrainConfig:
+        if self.backbone.frozen and self.input == "stream":
+            raise ValueError('backbone.frozen trains on cached features in memory: input "stream" is not for it')
+        return self
 
     def result_of(self) -> dict[str, Any]:
         """The part of the config that the trained weights depend on."""

@@ -48,6 +48,23 @@ class _FeatureWorker(UnitWorker):
         return self.trunk(torch.as_tensor(pixels, device=self.device)).cpu().numpy()
 
 
+def features_of_model(model_url: str, corpus_url: str, workers: WorkersConfig, max_bad: float) -> str | None:
+    """Features of a corpus through the frozen trunk inside a model, computed or found; None if it was trained."""
+    backbone = load_model(model_url, device="cpu").backbone
+    if not backbone.frozen:
+        return None
+    return compute_features(corpus_url, backbone, None, workers, max_bad, trunk_of_model=model_url)
+
+
+def trunk_fingerprint(trunk: Trunk) -> str:
+    """What cached features depend on: the trunk's weights and settings, wherever the weights came from."""
+    return state_fingerprint(trunk.state_dict(), canonical(_settings(trunk)).decode())
+
+
+def _settings(trunk: Trunk) -> dict[str, Any]:
+    return trunk.config.model_dump(mode="json", exclude={"weights"})
+
+
 def _load_trunk(backbone: BackboneConfig, trunk_of_model: str | None) -> Trunk:
     trunk = build_trunk(backbone) if trunk_of_model is None else load_model(trunk_of_model, device="cpu").method.trunk
     return trunk.eval()
@@ -68,8 +85,7 @@ def compute_features(
     """
     corpus = open_corpus(corpus_url)
     trunk = _load_trunk(backbone, trunk_of_model)
-    settings = backbone.model_dump(mode="json", exclude={"weights"})
-    fingerprint = state_fingerprint(trunk.state_dict(), canonical(settings).decode())
+    fingerprint = trunk_fingerprint(trunk)
     url = out or join(corpus_url, "features", fingerprint[:16])
     store = open_store(url)
     plan = sha256_hex(f"features {corpus.manifest.id} {fingerprint}".encode())[:16]
@@ -91,7 +107,7 @@ def compute_features(
     artifact.publish(
         store,
         Manifest(
-            kind="features", project_version=__version__, config=settings, parents={"corpus": corpus.manifest.id},
+            kind="features", project_version=__version__, config=_settings(trunk), parents={"corpus": corpus.manifest.id},
             columns=columns, fingerprint=fingerprint, rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
             files=(*[part.file for part in parts], classes, write_quarantine(store, parts)),
             info={"plan": plan, "feature_dim": trunk.feature_dim},

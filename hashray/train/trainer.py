@@ -38,7 +38,7 @@ from hashray.progress import Bar, say
 from hashray.runtime import WorkersConfig, connect, unwrap
 from hashray.storage import join, open_store
 from hashray.storage_s3 import arrow_filesystem
-from hashray.train.checkpoint import load_checkpoint
+from hashray.train.checkpoint import Position, load_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.features import compute_features
 from hashray.train.loop import Loop
@@ -249,8 +249,6 @@ def _worker(job: dict[str, Any]) -> None:
             assert held is not None and base is not None
             return mean_average_precision(_codes(method, held[0]), held[1], _codes(method, base[0]), base[1])
 
-    positions = open_store(join(job["checkpoints"], job["run"]))
-
     def report(metrics: dict[str, Any], write: Any) -> None:
         if rank == 0:
             job["board"].put.remote(metrics)
@@ -260,18 +258,19 @@ def _worker(job: dict[str, Any]) -> None:
                 write(Path(folder))
                 checkpoint = rt.Checkpoint.from_directory(folder)
             rt.report(metrics, checkpoint=checkpoint)
-        if rank == 0 and write is not None:
-            number = sum(phase.epochs for phase in loop.phases[: loop.position.phase]) + loop.position.epoch
-            at = {"pass": number, "step": loop.position.step}
-            positions.write(POSITION_FILE, json.dumps(at).encode())
 
     loop = Loop(method, config, table, source, report, validate, device)
-    found = rt.get_checkpoint()
-    if found is None:
-        loop.run()
-        return
-    with found.as_directory() as folder:
-        checkpoint = load_checkpoint(Path(folder))
+    checkpoint, found = None, rt.get_checkpoint()
+    if found is not None:
+        with found.as_directory() as folder:
+            checkpoint = load_checkpoint(Path(folder))
+    if rank == 0 and not job["memory"]:
+        # Where this group begins, before it asks for data: a checkpoint that was written but that Ray had not
+        # registered when the run was killed is not the one a rerun starts from.
+        at = Position() if checkpoint is None else checkpoint.position
+        number = sum(phase.epochs for phase in loop.phases[: at.phase]) + at.epoch
+        position = json.dumps({"pass": number, "step": at.step}).encode()
+        open_store(join(job["checkpoints"], job["run"])).write(POSITION_FILE, position)
     loop.run(checkpoint)
 
 

@@ -50,16 +50,39 @@ def table() -> str:
         cells = [f"**{scores[n]:.4f}**" if n == "dseh" else f"{scores[n]:.4f}" if n in scores else "" for n in COLUMNS]
         lines.append(f"| {entry['name']} | {entry['results'][0]['num_bits']} | " + " | ".join(cells) + " |")
     notes = sorted({_note(entry) for entry in found})
-    return "\n".join([*lines, "", "mAP over the whole ranking, the mean over all orders of ties.", "", *notes])
+    legend = "mAP over the whole ranking, the mean over all orders of ties."
+    return "\n".join([*lines, "", legend, "", *notes, "", *_label_lines()])
+
+
+def _label_lines() -> list[str]:
+    """LabNet alone, from label matrices: map_l and n_h beside the paper's Table 2."""
+    lines = [
+        "| LabNet alone on label rows | bits | seed | map_l | n_h | distinct rows |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for path in sorted(RESULTS.glob("labels_*.json")):
+        kept = json.loads(path.read_text())
+        for run in kept["runs"]:
+            cells = (
+                kept["labels"],
+                kept["num_bits"],
+                run["seed"],
+                f"{run['map_l']:.4f}",
+                run["n_h"],
+                run["label_rows"],
+            )
+            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return lines if len(lines) > 2 else []
 
 
 def _note(entry: dict[str, Any]) -> str:
     protocol, made = entry["protocol"], entry["environment"]
+    features = protocol.get("baseline_features", "no")
     return (
         f"- {entry['name']}: protocol `{protocol['name']}`, {protocol['train']:,} train, {protocol['queries']:,} queries, "
-        f"{protocol['database']:,} database, baselines on {protocol.get('baseline_features', 'no')} features; split seed "
-        f"{protocol['split_seed']}, train seed {protocol['train_seed']}; commit {made['commit']}, torch {made['torch']}, "
-        f"{made['hardware']}."
+        f"{protocol['database']:,} database; baselines on {features} features; "
+        f"split seed {protocol['split_seed']}, train seed {protocol['train_seed']}; "
+        f"commit {made['commit']}, torch {made['torch']}, {made['hardware']}."
     )
 
 

@@ -6,6 +6,7 @@ index = hashray.open_index("s3://bucket/indexes/photos")     # .search(codes, k)
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -16,14 +17,11 @@ if TYPE_CHECKING:
     from hashray.search.reader import open_index
 
 
+_HOMES = {"load_model": "hashray.model", "open_index": "hashray.search.reader"}
+
+
 def __getattr__(name: str) -> Any:
     """Import torch and faiss when they are asked for, not before."""
-    if name == "load_model":
-        from hashray.model import load_model
-
-        return load_model
-    if name == "open_index":
-        from hashray.search.reader import open_index
-
-        return open_index
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'hashray' has no attribute {name!r}")

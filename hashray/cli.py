@@ -16,7 +16,7 @@ import tyro
 from pydantic import Field
 
 from hashray import __version__
-from hashray.config import Config, override, parse_flags, read_toml, validate
+from hashray.config import Config, override, parse_flags, validate
 from hashray.errors import HashrayError, InputError, perhaps
 from hashray.progress import say, show_table
 
@@ -59,7 +59,7 @@ class SearchConfig(Config):
 
 def train_command(arguments: Sequence[str]) -> None:
     """Train from a TOML file, overridden by flags."""
-    from hashray.train.config import TrainConfig
+    from hashray.train.config import TrainConfig, read_training_config
     from hashray.train.trainer import train
 
     if not arguments or arguments[0].startswith("-"):
@@ -69,7 +69,7 @@ def train_command(arguments: Sequence[str]) -> None:
             override(validate(TrainConfig, {"method": {"kind": "dseh"}}, "defaults"), ["--help"], "hashray train")
         raise InputError("hashray train needs a config first: hashray train CONFIG.toml [--any.field value]")
     path, *flags = arguments
-    config = override(validate(TrainConfig, read_toml(path), path), list(flags), f"hashray train {path}")
+    config = override(read_training_config(path), list(flags), f"hashray train {path}")
     train(config)
 
 
@@ -78,14 +78,13 @@ def search_command(config: SearchConfig) -> None:
     from hashray.data.images import BadImage, decode
     from hashray.model import load_model
     from hashray.search.reader import open_index
-    from hashray.storage import open_store, split_url
+    from hashray.storage import read_url
 
     index, model = open_index(config.index), load_model(config.model)
     images = []
     for path in config.image:
-        folder, name = split_url(path)
         try:
-            images.append(decode(open_store(folder).read(name)))
+            images.append(decode(read_url(path)))
         except BadImage as error:
             raise InputError(f"{path} cannot be used as a query: {error}") from error
     ids, distances = index.search(model.encode(images), config.k)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hashray import storage
 from hashray.errors import ConfigError, InputError, perhaps
 
 ConfigT = TypeVar("ConfigT", bound="Config")
@@ -27,21 +25,18 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file, local or on S3.
+def parse_toml(data: bytes, where: str) -> dict[str, Any]:
+    """Parse the bytes of a TOML file; `where` names it in errors.
 
     Raises:
-        InputError: no such file. ConfigError: it is not TOML; the text gives line and column.
+        ConfigError: it is not UTF-8 or not TOML; the text gives line and column.
     """
-    folder, name = storage.split_url(str(path))
     try:
-        text = storage.open_store(folder).read(name).decode("utf-8-sig")
+        return tomllib.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
-    try:
-        return tomllib.loads(text)
+        raise ConfigError(f"{where} is not UTF-8 text: {error}") from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        raise ConfigError(f"{where} is not valid TOML: {error}") from error
 
 
 def validate(config_class: type[ConfigT], data: Mapping[str, Any], where: str) -> ConfigT:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from hashray.config import Config, read_toml, validate
+from hashray.config import Config
 from hashray.data.ingest import IngestConfig, ingest
 from hashray.data.sources import SourceConfig
 from hashray.data.splits import Protocol
@@ -16,7 +16,7 @@ from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.index.build import IndexConfig, build_index
 from hashray.runtime import WorkersConfig
 from hashray.storage import join
-from hashray.train.config import TrainConfig
+from hashray.train.config import TrainConfig, read_training_config
 from hashray.train.features import features_of_model
 from hashray.train.trainer import train
 
@@ -44,8 +44,7 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
     Raises:
         What the stages raise.
     """
-    training = validate(TrainConfig, read_toml(config.config), config.config)
-    return run_stages(config, training)
+    return run_stages(config, read_training_config(config.config))
 
 
 def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:

@@ -240,6 +240,16 @@ def split_url(url: str | Path) -> tuple[str, str]:
     return folder or slash or ".", name
 
 
+def read_url(url: str | Path) -> bytes:
+    """The bytes of one file, local or on S3.
+
+    Raises:
+        InputError: there is no such file, or the url names none.
+    """
+    folder, name = split_url(url)
+    return open_store(folder).read(name)
+
+
 def check_conditional_put(store: Store) -> None:
     """Make sure that `create` really refuses a second writer: some stores ignore the header it uses.
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hashray.config import Config
+from hashray.config import Config, parse_toml, validate
 from hashray.data.images import AugmentConfig
 from hashray.errors import ConfigError
 from hashray.methods import known_methods, parse_method_config
 from hashray.methods.backbone import BackboneConfig
 from hashray.methods.base import MethodConfig
+from hashray.storage import read_url
 
 
 def _check_method(data: Any) -> Any:
@@ -84,3 +85,12 @@ class TrainConfig(Config):
         places = {"corpus", "out", "features", "workers", "cpus_per_worker", "gpu", "max_failures", "max_bad"}
         pace = {"checkpoint_every", "checkpoint_steps", "memory_limit_mib", "tensorboard", "input"}
         return self.model_dump(mode="json", exclude=places | pace)
+
+
+def read_training_config(url: str) -> TrainConfig:
+    """Read and validate a training config, TOML, local or on S3.
+
+    Raises:
+        InputError: no such file. ConfigError: every fault of the file at once.
+    """
+    return validate(TrainConfig, parse_toml(read_url(url), url), url)

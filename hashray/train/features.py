@@ -107,7 +107,8 @@ def compute_features(
     artifact.publish(
         store,
         Manifest(
-            kind="features", project_version=__version__, config=_settings(trunk), parents={"corpus": corpus.manifest.id},
+            kind="features", project_version=__version__, config=_settings(trunk),
+            parents={"corpus": corpus.manifest.id},
             columns=columns, fingerprint=fingerprint, rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
             files=(*[part.file for part in parts], classes, write_quarantine(store, parts)),
             info={"plan": plan, "feature_dim": trunk.feature_dim},

@@ -25,7 +25,7 @@ from hashray.train.loop import Loop
 DIM, CLASSES = 24, 4
 
 
-class Stop(Exception):  # noqa: N818
+class Stop(Exception):
     """Raised by a test to stop a run at a place, as a kill would."""
 
 

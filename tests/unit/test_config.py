@@ -8,9 +8,10 @@ from typing import Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from hashray.config import Config, override, read_toml, require_path, validate
+from hashray.config import Config, override, parse_toml, require_path, validate
 from hashray.errors import ConfigError, InputError, StorageError, perhaps
-from hashray.train.config import TrainConfig
+from hashray.storage import open_store
+from hashray.train.config import TrainConfig, read_training_config
 
 
 class Alpha(Config):
@@ -123,27 +124,22 @@ def test_configs_are_frozen_and_defaults_validated() -> None:
     assert Whole.model_validate(Whole(either=Beta(depth=2)).model_dump(mode="json")) == Whole(either=Beta(depth=2))
 
 
-def test_read_toml(tmp_path: Path, s3_url: str) -> None:
-    path = tmp_path / "a b.toml"
-    path.write_bytes("\ufeffcount = 4\n[preset]\nrows = 2\n".encode())
-    assert read_toml(path) == {"count": 4, "preset": {"rows": 2}}
-    from hashray.storage import open_store
-
-    open_store(s3_url).write("c.toml", b"count = 5")
-    assert read_toml(f"{s3_url}/c.toml") == {"count": 5}
-
-
-def test_read_toml_says_what_is_wrong_and_where(tmp_path: Path) -> None:
-    path = tmp_path / "broken.toml"
-    path.write_text("count = 4\n[preset\n")
-    assert "broken.toml is not valid TOML" in (text := text_of(read_toml, path))
-    assert "line 2" in text
-    path.write_bytes(b"name = '\xff'")
-    assert "broken.toml is not UTF-8 text" in text_of(read_toml, path)
+def test_a_training_config_is_read_from_a_folder_and_from_s3(tmp_path: Path, s3_url: str) -> None:
+    data = '\ufeffepochs = 4\n[method]\nkind = "dseh"\n'.encode()
+    (tmp_path / "a b.toml").write_bytes(data)
+    open_store(s3_url).write("c.toml", data)
+    for url in (str(tmp_path / "a b.toml"), f"{s3_url}/c.toml"):
+        assert read_training_config(url).epochs == 4
     with pytest.raises(InputError, match=r"none\.toml not found"):
-        read_toml(tmp_path / "none.toml")
+        read_training_config(str(tmp_path / "none.toml"))
     with pytest.raises(InputError, match="is a folder, a file was expected"):
-        read_toml(tmp_path)
+        read_training_config(str(tmp_path))
+
+
+def test_toml_that_cannot_be_read_says_where() -> None:
+    assert "broken.toml is not valid TOML" in (text := text_of(parse_toml, b"count = 4\n[preset\n", "broken.toml"))
+    assert "line 2" in text
+    assert "broken.toml is not UTF-8 text" in text_of(parse_toml, b"name = '\xff'", "broken.toml")
 
 
 def test_flags_override_a_file() -> None:

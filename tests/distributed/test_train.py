@@ -1,0 +1,198 @@
+"""`hashray train` on Ray: the same weights from memory and from the stream, through a lost worker and a lost driver."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from tiny import BACKBONE, METHOD, files_of, kill_command_when, killing_worker_when, write_corpus, write_toml
+
+from hashray import artifact
+from hashray.cli import main
+from hashray.config import validate
+from hashray.data.batches import EpochPlan, MemorySlices, Slice
+from hashray.data.corpus import open_corpus
+from hashray.data.images import AugmentConfig
+from hashray.data.stream import POSITION_FILE, StreamSlices, StreamSpec, sweep_dataset, training_dataset
+from hashray.errors import AlreadyExists
+from hashray.methods.backbone import BackboneConfig, build_trunk
+from hashray.storage import open_store
+from hashray.train.config import TrainConfig
+from hashray.train.trainer import load_rows, train
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+ROWS, BATCH, WINDOW, PASSES = 60, 8, 16, 3
+CONFIG: dict[str, Any] = {
+    "method": {**METHOD, "rounds": 2},
+    "backbone": BACKBONE,
+    "augment": {"flip": True, "shift": 1},
+    "optim": {"lr": 3e-3},
+    "epochs": 2,
+    "batch_size": BATCH,
+    "shuffle_window": WINDOW,
+    "validation_rows": 8,
+    "validation_every": 1,
+    "checkpoint_steps": 2,
+    "cpus_per_worker": 0.5,
+    "tensorboard": False,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = str(tmp_path_factory.mktemp("train") / "corpus")
+    write_corpus(url, ROWS, 25)
+    return url
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus: str, ray_session: Any) -> Path:
+    """A model trained from memory by one worker that nobody disturbs."""
+    out = Path(corpus).parent / "unbroken"
+    train(config_of(corpus=corpus, out=str(out), input="memory"))
+    return out
+
+
+def config_of(**changes: Any) -> TrainConfig:
+    return validate(TrainConfig, CONFIG | changes, "test")
+
+
+def assert_same(one: Path, other: Path, tolerance: float) -> None:
+    """Equal weights and, line by line, equal metrics."""
+    left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(
+            left[name], right[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n} {text}"
+        )  # type: ignore[misc]
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, other)
+    ]
+    assert len(lines[0]) == len(lines[1]) == 4
+    for a, b in zip(*lines, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert b[key] == (pytest.approx(value, abs=10 * tolerance) if isinstance(value, float) else value), key
+
+
+def second_epoch_begun(out: Path) -> bool:
+    """Whether a checkpoint of the second pass or later lies there, whole."""
+    for state in (out / "checkpoints").glob("*/checkpoint_*/state.json"):
+        try:
+            at = json.loads(state.read_text())["position"]
+        except (OSError, ValueError):
+            continue
+        if (at["phase"], at["epoch"]) >= (0, 1) and at["step"] > 0:
+            return True
+    return False
+
+
+def test_streamed_and_its_worker_killed_gives_the_weights_of_memory_unbroken(
+    corpus: str, unbroken: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "streamed"
+    with killing_worker_when(lambda: second_epoch_begun(out), "ray::RayTrainWorker") as killed:
+        train(config_of(corpus=corpus, out=str(out), input="stream"))
+    assert killed, "the run was over before its worker could be killed"
+    assert_same(unbroken, out, 1e-6)
+    assert artifact.verify(out) == []
+    assert not list((out / "checkpoints").rglob("*.safetensors"))
+
+
+def test_a_killed_driver_goes_on_from_its_checkpoint(
+    corpus: str, unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write_toml(tmp_path / "config.toml", CONFIG), tmp_path / "resumed"
+    words = ["train", path, "--corpus", corpus, "--out", str(out), "--input", "memory"]
+    kill_command_when(words, lambda: second_epoch_begun(out), tmp_path / "log")
+    assert not (out / "manifest.json").exists()
+    kept = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*/checkpoint_*/state.json")}
+    assert kept
+    assert main(words) == 0
+    assert_same(unbroken, out, 1e-6)
+    assert files_of(out)["manifest.json"] == files_of(unbroken)["manifest.json"]
+    # It is finished now: the same command changes nothing, another one may not write here.
+    before = files_of(out)
+    assert main(words) == 0
+    assert "is finished already" in capfd.readouterr().err
+    assert main([*words, "--seed", "7"]) == 1
+    assert "already" in capfd.readouterr().err
+    assert files_of(out) == before
+
+
+def test_frozen_features_are_made_once_and_two_workers_equal_one(corpus: str, tmp_path: Path) -> None:
+    weights = tmp_path / "trunk.pth"
+    torch.manual_seed(1)
+    torch.save(build_trunk(BackboneConfig.model_validate(BACKBONE)).net.state_dict(), weights)
+    frozen = {"backbone": {**BACKBONE, "frozen": True, "weights": str(weights)}, "features": str(tmp_path / "features")}
+    one = train(config_of(corpus=corpus, out=str(tmp_path / "one"), **frozen))
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()}
+    assert artifact.verify(tmp_path / "features") == []
+    two = train(config_of(corpus=corpus, out=str(tmp_path / "two"), workers=2, **frozen))
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()} == made
+    assert one.parents == two.parents and set(one.parents) == {"corpus", "features"}
+    assert_same(tmp_path / "one", tmp_path / "two", 1e-4)
+    with pytest.raises(AlreadyExists, match="holds a finished model"):
+        train(config_of(corpus=corpus, out=str(tmp_path / "one"), seed=3, **frozen))
+
+
+@pytest.mark.slow
+def test_two_workers_on_the_stream_train_on_every_row(corpus: str, tmp_path: Path) -> None:
+    """The loop itself counts the rows of every pass; what it saw is in the slices test below."""
+    out = tmp_path / "two"
+    train(config_of(corpus=corpus, out=str(out), input="stream", workers=2))
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(corpus: str, tmp_path: Path) -> None:
+    config = config_of(corpus=corpus, out=str(tmp_path))
+    opened = open_corpus(corpus)
+    inputs, labels, ids = load_rows(opened, {"0003", "0040"}, False, config)
+    parts = [record.name for record in opened.parts]
+    plan = EpochPlan((24, 24, 10), 9, WINDOW, 5)  # 9 rows on two workers: shares of 5 and 4; the last batch has 4
+    for world in (1, 2):
+        url = str(tmp_path / str(world))
+        spec = StreamSpec(corpus, plan, parts, {"0003", "0040"}, 16, "crop", AugmentConfig(shift=2), world, url)
+        memory = [MemorySlices(plan, inputs, labels, ids, spec.augmentation, rank, world) for rank in range(world)]
+        for source, slices in zip(memory, read_all(spec, 0, 0), strict=True):
+            assert_slices(slices, [piece for number in range(PASSES) for piece in source.epoch(number, 0)])
+        # After a checkpoint in the second pass the windows behind it are not read; what comes is the same.
+        open_store(url).write(POSITION_FILE, json.dumps({"pass": 1, "step": 5}).encode())
+        for source, slices in zip(memory, read_all(spec, 1, 5), strict=True):
+            assert_slices(slices, [*source.epoch(1, 5), *source.epoch(2, 0)])
+        with ThreadPoolExecutor(world) as pool:
+            shards = split(sweep_dataset(spec), world)
+            swept = list(pool.map(lambda shard, spec=spec: list(StreamSlices(spec, None, shard, 3).sweep()), shards))  # type: ignore[misc]
+        assert sum(len(images) for share in swept for images, _ in share) == plan.rows
+
+
+def split(dataset: ray.data.Dataset, world: int) -> list[Any]:
+    """Shards as Ray Train makes them."""
+    dataset.context.execution_options.preserve_order = True
+    return list(dataset.streaming_split(world, equal=True))
+
+
+def read_all(spec: StreamSpec, first_pass: int, first_step: int) -> list[list[Slice]]:
+    """What every worker sees of the passes from a place on; they read at the same time, as workers do."""
+
+    def read(shard: Any) -> list[Slice]:
+        source = StreamSlices(spec, shard, None, 3)
+        passes = [source.epoch(n, first_step if n == first_pass else 0) for n in range(first_pass, PASSES)]
+        return [piece for one in passes for piece in one]
+
+    with ThreadPoolExecutor(spec.world) as pool:
+        return list(pool.map(read, split(training_dataset(spec, PASSES), spec.world)))
+
+
+def assert_slices(found: list[Slice], expected: list[Slice]) -> None:
+    assert [(piece.step, piece.rows) for piece in found] == [(piece.step, piece.rows) for piece in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.inputs, other.inputs)
+        np.testing.assert_array_equal(one.labels, other.labels)

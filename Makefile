@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-all check bench results clean
+.PHONY: help install demo test test-all check bench pin results clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,10 @@ check: install  ## style, types, layers
 
 bench: install  ## side-by-side benchmarks, each printing a ratio
 	for name in metric search encode; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+pin: install  ## compile constraints.txt anew: the tested set, both FAISS builds, no index addresses
+	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --no-emit-index-url --extra cpu --extra dev pyproject.toml -o constraints.txt
+	sed -n 's/^faiss-cpu==/faiss-gpu==/p' constraints.txt >> constraints.txt
 
 results: install  ## write the results table in README.md from benchmarks/results/*.json
 	$(BIN)/python benchmarks/results.py --write

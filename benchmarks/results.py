@@ -79,8 +79,9 @@ def _note(entry: dict[str, Any]) -> str:
     protocol, made = entry["protocol"], entry["environment"]
     features = protocol.get("baseline_features", "no")
     return (
-        f"- {entry['name']}: protocol `{protocol['name']}`, {protocol['train']:,} train, {protocol['queries']:,} queries, "
-        f"{protocol['database']:,} database; baselines on {features} features; "
+        f"- {entry['name']}: protocol `{protocol['name']}`; {protocol['train']:,} train, "
+        f"{protocol['queries']:,} query, "
+        f"{protocol['database']:,} database rows; baselines on {features} features; "
         f"split seed {protocol['split_seed']}, train seed {protocol['train_seed']}; "
         f"commit {made['commit']}, torch {made['torch']}, {made['hardware']}."
     )

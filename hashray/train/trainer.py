@@ -199,21 +199,19 @@ class _Watch:
             from tensorboardX import SummaryWriter
 
             writer = SummaryWriter(str(folder))
-        done = 0
         with Bar("train", self.epochs, "epochs") as bar:
             over = False
             while not over:
                 over = self.stop.wait(0.5)
                 for line in ray.get(self.board.take.remote()):
                     if line["event"] == "epoch":
-                        done += 1
                         notes = {"loss": f"{line['loss']:.4f}"}
                         if "validation_map" in line:
                             notes["mAP"] = f"{line['validation_map']:.4f}"
-                        bar.add(1, **notes)
+                        bar.add(line["pass"] - bar.done, **notes)
                         for name, value in line.items():
                             if writer is not None and isinstance(value, float):
-                                writer.add_scalar(name, value, done)
+                                writer.add_scalar(name, value, line["pass"])
         if writer is not None:
             writer.close()
 

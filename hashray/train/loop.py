@@ -191,8 +191,8 @@ class Loop:
             raise RunError(f"epoch {number}: {rows:,.0f} rows were trained on, the plan has {plan.rows:,}")
         means = {name: value / plan.steps for name, value in totals.items()}
         position.epoch, position.step = position.epoch + 1, 0
-        line = {"event": "epoch", "pass": number + 1, "phase": phase.name, "round": phase.round, "epoch": position.epoch,
-                "lr": rate, "loss": sum(means.values()), **means}  # fmt: skip
+        line = {"event": "epoch", "pass": number + 1, "phase": phase.name, "round": phase.round,
+                "epoch": position.epoch, "lr": rate, "loss": sum(means.values()), **means}  # fmt: skip
         last = position.epoch == phase.epochs
         if self.validate is not None and (last or position.epoch % self.config.validation_every == 0):
             line["validation_map"] = self._select(f"phase {position.phase}, epoch {position.epoch}")

@@ -1,0 +1,111 @@
+"""The command line: exit code 2 and advice for a wrong request, before anything is started."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hashray import artifact, storage
+from hashray.artifact import Manifest
+from hashray.cli import main
+from tests.unit.crew import config_of
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str | Path, code: int = 2) -> str:
+    """Run a command that must end with `code`; what it said, in one line."""
+    try:
+        found = main([str(word) for word in words])
+    except SystemExit as stopped:  # tyro ends the process itself for a flag it does not know
+        found = int(stopped.code or 0)
+    assert found == code
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).replace("│", " ").split())
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "c.toml"
+    path.write_text(text)
+    return path
+
+
+def test_commands_that_do_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "perhaps you meant 'ingest'" in fails(capsys, "ingst")
+    assert "'index rebuild' is not a command" in fails(capsys, "index", "rebuild")
+    assert "usage: hashray COMMAND" in fails(capsys)
+    assert "Perhaps you meant" in fails(capsys, "ingest", "x", "--out", "y", "--split-protocl", "as-given")
+
+
+def test_missing_and_empty_sources(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert f"{tmp_path}/none" in fails(capsys, "ingest", tmp_path / "none", "--out", tmp_path / "o")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in fails(capsys, "ingest", tmp_path / "empty", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_labels_out_of_range_name_the_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    (tmp_path / "list.txt").write_text("a.png 0\nb.png 7\n")
+    flags = ("--class-names", tmp_path / "names.txt", "--out", tmp_path / "o")
+    said = fails(capsys, "ingest", tmp_path / "list.txt", *flags)
+    assert "line 2" in said and "label 7 is out of range" in said and "0 to 1" in said
+
+
+def test_training_configs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = toml(tmp_path, 'epoch = 3\n[method]\nkind = "dseh"\nnum_bits = 30\n[optim]\nlr = -1\n')
+    said = fails(capsys, "train", path)
+    assert "3 faults" in said and "perhaps you meant 'epochs'" in said
+    assert "30 is not a positive multiple of 8; use 24 or 32" in said and "optim.lr" in said
+    assert "perhaps you meant 'dseh'" in fails(capsys, "train", toml(tmp_path, '[method]\nkind = "dsh"\n'))
+    good = toml(tmp_path, '[method]\nkind = "dseh"\n')
+    assert "--corpus is missing" in fails(capsys, "train", good, "--out", tmp_path / "m")
+    assert "not a finished artifact" in fails(capsys, "train", good, "--corpus", tmp_path, "--out", tmp_path / "m")
+    assert "31 is not a positive multiple of 8" in fails(capsys, "train", good, "--method.num-bits", "31")
+    assert "Unrecognized" in fails(capsys, "train", good, "--method.num-bit", "32")
+    assert "needs a config first" in fails(capsys, "train", "--out", "x")
+    assert "not found" in fails(capsys, "train", tmp_path / "none.toml")
+
+
+def test_a_query_that_is_no_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from hashray.methods import build_method
+    from hashray.methods.backbone import BackboneConfig, build_trunk
+    from hashray.model import write_model
+    from tests.unit.test_search import small_index
+
+    config = config_of()
+    method = build_method(config.method, build_trunk(BackboneConfig(width=4)), 3)
+    write_model(storage.open_store(tmp_path / "m"), method, method.state_dict(), list("abc"), {}, {}, [], {})
+    small_index(tmp_path, num_bits=16)
+    (tmp_path / "x.png").write_bytes(b"not an image")
+    words = ("search", tmp_path / "index", "--model", tmp_path / "m", "--image")
+    assert "x.png cannot be used as a query: UnidentifiedImageError" in fails(capsys, *words, tmp_path / "x.png")
+    assert "none.png not found" in fails(capsys, *words, tmp_path / "none.png")
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "y.png")
+    assert "cannot be searched" in fails(capsys, *words, tmp_path / "y.png")
+
+
+def test_describe_and_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store = storage.open_store(tmp_path)
+    record = artifact.write_file(store, "a.bin", b"12345")
+    made = Manifest(kind="model", project_version="1", config={}, parents={}, files=(record,))
+    artifact.publish(store, made)
+    assert main(["describe", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["whole"] is True
+    assert main(["verify", str(tmp_path)]) == 0
+    capsys.readouterr()
+    (tmp_path / "a.bin").write_bytes(b"12346")
+    assert "a.bin" in fails(capsys, "verify", tmp_path, code=1)
+    assert "not a finished artifact" in fails(capsys, "describe", tmp_path / "none")
+
+
+def test_the_endpoint_flag_reaches_the_store(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT_URL", ""))
+    assert main(["--endpoint-url", "http://127.0.0.1:9", "--version"]) == 0
+    assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9"
+    assert "needs a value" in fails(capsys, "verify", "x", "--endpoint-url")

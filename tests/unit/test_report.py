@@ -1,0 +1,76 @@
+"""Figures and the page: made from metrics alone, whole in one file, the same twice."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hashray.evaluate import figures, report
+
+CURVE = {"precision": [0.9, 0.5, 0.1], "recall": [0.0, 0.6, 1.0]}
+
+
+def result(name: str, num_bits: int | None, score: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "num_bits": num_bits, "top_k": None, "ties": "expected", "mAP": score}
+    if num_bits:
+        row |= {"precision_at": {"1": 0.9, "10": 0.8, "100": 0.7}, "precision_radius_2": 0.6, "pr_curve": CURVE}
+    return row
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    neighbours = [
+        {"id": "n1", "distance": 0, "labels": ["cat"], "relevant": True},
+        {"id": "gone", "distance": 3, "labels": [], "relevant": False},
+    ]
+    shared = {"average_precision": 0.5, "neighbours": neighbours}
+    return {
+        "protocol": {"name": "per-class", "queries": 2, "database": 3, "classes": 2, "top_k": None},
+        "environment": {"commit": "abc", "command": "hashray evaluate"},
+        "results": [result("dseh", 16, 0.9), result("itq", 16, 0.7), result("float-cosine", None, 0.8)],
+        "distances": {"relevant": [0.5, 0.5, 0.0], "other": [0.0, 0.1, 0.9]},
+        "gallery": [
+            {"query": "q<1>", "labels": ["<b>"], "hardest": False, **shared},
+            {"query": "q2", "labels": ["cat"], "hardest": True, **shared},
+        ],
+    }
+
+
+def png_of(seed: int) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def test_figures_are_pictures_and_the_same_twice(metrics: dict[str, Any]) -> None:
+    first, second = figures.draw_all(metrics), figures.draw_all(metrics)
+    assert first == second and set(first) == {"scores", "precision_recall", "precision_at", "distances"}
+    for data in first.values():
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 24) or []) > 10
+
+
+def test_curves_hold_the_numbers_of_the_results(metrics: dict[str, Any]) -> None:
+    axes = figures.precision_recall(metrics["results"]).axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert set(lines) == {"dseh", "itq"}  # float cosine has no radius
+    assert np.allclose(lines["dseh"].get_xydata(), [[0.6, 0.5], [1.0, 0.1]])  # a radius that finds nothing is no point
+    bars = figures.scores(metrics["results"]).axes[0].patches
+    assert [bar.get_width() for bar in bars] == [0.7, 0.8, 0.9]
+
+
+def test_the_page_is_one_file_with_every_number_and_picture(metrics: dict[str, Any]) -> None:
+    images = {"q<1>": png_of(0), "q2": b"broken", "n1": png_of(1)}
+    page = report.page(metrics, figures.draw_all(metrics), images)
+    assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page
+    for text in ("0.9000", "0.7000", "0.8000", "2 queries against 3 rows", "✓", "✗", "lowest average precision"):
+        assert text in page, text
+    assert page.count('class="card right"') == 2 and page.count('class="card wrong"') == 2
+    assert page.count('class="none"') == 3  # a broken image, and a row that has none, twice
+    assert "<b>," not in page and "&lt;b&gt;" in page and "q&lt;1&gt;" in page
+    assert "No gallery" in report.page({**metrics, "gallery": []}, {}, {})

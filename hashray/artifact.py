@@ -15,6 +15,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from hashray.manifest import (
     sha256_hex,
     to_bytes,
 )
-from hashray.storage import TEMP_PREFIX, Store, join, open_store
+from hashray.storage import TEMP_PREFIX, Store, check_conditional_put, join, open_store
 
 __all__ = [
     "FORMAT_VERSION",
@@ -125,6 +126,7 @@ def publish(store: Store, manifest: Manifest, key: str = MANIFEST) -> Manifest:
     if faults:
         raise AuditError(f"{store.url} ({manifest.kind}) was not published: {'; '.join(faults)}")
     data = to_bytes(manifest)
+    _honours_create(store)
     try:
         store.create(key, data)
     except AlreadyExists as error:
@@ -137,6 +139,13 @@ def publish(store: Store, manifest: Manifest, key: str = MANIFEST) -> Manifest:
                 "choose another --out, or delete the folder to make it again"
             ) from error
     return manifest
+
+
+@lru_cache(maxsize=64)
+def _honours_create(store: Store) -> None:
+    """Once a process and store: a store that ignores the condition would let a second publisher overwrite a first."""
+    if store.local_path(MANIFEST) is None:
+        check_conditional_put(store)
 
 
 def load_manifest(url_or_store: str | Path | Store, kind: str | None = None, key: str = MANIFEST) -> Manifest:

@@ -158,6 +158,10 @@ def _run(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"hashray {__version__}")
         return 0
+    if words[0] == "index" and (len(words) == 1 or words[1] in ("-h", "--help")):
+        known = [name for name in STAGES if name.startswith("index ")]
+        print(f"usage: hashray index build …     (hashray index build --help for its flags)\nknown: {', '.join(known)}")
+        return 0 if len(words) > 1 else 2
     name = " ".join(words[:2]) if words[0] == "index" else words[0]
     if name not in STAGES:
         raise InputError(f"{name!r} is not a command{perhaps(name, STAGES)} Commands: {', '.join(STAGES)}")

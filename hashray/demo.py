@@ -17,10 +17,12 @@ from pydantic import Field
 from sklearn.datasets import load_digits
 
 from hashray.config import Config, validate
+from hashray.errors import InputError
 from hashray.model import load_model
 from hashray.pipeline import PipelineConfig, run_stages
 from hashray.progress import say, show_table
 from hashray.search.reader import open_index
+from hashray.storage import open_store
 from hashray.train.config import TrainConfig
 
 TRAINING = {
@@ -45,6 +47,8 @@ class DemoConfig(Config):
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Run the demo; leave metrics.json and report.html in the folder. Rerun = resume."""
     start_s = time.monotonic()
+    if open_store(config.out).local_path("digits") is None:
+        raise InputError(f"--out {config.out}: the demo needs a local folder; `hashray pipeline` writes to s3:// too")
     out = Path(config.out)
     digits = write_digits(out / "digits")
     say(f"{digits:,} handwritten digits as PNG files in {out / 'digits'}")

@@ -20,10 +20,10 @@ from torch import Tensor
 from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical
 from hashray.codes import BIT_ORDER, StampedCodes, binarize
-from hashray.data.images import to_pixels
+from hashray.data.images import to_pixels, to_rgb
 from hashray.errors import InputError
 from hashray.methods import build_method, parse_method_config
-from hashray.methods.backbone import BackboneConfig, build_trunk, state_fingerprint
+from hashray.methods.backbone import BackboneConfig, build_trunk, state_fingerprint, without_place
 from hashray.methods.base import Method
 from hashray.storage import Store, open_store
 
@@ -67,7 +67,7 @@ class Model:
                 raise InputError(f"images are {images.dtype} {images.shape}; expected uint8 [n, h, w, 3] or PIL images")
             images = [Image.fromarray(image) for image in images]
         size, resize = self.backbone.image_size, self.backbone.resize
-        pixels = [to_pixels(image.convert("RGB"), size, resize) for image in images]
+        pixels = [to_pixels(to_rgb(image), size, resize) for image in images]
         array = np.stack(pixels) if pixels else np.zeros((0, 3, size, size), dtype=np.uint8)
         return StampedCodes.stamp(binarize(self.logits(array)), self.fingerprint)
 
@@ -86,7 +86,7 @@ def write_model(
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     description = {
         "method": method.config.model_dump(mode="json"),
-        "backbone": method.trunk.config.model_dump(mode="json") | {"weights": None},
+        "backbone": without_place(method.trunk.config).model_dump(mode="json"),
         "num_bits": method.config.num_bits,
         "num_classes": method.num_classes,
         "classes": list(classes),

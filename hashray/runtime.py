@@ -13,7 +13,7 @@ from hashray.config import Config
 from hashray.errors import HashrayError
 
 # A worker must look for objects where the driver does; credentials come from the node, never from here.
-FORWARDED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")
+FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
 
 
 class WorkersConfig(Config):
@@ -59,6 +59,16 @@ def connect() -> None:
     _quiet_data()
 
 
+def quicken_on_one_machine() -> None:
+    """Where there is one node only, let Ray Train poll its workers more often, and watch for no lost nodes.
+
+    A worker's report waits for the next poll, 2 s apart by default: a short run is nothing but that wait.
+    """
+    if _is_local():
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+
 def _is_local() -> bool:
     return len(ray.nodes()) == 1
 
@@ -78,7 +88,8 @@ def unwrap(error: BaseException) -> BaseException:
     while seen is not None and id(seen) not in visited:
         visited.add(id(seen))
         cause = getattr(seen, "cause", None)
-        for found in (cause, seen):
+        failures = getattr(seen, "worker_failures", {})  # Ray Train's, by rank
+        for found in (cause, seen, *failures.values()):
             if isinstance(found, HashrayError) and not isinstance(found, RayTaskError):
                 return found
         seen = cause or seen.__cause__

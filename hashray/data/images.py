@@ -44,16 +44,24 @@ def decode(data: bytes | None) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as opened:
                 opened.load()
-                image: Image.Image = opened
-                if image.mode.startswith("I") or image.mode == "F":
-                    image = _eight_bits(image)
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return to_rgb(opened)
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes; the row is quarantined
         text = " ".join(str(error).split()) or "cannot be decoded"
         text = text.split("<_io")[0].strip()
         raise BadImage(f"{type(error).__name__}: {text}"[:300]) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image to RGB, turned as its EXIF orientation says; twice is once.
+
+    Raises:
+        BadImage: its pixels have more than 16 bits.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

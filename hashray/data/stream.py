@@ -136,7 +136,7 @@ def _decode(table: pa.Table, spec: StreamSpec, sweep: bool) -> pa.Table:
         ids = real.column("id").to_pylist()
         pixels = augment(pixels, spec.augmentation, row_seeds(spec.plan.seed, number, ids))
     padded = np.zeros((len(table), 3 * spec.size * spec.size), dtype=np.uint8)
-    padded[np.flatnonzero(table.column("real").to_numpy())] = pixels.reshape(len(pixels), -1)
+    padded[np.flatnonzero(table.column("real").to_numpy())] = pixels.reshape(len(pixels), padded.shape[1])
     column = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(padded.shape[1]), len(padded), [None, pa.py_buffer(padded.tobytes())]
     )

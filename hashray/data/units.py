@@ -145,10 +145,11 @@ def run_units(
     refuse_taken(store, plan)
     total = sum(int(unit["rows"]) for unit in units)
     parts = finished_parts(store, plan, len(units))
+    if sum(len(part.bad) for part in parts.values()) > max_bad * total:  # mended since: those units run again
+        parts = {index: part for index, part in parts.items() if not part.bad}
     todo = [unit for unit in units if int(unit["index"]) not in parts]
     bar = Bar(title, total, "rows", done=sum(part.rows_in for part in parts.values()))
     with bar:
-        _stop_if_bad(store, parts, total, max_bad, title)
         if todo:
             items = [{"unit": json.dumps(dict(unit))} for unit in todo]
             size = min(len(todo), workers.most())
@@ -186,12 +187,15 @@ def part_name(plan: str, index: int) -> str:
     return f"parts/part-{index:05d}-{plan[:8]}.parquet"
 
 
-def refuse_taken(store: Store, plan: str) -> None:
-    """Raise AlreadyExists where the finished artifact of another plan is, before anything of it is overwritten."""
+def refuse_taken(store: Store, plan: str, name: str = "plan") -> None:
+    """Raise AlreadyExists where the finished artifact of another plan is, before anything of it is overwritten.
+
+    `name` is what the manifest's info calls its plan.
+    """
     if not artifact.is_finished(store):
         return
     manifest = artifact.load_manifest(store)
-    if manifest.info.get("plan") != plan:
+    if manifest.info.get(name) != plan:
         raise AlreadyExists(
             f"{store.url} holds a finished {manifest.kind} ({manifest.id[:12]}) of another input or configuration; "
             "nothing was changed there: choose another --out, or delete the folder to make it again"
@@ -218,9 +222,10 @@ def _record_key(plan: str, index: int) -> str:
     return f"progress/{plan}/{index:06d}.json"
 
 
-def write_quarantine(store: Store, parts: Sequence[Part]) -> FileRecord:
-    """Write the quarantine table of all parts; an empty one says that nothing was put aside."""
-    rows = [row.model_dump() for part in sorted(parts, key=lambda part: part.index) for row in part.bad]
+def write_quarantine(store: Store, parts: Sequence[Part], before: Sequence[BadRow] = ()) -> FileRecord:
+    """Write the quarantine table of all parts, after rows lost `before`; an empty one: nothing was put aside."""
+    bad = [*before, *(row for part in sorted(parts, key=lambda part: part.index) for row in part.bad)]
+    rows = [row.model_dump() for row in bad]
     table = pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
     return artifact.write_file(store, artifact.QUARANTINE, table_bytes(table), rows=len(rows))
 

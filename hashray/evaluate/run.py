@@ -24,18 +24,25 @@ import ray
 import torch
 import tyro
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical
-from hashray.codes import Codes, hamming
+from hashray.codes import Codes, binarize, hamming
 from hashray.config import Config
 from hashray.data.corpus import Corpus, Rows, open_corpus, read_table
 from hashray.encode import EncodeConfig, encode
-from hashray.errors import InputError, MismatchError
+from hashray.errors import InputError, MismatchError, perhaps
 from hashray.evaluate import figures, report
 from hashray.evaluate.baselines import fit_baselines
-from hashray.evaluate.metrics import TIES, average_precisions, code_health, mean_average_precision_float, rank
+from hashray.evaluate.metrics import (
+    TIES,
+    Ranking,
+    average_precisions,
+    code_health,
+    mean_average_precision_float,
+    rank,
+)
 from hashray.index.build import code_matrix
 from hashray.methods.backbone import BackboneConfig
 from hashray.model import Model, load_model
@@ -45,7 +52,7 @@ from hashray.storage import join, open_store
 from hashray.train.features import compute_features, features_of_model
 
 PIXEL_SIZE = 32
-MAX_BAD = 0.05
+HEALTH_ROWS = 256
 GALLERY_NEIGHBOURS = 10
 
 
@@ -65,7 +72,22 @@ class EvaluateConfig(Config):
     baseline_train_rows: int = Field(20_000, ge=1, description="train rows that baselines are fitted on, at most")
     gallery: int = Field(12, ge=0, description="queries shown on the page, a quarter of them the hardest")
     seed: int = Field(0, ge=0)
+    max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
+
+    @field_validator("ties")
+    @classmethod
+    def _known_ties(cls, value: str) -> str:
+        if value not in TIES:
+            raise ValueError(f"no convention is called {value!r}{perhaps(value, TIES)} Known: {', '.join(TIES)}")
+        return value
+
+    @field_validator("top_k")
+    @classmethod
+    def _positive(cls, value: int | None) -> int | None:
+        if value is not None and value < 1 and value != -1:
+            raise ValueError("R must be at least 1 (or -1, as deephash_pytorch writes the whole ranking)")
+        return value
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -74,16 +96,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         InputError: no query or database rows, or a ties name that is not known.
     """
+    if artifact.is_finished(open_store(config.out)):
+        artifact.load_manifest(config.out, "evaluation")  # refuses to write over anything else
     corpus = open_corpus(config.corpus)
+    if not corpus.num_classes:
+        raise InputError(f"{config.corpus} has no labels, and without them no row is relevant to any; ingest them too")
+    if config.baselines and not corpus.count("train"):
+        raise InputError(f"{config.corpus} has no train rows to fit the baselines on; give --no-baselines")
     for split in (config.query_split, config.database_split):
         corpus.require(split, "evaluation")
     model = load_model(config.model, device="cpu")
     connect()
-    features = features_of_model(config.model, config.corpus, config.pool, MAX_BAD)
+    features = features_of_model(config.model, config.corpus, config.pool, config.max_bad)
     query_codes, query = _encoded(config, corpus, config.query_split, features, None)
     database_codes, database = _encoded(config, corpus, config.database_split, features, config.codes)
     name = str(model.method.config.kind)
+    ranking = rank(query_codes, query.labels, database_codes, database.labels)
     results = [_score(name, model.num_bits, query_codes, query.labels, database_codes, database.labels, config)]
+    results[0]["code_health"] |= _logit_health(model, corpus, config.query_split)
     protocol = _protocol(config, model, corpus, query, database)
     if config.baselines and len(database.ids) + len(query.ids) <= config.baseline_limit:
         values = _Features(config, model, corpus, features)
@@ -95,8 +125,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "protocol": protocol,
         "environment": environment(),
         "results": results,
-        "distances": _distance_shares(query_codes, query.labels, database_codes, database.labels),
-        "gallery": _gallery(config, corpus, query_codes, query, database_codes, database),
+        "distances": _distance_shares(ranking),
+        "gallery": _gallery(config, corpus, ranking, query_codes, query, database_codes, database),
     }
     _write(config, corpus, model, metrics)
     rows = [[r["name"], str(r["num_bits"] or "float"), f"{r['mAP']:.4f}"] for r in results]
@@ -114,7 +144,8 @@ def _encoded(
     if given is None:
         encode(
             EncodeConfig(
-                model=config.model, corpus=config.corpus, out=out, split=split, features=features, pool=config.pool
+                model=config.model, corpus=config.corpus, out=out, split=split, features=features,
+                max_bad=config.max_bad, pool=config.pool,
             )
         )  # fmt: skip
     store = open_store(out)
@@ -167,7 +198,7 @@ class _Features:
             return
         # A frozen trunk is in the model, whatever became of the weights file; a trained one started from the file.
         start = backbone.model_copy(update={"frozen": True})
-        url = frozen_url or compute_features(config.corpus, start, None, config.pool, MAX_BAD)
+        url = frozen_url or compute_features(config.corpus, start, None, config.pool, config.max_bad)
         self.cached = open_corpus(url, "features")
         self.name = f"{backbone.name}, {backbone.image_size} px, pretrained"
 
@@ -263,11 +294,17 @@ def _commit() -> str | None:
     return (head + ("+changes" if git("status", "--porcelain", "-uno") else "")) or None
 
 
-def _distance_shares(
-    query_codes: Codes, query_labels: NDArray[np.uint8], database_codes: Codes, database_labels: NDArray[np.uint8]
-) -> dict[str, list[float]]:
+def _logit_health(model: Model, corpus: Corpus, split: str) -> dict[str, float]:
+    """How far the logits of some queries lie from 0 (METHODS 6.7), over the first part that has any."""
+    record = next(record for record in corpus.parts if corpus.count_part(record, split))
+    table = corpus.read_part(record, split).slice(0, HEALTH_ROWS)
+    logits = model.logits(corpus.inputs(table, model.backbone.image_size, model.backbone.resize))
+    whole = code_health(binarize(logits), logits=np.tanh(logits))
+    return {name: whole[name] for name in ("near_zero", "quantization", "exact_zeros")}
+
+
+def _distance_shares(ranking: Ranking) -> dict[str, list[float]]:
     """Share of relevant and of other pairs at each Hamming distance 0 .. num_bits."""
-    ranking = rank(query_codes, query_labels, database_codes, database_labels)
     relevant, total = ranking.relevant.sum(0), ranking.total.sum(0)
     other = total - relevant
     return {
@@ -277,13 +314,19 @@ def _distance_shares(
 
 
 def _gallery(
-    config: EvaluateConfig, corpus: Corpus, query_codes: Codes, query: Rows, database_codes: Codes, database: Rows
+    config: EvaluateConfig,
+    corpus: Corpus,
+    ranking: Ranking,
+    query_codes: Codes,
+    query: Rows,
+    database_codes: Codes,
+    database: Rows,
 ) -> list[dict[str, Any]]:
     """Some queries spread over the classes, then those of the lowest AP, with their nearest rows; ties by id."""
     order = np.lexsort((np.random.default_rng(config.seed).permutation(len(query.ids)), query.labels.argmax(1)))
     hard = config.gallery // 4
     places = np.linspace(0, len(order) - 1, min(config.gallery - hard, len(order))).round().astype(int)
-    scores = average_precisions(query_codes, query.labels, database_codes, database.labels).values
+    scores = ranking.average_precisions().values
     hardest = np.argsort(scores, kind="stable")[:hard]
     by_id = np.argsort(np.array(database.ids))
     found = []
@@ -312,6 +355,7 @@ def _names(corpus: Corpus, labels: NDArray[np.uint8]) -> list[str]:
 
 def _write(config: EvaluateConfig, corpus: Corpus, model: Model, metrics: dict[str, Any]) -> None:
     store = open_store(config.out)
+    store.delete(artifact.MANIFEST)  # an evaluation is made again freely; till it is written there is none
     pictures = figures.draw_all(metrics)
     images = corpus.images(config.query_split, [row["query"] for row in metrics["gallery"]])
     images |= corpus.images(config.database_split, [n["id"] for row in metrics["gallery"] for n in row["neighbours"]])
@@ -319,8 +363,6 @@ def _write(config: EvaluateConfig, corpus: Corpus, model: Model, metrics: dict[s
     files = [artifact.write_file(store, f"figures/{name}.png", data) for name, data in pictures.items()]
     files.append(artifact.write_file(store, "report.html", page.encode()))
     files.append(artifact.write_file(store, "metrics.json", canonical(metrics)))
-    if artifact.is_finished(store):  # an evaluation is made again freely: other code, other baselines
-        store.delete(artifact.MANIFEST)
     parents = {"model": metrics["protocol"]["model"], "corpus": metrics["protocol"]["corpus"]}
     settings = json.loads(config.model_dump_json(exclude={"pool"}))
     artifact.publish(

@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
-import torchvision
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
@@ -40,7 +39,10 @@ class BackboneConfig(Config):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        known = [*OWN_TRUNKS, *torchvision.models.list_models(module=torchvision.models)]
+        if value in OWN_TRUNKS:
+            return value
+        models = _models()
+        known = [*OWN_TRUNKS, *models.list_models(module=models)]
         if value not in known:
             raise ValueError(f"no trunk is called {value!r}{perhaps(value, known)}")
         return value
@@ -148,13 +150,13 @@ def build_trunk(config: BackboneConfig, load_weights: bool = True) -> Trunk:
     else:
         # These two draw their first weights for ten seconds, with SciPy; torch's own do as well.
         slow = {"init_weights": False} if config.name in ("googlenet", "inception_v3") else {}
-        net = torchvision.models.get_model(config.name, weights=None, **slow)
+        net = _models().get_model(config.name, weights=None, **slow)
     if load_weights and config.weights:
         names = _weight_names(config.name)
         if config.weights in names:
             net.load_state_dict(_download(config))
         else:
-            _load_file(net, config, names)
+            _load_file(net, config)
     if config.name not in OWN_TRUNKS:
         _drop_classifier(net)
         _drop_auxiliary(net, pretrained=config.weights is not None)
@@ -164,13 +166,31 @@ def build_trunk(config: BackboneConfig, load_weights: bool = True) -> Trunk:
 def _normalisation(config: BackboneConfig) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation that the weights were trained with: ImageNet's, but for a few of torchvision's."""
     if config.weights in _weight_names(config.name):
-        preset = torchvision.models.get_model_weights(config.name)[str(config.weights)].transforms()
+        preset = _models().get_model_weights(config.name)[str(config.weights)].transforms()
         return preset.mean, preset.std
     return IMAGENET_MEAN, IMAGENET_STD
 
 
+def without_place(config: BackboneConfig) -> BackboneConfig:
+    """The config to keep beside trained weights: a file's path becomes "file"; names stay, for their normalisation."""
+    if config.weights is None or config.weights in _weight_names(config.name):
+        return config
+    return config.model_copy(update={"weights": "file"})
+
+
+def weights_identity(config: BackboneConfig) -> str | None:
+    """What `weights` stands for: a name of torchvision's as it is, a file as the sha256 of its bytes.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if config.weights is None or config.weights in _weight_names(config.name):
+        return config.weights
+    return hashlib.sha256(_read_weights(config)).hexdigest()
+
+
 def _download(config: BackboneConfig) -> Mapping[str, Tensor]:
-    found = torchvision.models.get_model_weights(config.name)[str(config.weights)]
+    found = _models().get_model_weights(config.name)[str(config.weights)]
     try:
         return found.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
@@ -183,19 +203,31 @@ def _download(config: BackboneConfig) -> Mapping[str, Tensor]:
 def _weight_names(name: str) -> list[str]:
     if name in OWN_TRUNKS:
         return []
-    return list(torchvision.models.get_model_weights(name).__members__)
+    return list(_models().get_model_weights(name).__members__)
 
 
-def _load_file(net: nn.Module, config: BackboneConfig, names: list[str]) -> None:
-    path = str(config.weights)
-    folder, file_name = storage.split_url(path)
+def _models() -> Any:
+    """torchvision's models; not at the top: importing them takes each worker five seconds, and our trunks need none."""
+    import torchvision
+
+    return torchvision.models
+
+
+def _read_weights(config: BackboneConfig) -> bytes:
     try:
-        data = storage.open_store(folder).read(file_name)
+        return storage.read_url(str(config.weights))
     except InputError as error:
+        names = _weight_names(config.name)
         allowed = f"{', '.join(names)} or a state-dict file" if names else "a state-dict file"
-        raise InputError(f"weights = {path!r} for {config.name}: no such file; allowed: {allowed}") from error
+        raise InputError(f"weights = {config.weights!r} for {config.name}: no such file; allowed: {allowed}") from error
+
+
+def _load_file(net: nn.Module, config: BackboneConfig) -> None:
+    path = str(config.weights)
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(_read_weights(config)), map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path} is not a torch state dict: {error}") from error
     if not isinstance(state, Mapping):

@@ -100,16 +100,20 @@ def weighted_pairwise_likelihood(
     scale: float = 0.5,
     positive_weight: float = 1.0,
     mode: PosWeightMode = "linear",
+    similar_share: Tensor | None = None,
 ) -> Tensor:
     """`pairwise_likelihood` where row i stands for left_weight[i] rows and column j for right_weight[j].
 
     Equal to the plain mean over the repeated rows (METHODS 1.7); a weight of 0 leaves a padding row out.
+    `similar_share` is mode `hashnet`'s |S1|/|S|; unset, that of this call. A method whose global batch is split
+    over workers must give it, or it would differ with their number.
     """
     left, right = full_precision(left), full_precision(right)
     left_weight, right_weight = left_weight.to(left.dtype), right_weight.to(left.dtype)
     total = (left_weight.sum() * right_weight.sum()).clamp_min(1e-12)
-    share = left_weight @ similarity.to(left.dtype) @ right_weight / total
-    terms = pairwise_terms(scale * left @ right.T, similarity, positive_weight, mode, share)
+    if similar_share is None:
+        similar_share = left_weight @ similarity.to(left.dtype) @ right_weight / total
+    terms = pairwise_terms(scale * left @ right.T, similarity, positive_weight, mode, similar_share.to(left.dtype))
     return left_weight @ terms @ right_weight / total
 
 

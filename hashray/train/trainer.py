@@ -28,14 +28,15 @@ from hashray.config import require_path
 from hashray.data.batches import EpochPlan, MemorySlices, SliceSource, held_out
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.stream import POSITION_FILE, StreamSlices, StreamSpec, sweep_dataset, training_dataset
+from hashray.data.units import refuse_taken
 from hashray.errors import InputError, RunError
 from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods import build_method
-from hashray.methods.backbone import build_trunk
+from hashray.methods.backbone import build_trunk, weights_identity
 from hashray.methods.base import LabelTable, Method
 from hashray.model import write_model
 from hashray.progress import Bar, say
-from hashray.runtime import WorkersConfig, connect, unwrap
+from hashray.runtime import WorkersConfig, connect, quicken_on_one_machine, unwrap
 from hashray.storage import join, open_store
 from hashray.storage_s3 import arrow_filesystem
 from hashray.train.checkpoint import Position, load_checkpoint
@@ -59,12 +60,14 @@ def train(config: TrainConfig) -> Manifest:
     corpus.require("train", "training")
     store = open_store(out)
     result_of = config.result_of()
-    run = sha256_hex(canonical({"config": result_of, "corpus": corpus.manifest.id}))[:16]
+    weights = weights_identity(config.backbone)
+    run = sha256_hex(canonical({"config": result_of, "corpus": corpus.manifest.id, "weights": weights}))[:16]
     if artifact.is_finished(store):
         manifest = artifact.load_manifest(store, "model")
         if manifest.info.get("run") == run:
             say(f"{out} is finished already")
             return manifest
+        refuse_taken(store, run, "run")
     connect()
     source_url, data = url, corpus
     if config.backbone.frozen:
@@ -75,21 +78,28 @@ def train(config: TrainConfig) -> Manifest:
     unlabelled = int((rows.labels.sum(1) == 0).sum())
     if unlabelled:
         raise InputError(
-            f"{unlabelled:,} of {len(rows.ids):,} train rows have no label; {config.method.kind} needs them"
+            f"{unlabelled:,} of {len(rows.ids):,} train rows have no label, {config.method.kind} needs one for each; "
+            "ingest them again as split unlabelled, or with labels"
         )
-    validation = held_out(rows.ids, min(config.validation_rows, len(rows.ids) // 5), config.seed)
+    if config.workers > 1 and not config.gpu and not config.backbone.frozen:
+        say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
+    given = data.count("validation")
+    wanted = 0 if given else min(config.validation_rows, len(rows.ids) // 5)
+    validation = held_out(rows.ids, wanted, config.seed)
     keep = np.array([row_id not in validation for row_id in rows.ids], dtype=bool)
     table = LabelTable.of(torch.as_tensor(rows.labels[keep]))
     job = {
         "config": config.model_dump(mode="json"), "source": source_url, "num_classes": corpus.num_classes,
-        "validation": sorted(validation), "rows": table.rows.tolist(), "counts": table.counts.tolist(),
+        "validation": sorted(validation), "validation_given": bool(given and config.validation_rows),
+        "rows": table.rows.tolist(), "counts": table.counts.tolist(),
         "plan": asdict(_plan(config, data, validation)), "checkpoints": join(out, "checkpoints"), "run": run,
     }  # fmt: skip
     tensors, history, position = _fit(config, job)
     chosen = {"best_at": position.best_at, "validation_map": position.best_score} if position.best_at else {}
     method = build_method(config.method, build_trunk(config.backbone, load_weights=False), corpus.num_classes)
-    info = {"run": run, "label_rows": len(table.rows), "train_rows": int(keep.sum()), **chosen}
+    info = {"run": run, "train_rows": int(keep.sum()), "phases": position.notes.get("phases", []), **chosen}
     parents = {"corpus": corpus.manifest.id} | ({"features": data.manifest.id} if data is not corpus else {})
+    refuse_taken(store, run, "run")
     manifest = write_model(store, method, tensors, corpus.classes, result_of, parents, history, info)
     for key, _ in list(store.list("checkpoints/")):
         store.delete(key)
@@ -120,6 +130,7 @@ def _fit(config: TrainConfig, job: dict[str, Any]) -> tuple[dict[str, Any], list
     if not job["memory"]:
         spec = _stream_spec(job, config, plan)
         datasets = {"train": training_dataset(spec, epochs), "sweep": sweep_dataset(spec)}
+    quicken_on_one_machine()
     filesystem, path = arrow_filesystem(job["checkpoints"])
     options = ray.data.ExecutionOptions(preserve_order=True)
     board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
@@ -226,7 +237,8 @@ def _worker(job: dict[str, Any]) -> None:
     trunk = build_trunk(config.backbone)
     method = build_method(config.method, trunk, job["num_classes"]).to(device)
     if device.type == "cuda" and world > 1:
-        method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        # The trunk alone: LabNet is trained by the first worker, whose norms would wait for the others for ever.
+        method.trunk = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method.trunk)
     table = LabelTable(torch.tensor(job["rows"], dtype=torch.uint8), torch.tensor(job["counts"]))
     plan = EpochPlan(**{**job["plan"], "part_rows": tuple(job["plan"]["part_rows"])})
     data = open_corpus(job["source"], None)
@@ -239,9 +251,16 @@ def _worker(job: dict[str, Any]) -> None:
         shards = rt.get_dataset_shard("train"), rt.get_dataset_shard("sweep")
         source = StreamSlices(spec, *shards, job["num_classes"])
     validate = None
-    if job["validation"]:
-        held = load_rows(data, set(job["validation"]), True, config) if rank == 0 else None
-        base = load_rows(data, set(job["validation"]), False, config, VALIDATION_DATABASE) if rank == 0 else None
+    if job["validation"] or job["validation_given"]:
+        held, base = None, None
+        if rank == 0:
+            if job["validation_given"]:
+                held = load_rows(data, set(), False, config, "validation")
+            else:
+                held = load_rows(data, set(job["validation"]), True, config)
+            # Drawn, not the first: rows of a Parquet or tar source may stand class by class.
+            others = sorted({*data.rows("train").ids} - {*job["validation"]})
+            base = load_rows(data, held_out(others, VALIDATION_DATABASE, config.seed), True, config)
 
         def validate(method: Method) -> float:
             assert held is not None and base is not None
@@ -273,23 +292,22 @@ def _worker(job: dict[str, Any]) -> None:
 
 
 def load_rows(
-    data: Corpus, validation: set[str], wanted: bool, config: TrainConfig, most: int | None = None
+    data: Corpus, chosen: set[str], wanted: bool, config: TrainConfig, split: str = "train"
 ) -> tuple[NDArray[Any], NDArray[np.uint8], list[str]]:
-    """(inputs, labels, ids) of the train rows that are (`wanted`) or are not in `validation`, in corpus order."""
+    """(inputs, labels, ids) of a split's rows that are (`wanted`) or are not among the `chosen`, in corpus order."""
     inputs: list[NDArray[Any]] = []
     labels: list[NDArray[np.uint8]] = []
     ids: list[str] = []
     for record in data.parts:
-        if not data.count_part(record, "train") or (most is not None and len(ids) >= most):
+        if not data.count_part(record, split):
             continue
-        table = data.read_part(record, "train")
-        chosen = [(row_id in validation) == wanted for row_id in table.column("id").to_pylist()]
-        table = table.filter(np.array(chosen, dtype=bool))
+        table = data.read_part(record, split)
+        kept = [(row_id in chosen) == wanted for row_id in table.column("id").to_pylist()]
+        table = table.filter(np.array(kept, dtype=bool))
         inputs.append(data.inputs(table, config.backbone.image_size, config.backbone.resize))
         labels.append(data.label_matrix(table))
         ids += table.column("id").to_pylist()
-    stop = len(ids) if most is None else most
-    return np.concatenate(inputs)[:stop], np.concatenate(labels)[:stop], ids[:stop]
+    return np.concatenate(inputs), np.concatenate(labels), ids
 
 
 def _codes(method: Method, inputs: NDArray[Any]) -> NDArray[np.uint8]:

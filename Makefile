@@ -31,6 +31,7 @@ check: install  ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python benchmarks/results.py --check
 
 bench: install  ## side-by-side benchmarks, each printing a ratio
 	for name in metric search encode; do $(BIN)/python benchmarks/$$name.py || exit 1; done

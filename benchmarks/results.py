@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def add(name: str, metrics_path: Path) -> None:
         ],
     }
     bits = metrics["results"][0]["num_bits"]
-    path = RESULTS / f"{name}_{bits}.json"
+    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}_{bits}.json"
     path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     print(f"kept in {path.relative_to(ROOT)}")
 

@@ -44,6 +44,12 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Shards of test indexes are cached apart from the user's own."""
+    os.environ["HASHRAY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def s3_url(s3_server: str) -> str:
     """The url of an empty prefix in a bucket of this test's own."""

@@ -52,7 +52,7 @@ def write_images(url: str | Path, rows: int) -> str:
     """A folder of images with splits and classes: every fourth a query, the others train and database."""
     store = open_store(url)
     for i in range(rows):
-        split = "query" if i % 4 == 3 else "database+train"
+        split = "query" if i % 4 == 3 else "train"
         store.write(f"{split}/{CLASSES[i % 3]}/{i:03d}.png", png(i))
     return str(url)
 

@@ -138,17 +138,17 @@ class Index:
     def _check(self, codes: Any, k: int) -> None:
         if k < 1:
             raise InputError(f"k = {k}: ask for at least 1 neighbour")
-        stamp = getattr(codes, "fingerprint", None)
-        if stamp is not None and self.fingerprint is not None and stamp != self.fingerprint:
-            raise MismatchError(
-                f"codes of model {stamp[:12]}… cannot be searched in an index of model {self.fingerprint[:12]}…: their "
-                "bits mean different things; encode the queries with the model the index was made with"
-            )
         width = as_codes(codes).shape[1] * 8
         if width != self.num_bits:
             raise MismatchError(
                 f"codes of {width} bits cannot be searched in an index of {self.num_bits} bits; "
                 "encode the queries with the model the index was made with"
+            )
+        stamp = getattr(codes, "fingerprint", None)
+        if stamp is not None and self.fingerprint is not None and stamp != self.fingerprint:
+            raise MismatchError(
+                f"codes of model {stamp[:12]}… cannot be searched in an index of model {self.fingerprint[:12]}…: their "
+                "bits mean different things; encode the queries with the model the index was made with"
             )
 
     def _nearest(self, queries: Codes, k: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -164,6 +164,8 @@ def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(corpu
         memory = [MemorySlices(plan, inputs, labels, ids, spec.augmentation, rank, world) for rank in range(world)]
         for source, slices in zip(memory, read_all(spec, 0, 0), strict=True):
             assert_slices(slices, [piece for number in range(PASSES) for piece in source.epoch(number, 0)])
+        if world == 1:
+            continue
         # After a checkpoint in the second pass the windows behind it are not read; what comes is the same.
         open_store(url).write(POSITION_FILE, json.dumps({"pass": 1, "step": 5}).encode())
         for source, slices in zip(memory, read_all(spec, 1, 5), strict=True):

@@ -27,7 +27,7 @@ from hashray.errors import MismatchError
 from hashray.model import load_model
 from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
-from hashray.storage import open_store
+from hashray.storage import absolute, open_store
 from hashray.train.features import trunk_fingerprint
 
 
@@ -122,7 +122,7 @@ def encode(config: EncodeConfig) -> Manifest:
         for i, record in enumerate(chosen)
     ]
     arguments = {
-        "model": config.model, "source": source.store.url, "split": config.split,
+        "model": absolute(config.model), "source": source.store.url, "split": config.split,
         "batch_size": config.batch_size, "gpu": config.pool.gpus_per_worker > 0,
     }  # fmt: skip
     parts = run_units(store, plan, units, _EncodeWorker, arguments, config.pool, "encode", config.max_bad)

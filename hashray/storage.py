@@ -250,6 +250,11 @@ def read_url(url: str | Path) -> bytes:
     return open_store(folder).read(name)
 
 
+def absolute(url: str) -> str:
+    """The url as every worker must see it: a local path made absolute, since Ray's workers run in folders of their own."""
+    return open_store(url).url
+
+
 def check_conditional_put(store: Store) -> None:
     """Make sure that `create` really refuses a second writer: some stores ignore the header it uses.
 

@@ -178,6 +178,13 @@ def without_place(config: BackboneConfig) -> BackboneConfig:
     return config.model_copy(update={"weights": "file"})
 
 
+def with_absolute_weights(config: BackboneConfig) -> BackboneConfig:
+    """The config with a weights file named so that workers in other folders find it."""
+    if config.weights is None or config.weights in _weight_names(config.name):
+        return config
+    return config.model_copy(update={"weights": storage.absolute(config.weights)})
+
+
 def weights_identity(config: BackboneConfig) -> str | None:
     """What `weights` stands for: a name of torchvision's as it is, a file as the sha256 of its bytes.
 

@@ -17,11 +17,17 @@ from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.data.corpus import ROW_FIELDS, open_corpus
 from hashray.data.images import Pixels
 from hashray.data.units import BadRow, UnitWorker, clear_progress, map_part, run_units, write_quarantine
-from hashray.methods.backbone import BackboneConfig, Trunk, build_trunk, state_fingerprint
+from hashray.methods.backbone import (
+    BackboneConfig,
+    Trunk,
+    build_trunk,
+    state_fingerprint,
+    with_absolute_weights,
+)
 from hashray.model import load_model
 from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
-from hashray.storage import join, open_store
+from hashray.storage import absolute, join, open_store
 
 BATCH_ROWS = 64
 
@@ -83,6 +89,8 @@ def compute_features(
     Unset, `out` is features/<trunk fingerprint> inside the corpus: every run with this trunk shares them.
     The trunk's weights are those that `backbone` names, or those inside a model.
     """
+    corpus_url, backbone = absolute(corpus_url), with_absolute_weights(backbone)
+    out, trunk_of_model = out and absolute(out), trunk_of_model and absolute(trunk_of_model)
     corpus = open_corpus(corpus_url)
     trunk = _load_trunk(backbone, trunk_of_model)
     fingerprint = trunk_fingerprint(trunk)

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from ray.train.torch import TorchTrainer, get_device
 
-from hashray import artifact
+from hashray import artifact, storage
 from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.codes import binarize
 from hashray.config import require_path
@@ -32,7 +32,7 @@ from hashray.data.units import refuse_taken
 from hashray.errors import InputError, RunError
 from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods import build_method
-from hashray.methods.backbone import build_trunk, weights_identity
+from hashray.methods.backbone import build_trunk, weights_identity, with_absolute_weights
 from hashray.methods.base import LabelTable, Method
 from hashray.model import write_model
 from hashray.progress import Bar, say
@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> Manifest:
         InputError: no corpus, no train rows, weights that do not fit. RunError: the loss is not finite.
         AlreadyExists: `out` holds a model of another config or corpus.
     """
-    url, out = require_path(config.corpus, "--corpus"), require_path(config.out, "--out")
+    url, out = (storage.absolute(require_path(p, f)) for p, f in ((config.corpus, "--corpus"), (config.out, "--out")))
     corpus = open_corpus(url)
     corpus.require("train", "training")
     store = open_store(out)
@@ -68,6 +68,8 @@ def train(config: TrainConfig) -> Manifest:
             say(f"{out} is finished already")
             return manifest
         refuse_taken(store, run, "run")
+    places = {"corpus": url, "out": out, "backbone": with_absolute_weights(config.backbone)}
+    config = config.model_copy(update=places)
     connect()
     source_url, data = url, corpus
     if config.backbone.frozen:

@@ -251,7 +251,7 @@ def read_url(url: str | Path) -> bytes:
 
 
 def absolute(url: str) -> str:
-    """The url as every worker must see it: a local path made absolute, since Ray's workers run in folders of their own."""
+    """The url as every worker must see it: local paths absolute, since Ray's workers run in folders of their own."""
     return open_store(url).url
 
 

@@ -265,7 +265,7 @@ def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Rows,
 
 
 def environment() -> dict[str, Any]:
-    """What produced a number: commit, versions, hardware, command (law 13)."""
+    """What produced a number: commit, versions, hardware, command (law 13); of absolute paths only the names."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "commit": _commit(),
@@ -275,7 +275,7 @@ def environment() -> dict[str, Any]:
         "ray": ray.__version__,
         "faiss": faiss.__version__,
         "hardware": f"{os.cpu_count()} cores {platform.machine()}" + (f", {', '.join(gpus)}" if gpus else ""),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv),
     }
 
 

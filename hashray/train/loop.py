@@ -24,7 +24,6 @@ from hashray.methods.base import Crew, LabelTable, Method, Phase
 from hashray.train.checkpoint import Checkpoint, Position, save_checkpoint
 from hashray.train.config import OptimConfig, TrainConfig
 
-CHECK_EVERY_STEPS = 50
 # Given the metrics of an epoch and, when a checkpoint is due, a function that writes it into a folder.
 Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
 

@@ -275,7 +275,9 @@ def environment() -> dict[str, Any]:
         "ray": ray.__version__,
         "faiss": faiss.__version__,
         "hardware": f"{os.cpu_count()} cores {platform.machine()}" + (f", {', '.join(gpus)}" if gpus else ""),
-        "command": " ".join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv),
+        "command": " ".join(
+            [Path(sys.argv[0]).name, *(Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:])]
+        ),
     }
 
 

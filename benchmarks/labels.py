@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hashray.evaluate.environment import environment
 from hashray.evaluate.metrics import mean_average_precision
-from hashray.evaluate.run import environment
 from hashray.methods.dseh import DSEHConfig, fit_label_network
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -1,58 +1,123 @@
-"""The results table of README.md, made from benchmarks/results/*.json and never typed.
+"""The results tables of README.md, made from benchmarks/results/ and never typed.
 
-python benchmarks/results.py --add NAME DIR/metrics.json [--paper .930]   keep an evaluation as a result
-python benchmarks/results.py --write                                      write the table into README.md
-python benchmarks/results.py --check                                      exit 1 if README.md says otherwise
+python benchmarks/results.py --add TABLE ROW DIR/metrics.json   keep an evaluation as a result
+python benchmarks/results.py --write                            write the tables into README.md
+python benchmarks/results.py --check                            exit 1 if README.md says otherwise
+
+results/TABLE/table.json says the title, the protocol in words, and what the papers report; every other file there is
+one evaluation. Rows are methods and baselines, columns code lengths; several seeds become mean ± standard deviation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
+import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "benchmarks/results", ROOT / "README.md"
 BEGIN, END = "<!-- results: made by `make results` -->", "<!-- end of results -->"
-COLUMNS = ("dseh", "itq", "lsh", "pca-sign", "class-code", "random", "float-cosine")
+BASELINES = ("class-code", "float-cosine", "itq-linear", "itq", "pca-sign", "lsh", "random")
+SHOWN = {"within": "within", "cross": "cross", "generalised": "gen."}
+Cells = dict[tuple[str, str], list[float]]
 
 
-def add(name: str, metrics_path: Path) -> None:
-    """Keep what the table needs of an evaluation's metrics.json, without curves and gallery."""
+def add(table: str, row: str, metrics_path: Path) -> Path:
+    """Keep what the tables need of an evaluation's metrics.json, without curves, gallery and samples."""
     metrics = json.loads(metrics_path.read_text())
     kept = {
-        "name": name,
+        "row": row,
         "protocol": metrics["protocol"],
         "environment": metrics["environment"],
         "results": [
-            {k: v for k, v in row.items() if k not in ("pr_curve", "code_health")} for row in metrics["results"]
+            {k: v for k, v in result.items() if k not in ("pr_curve", "code_health")} for result in metrics["results"]
         ],
+        "harmonic_mean": metrics.get("harmonic_mean", {}),
+        "labels": metrics.get("labels"),
     }
     bits = metrics["results"][0]["num_bits"]
-    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}_{bits}.json"
+    seeds = f"{metrics['protocol']['split_seed']}-{metrics['protocol']['train_seed']}"
+    path = RESULTS / table / f"{row}_{bits}_{seeds}.json"
     path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
-    print(f"kept in {path.relative_to(ROOT)}")
+    return path
 
 
-def table() -> str:
-    """The table as Markdown: a row for each corpus, protocol and code length, a column for each method."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    found = [entry for entry in found if "protocol" in entry]
-    found.sort(key=lambda entry: (entry["name"], entry["results"][0]["num_bits"]))
-    lines = [
-        "| corpus and protocol | bits | " + " | ".join(COLUMNS) + " |",
-        "|---|---:|" + "---:|" * len(COLUMNS),
-    ]
-    for entry in found:
-        scores = {row["name"]: row["mAP"] for row in entry["results"]}
-        cells = [f"**{scores[n]:.4f}**" if n == "dseh" else f"{scores[n]:.4f}" if n in scores else "" for n in COLUMNS]
-        lines.append(f"| {entry['name']} | {entry['results'][0]['num_bits']} | " + " | ".join(cells) + " |")
-    notes = sorted({_note(entry) for entry in found})
-    legend = "mAP over the whole ranking, the mean over all orders of ties."
-    return "\n".join([*lines, "", legend, "", *notes, "", *_label_lines()])
+def tables() -> str:
+    """Every table as Markdown, in the order of their names."""
+    parts = [_table(path.parent) for path in sorted(RESULTS.glob("*/table.json"))]
+    return "\n\n".join([*[part for part in parts if part], *_label_lines()])
+
+
+def _table(folder: Path) -> str:
+    about = json.loads((folder / "table.json").read_text())
+    entries = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "table.json"]
+    if not entries:
+        return ""
+    cells: Cells = {}
+    for entry in entries:
+        for row, column, value in _numbers(entry):
+            cells.setdefault((row, column), []).append(value)
+    columns = sorted({column for _, column in cells}, key=_column_order)
+    own = [row for row in about["rows"] if any((row, column) in cells for column in columns)]
+    rows = own + [name for name in BASELINES if any((name, column) in cells for column in columns)]
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    paper = about.get("paper", {})
+    for row in rows:
+        texts = [_cell(cells.get((row, column)), paper.get(row, {}).get(column), row in own) for column in columns]
+        lines.append(f"| {about['rows'].get(row, row) if row in own else row} | " + " | ".join(texts) + " |")
+    title = f"**{about['title']}.** {about['protocol']}"
+    return "\n".join([title, "", *lines, "", _made(entries)])
+
+
+def _numbers(entry: dict[str, Any]) -> Iterable[tuple[str, str, float]]:
+    """(row, column, value): our own method goes by the entry's row name, baselines by their own."""
+    bits, ours = entry["results"][0]["num_bits"], entry["results"][0]["name"]
+    for result in entry["results"]:
+        column = f"{bits} bits" + (f" {SHOWN[result['scenario']]}" if "scenario" in result else "")
+        yield entry["row"] if result["name"] == ours else result["name"], column, result["mAP"]
+    for name, value in entry["harmonic_mean"].items():
+        yield entry["row"] if name == ours else name, f"{bits} bits H", value
+    for name, value in (entry.get("labels") or {}).items():
+        yield entry["row"], name, value
+
+
+def _column_order(column: str) -> tuple[int, int]:
+    bits, _, rest = column.partition(" bits")
+    names = ["", " within", " cross", " gen.", " H"]
+    return (int(bits), names.index(rest)) if bits.isdigit() else (1 << 30, len(column))
+
+
+def _cell(values: list[float] | None, paper: float | None, own: bool) -> str:
+    if not values:
+        return f"({paper:g})" if paper is not None else ""
+    mean = statistics.fmean(values)
+    text = f"{mean:.0f}" if mean > 2 else f"{mean:.4f}"
+    if len(values) > 1 and own:
+        text += f" ± {statistics.stdev(values):.4f}" if mean <= 2 else f" ± {statistics.stdev(values):.0f}"
+    text = f"**{text}**" if own else text
+    return text + (f" ({paper:g})" if paper is not None else "")
+
+
+def _made(entries: list[dict[str, Any]]) -> str:
+    """Sizes, seeds, commit and hardware of a table's runs."""
+
+    def all_of(values: Iterable[Any]) -> str:
+        return ", ".join(dict.fromkeys(f"{v:,}" if isinstance(v, int) else str(v) for v in values))
+
+    protocols = [entry["protocol"] for entry in entries]
+    made = [entry["environment"] for entry in entries]
+    features = [protocol["baseline_features"] for protocol in protocols if "baseline_features" in protocol]
+    return (
+        f"Protocol `{all_of(p['name'] for p in protocols)}`: {all_of(p['train'] for p in protocols)} train, "
+        f"{all_of(p['queries'] for p in protocols)} query, {all_of(p['database'] for p in protocols)} database rows; "
+        f"baselines on {all_of(features) or 'nothing'}; split seeds {all_of(p['split_seed'] for p in protocols)}, "
+        f"train seeds {all_of(p['train_seed'] for p in protocols)}; commits {all_of(m['commit'] for m in made)}; "
+        f"torch {all_of(m['torch'] for m in made)}; {all_of(m['hardware'] for m in made)}."
+    )
 
 
 def _label_lines() -> list[str]:
@@ -64,32 +129,14 @@ def _label_lines() -> list[str]:
     for path in sorted(RESULTS.glob("labels_*.json")):
         kept = json.loads(path.read_text())
         for run in kept["runs"]:
-            cells = (
-                kept["labels"],
-                kept["num_bits"],
-                run["seed"],
-                f"{run['map_l']:.4f}",
-                run["n_h"],
-                run["label_rows"],
-            )
+            score = f"{run['map_l']:.4f}"
+            cells = (kept["labels"], kept["num_bits"], run["seed"], score, run["n_h"], run["label_rows"])
             lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return lines if len(lines) > 2 else []
-
-
-def _note(entry: dict[str, Any]) -> str:
-    protocol, made = entry["protocol"], entry["environment"]
-    features = protocol.get("baseline_features", "no")
-    return (
-        f"- {entry['name']}: protocol `{protocol['name']}`; {protocol['train']:,} train, "
-        f"{protocol['queries']:,} query, "
-        f"{protocol['database']:,} database rows; baselines on {features} features; "
-        f"split seed {protocol['split_seed']}, train seed {protocol['train_seed']}; "
-        f"commit {made['commit']}, torch {made['torch']}, {made['hardware']}."
-    )
+    return ["\n".join(lines)] if len(lines) > 2 else []
 
 
 def readme_with(text: str, body: str) -> str:
-    """README.md's text with the table between its marks."""
+    """README.md's text with the tables between its marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{body}\n{END}{after}"
@@ -98,18 +145,18 @@ def readme_with(text: str, body: str) -> str:
 def main() -> int:
     """Run one of the three commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--add", nargs=2, metavar=("NAME", "METRICS"))
+    parser.add_argument("--add", nargs=3, metavar=("TABLE", "ROW", "METRICS"))
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     wanted = parser.parse_args()
     if wanted.add:
-        add(wanted.add[0], Path(wanted.add[1]))
+        print(f"kept in {add(wanted.add[0], wanted.add[1], Path(wanted.add[2])).relative_to(ROOT)}")
     text = README.read_text()
-    made = readme_with(text, table())
+    made = readme_with(text, tables())
     if wanted.write:
         README.write_text(made)
     if wanted.check and made != text:
-        print("README.md's results table is stale: run `make results`", file=sys.stderr)
+        print("README.md's results tables are stale: run `make results`", file=sys.stderr)
         return 1
     return 0
 

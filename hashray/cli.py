@@ -29,6 +29,7 @@ STAGES: dict[str, tuple[str, str, str | None, str]] = {
     "index build": ("hashray.index.build", "build_index", "IndexConfig", "codes -> sharded FAISS index, published"),
     "search": ("hashray.cli", "search_command", "SearchConfig", "query images -> nearest rows of an index"),
     "evaluate": ("hashray.evaluate.run", "evaluate", "EvaluateConfig", "mAP beside baselines, figures, report.html"),
+    "figures": ("hashray.evaluate.compare", "compare", "FiguresConfig", "evaluations beside each other, drawn"),
     "pipeline": (
         "hashray.pipeline",
         "pipeline",
@@ -60,7 +61,7 @@ class SearchConfig(Config):
 def train_command(arguments: Sequence[str]) -> None:
     """Train from a TOML file, overridden by flags."""
     from hashray.train.config import TrainConfig, read_training_config
-    from hashray.train.trainer import train
+    from hashray.train.self_training import train_model
 
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
@@ -70,7 +71,7 @@ def train_command(arguments: Sequence[str]) -> None:
         raise InputError("hashray train needs a config first: hashray train CONFIG.toml [--any.field value]")
     path, *flags = arguments
     config = override(read_training_config(path), list(flags), f"hashray train {path}")
-    train(config)
+    train_model(config)
 
 
 def search_command(config: SearchConfig) -> None:

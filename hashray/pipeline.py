@@ -18,7 +18,7 @@ from hashray.runtime import WorkersConfig
 from hashray.storage import join
 from hashray.train.config import TrainConfig, read_training_config
 from hashray.train.features import features_of_model
-from hashray.train.trainer import train
+from hashray.train.self_training import train_model
 
 
 class PipelineConfig(Config):
@@ -57,7 +57,7 @@ def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
             max_bad=config.max_bad, pool=config.pool,
         )
     )  # fmt: skip
-    train(training.model_copy(update={"corpus": at["corpus"], "out": at["model"]}))
+    train_model(training.model_copy(update={"corpus": at["corpus"], "out": at["model"]}))
     features = features_of_model(at["model"], at["corpus"], config.pool, config.max_bad)
     encode(
         EncodeConfig(

@@ -57,8 +57,14 @@ def write_images(url: str | Path, rows: int) -> str:
     return str(url)
 
 
-def write_corpus(url: str | Path, rows: int, rows_per_part: int, reference: str | Path | None = None) -> Manifest:
-    """A corpus as ingest leaves it, without Ray; every row is in train and in database.
+def write_corpus(
+    url: str | Path,
+    rows: int,
+    rows_per_part: int,
+    reference: str | Path | None = None,
+    split_of: Callable[[int], str] = lambda number: "database+train",
+) -> Manifest:
+    """A corpus as ingest leaves it, without Ray; every row is in train and in database, or where `split_of` says.
 
     With `reference` (a folder) the images are written there and the corpus only says where they are.
     """
@@ -71,7 +77,7 @@ def write_corpus(url: str | Path, rows: int, rows_per_part: int, reference: str 
         numbers = range(start, min(rows, start + rows_per_part))
         items = [
             {"id": f"{i:04d}", "image": None if reference else png(i), "uri": reference and f"{reference}/{i:04d}.png",
-             "labels": [i % 3], "split": "database+train"}
+             "labels": [i % 3], "split": split_of(i)}
             for i in numbers
         ]  # fmt: skip
         table = pa.Table.from_pylist(items, schema=CORPUS_SCHEMA)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -50,6 +50,11 @@ class EpochPlan:
     batch_size: int
     window_rows: int
     seed: int
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> EpochPlan:
+        """The plan whose `asdict` went through JSON."""
+        return EpochPlan(**{**data, "part_rows": tuple(data["part_rows"])})
 
     @property
     def rows(self) -> int:
@@ -135,13 +140,13 @@ class Slice:
     Attributes:
         step: of the epoch.
         inputs: images uint8 [n, 3, s, s] or features float32 [n, d].
-        labels: multi-hot uint8 [n, c].
+        labels: int8 [n, c] in {0, 1, -1}, -1 for unknown.
         rows: rows of the whole global batch; n may be less than its share, or 0 in an uneven last batch.
     """
 
     step: int
     inputs: NDArray[Any]
-    labels: NDArray[np.uint8]
+    labels: NDArray[np.int8]
     rows: int
 
 
@@ -155,7 +160,7 @@ class SliceSource(ABC):
         """This worker's slice of every global batch of a pass over the images, from a step on."""
 
     @abstractmethod
-    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.uint8]]]:
+    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
         """(inputs, labels) of this worker's share of all training rows, each exactly once, not augmented."""
 
 
@@ -164,7 +169,7 @@ class MemorySlices(SliceSource):
     """All training rows in memory: cached features, or a small set of decoded images."""
 
     def __init__(
-        self, plan: EpochPlan, inputs: NDArray[Any], labels: NDArray[np.uint8], ids: Sequence[str],
+        self, plan: EpochPlan, inputs: NDArray[Any], labels: NDArray[np.int8], ids: Sequence[str],
         augmentation: AugmentConfig, rank: int, world: int,
     ) -> None:  # fmt: skip
         if not len(inputs) == len(labels) == len(ids) == plan.rows:
@@ -182,7 +187,7 @@ class MemorySlices(SliceSource):
                 inputs = augment(inputs, self.augmentation, seeds)
             yield Slice(step, inputs, self.labels[own], len(batch))
 
-    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.uint8]]]:
+    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
         own = np.arange(self.rank, self.plan.rows, self.world)
         for chunk in np.array_split(own, max(1, -(-len(own) // self.plan.batch_size))):
             yield self.inputs[chunk], self.labels[chunk]

@@ -16,6 +16,7 @@ from hashray.config import Config
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 LONGEST_ASPECT = 16
+GREY = 124  # ImageNet's mean: near 0 after normalisation
 Pixels = NDArray[np.uint8]
 Resize = Literal["crop", "squash"]
 
@@ -29,6 +30,7 @@ class AugmentConfig(Config):
 
     flip: bool = Field(True, description="horizontal flip with probability 1/2")
     shift: int = Field(0, ge=0, description="largest shift in pixels, both directions, zeros shifted in")
+    cutout: int = Field(0, ge=0, description="side of a square blanked to grey, its centre anywhere (DeVries, 2017)")
 
 
 def decode(data: bytes | None) -> Image.Image:
@@ -101,13 +103,14 @@ def _near_square(image: Image.Image) -> Image.Image:
 
 
 def augment(images: Pixels, config: AugmentConfig, seeds: NDArray[np.int64]) -> Pixels:
-    """Flip and shift each image of uint8 [n, 3, h, w] by its own seed [n]: independent of the batch around it."""
-    if not config.flip and not config.shift:
+    """Change each image of uint8 [n, 3, h, w] by its own seed [n]: independent of the batch around it."""
+    if not (config.flip or config.shift or config.cutout):
         return images
     out = images.copy()
     pad = config.shift
     for i, seed in enumerate(seeds):
-        bits = np.random.Generator(np.random.PCG64(int(seed))).integers(0, 2 * pad + 1, 3)
+        rng = np.random.Generator(np.random.PCG64(int(seed)))
+        bits = rng.integers(0, 2 * pad + 1, 3)
         image = out[i]
         if config.flip and int(seed) & 1:
             image = image[:, :, ::-1]
@@ -116,6 +119,9 @@ def augment(images: Pixels, config: AugmentConfig, seeds: NDArray[np.int64]) -> 
             top, left = int(bits[0]), int(bits[1])
             image = padded[:, top : top + image.shape[1], left : left + image.shape[2]]
         out[i] = image
+        if config.cutout:
+            top, left = (int(rng.integers(0, side)) - config.cutout // 2 for side in image.shape[1:])
+            out[i, :, max(0, top) : top + config.cutout, max(0, left) : left + config.cutout] = GREY
     return out
 
 

@@ -44,6 +44,8 @@ class IngestConfig(Config):
     query_per_class: int = Field(100, ge=1, description="per-class protocol")
     train_per_class: int = Field(500, ge=1, description="per-class protocol")
     train_in_database: bool = True
+    unseen_classes: int | None = Field(None, ge=1, description="class-split protocol; unset: a quarter of the classes")
+    pseudo_unseen_classes: int = Field(0, ge=0, description="class-split protocol: kept aside for tuning")
     store: Literal["bytes", "reference"] = Field("bytes", description="keep the images, or only where they are")
     max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
     rows_per_part: int = Field(1024, ge=1)
@@ -57,6 +59,8 @@ class IngestConfig(Config):
             query_per_class=self.query_per_class,
             train_per_class=self.train_per_class,
             train_in_database=self.train_in_database,
+            unseen_classes=self.unseen_classes,
+            pseudo_unseen_classes=self.pseudo_unseen_classes,
         )
 
 
@@ -76,7 +80,7 @@ class _IngestWorker(UnitWorker):
             except BadImage as error:
                 bad.append(BadRow(id=row["id"], uri=row["uri"], reason=str(error)))
                 continue
-            hashes.append([sha256_hex(data)[:16], row["split"] == "query"])
+            hashes.append([sha256_hex(data)[:16], row["split"].startswith("query")])
             rows.append({**row, "image": data} if self.keep_bytes else {**row, "image": None})
             if self.keep_bytes:
                 rows[-1]["uri"] = None

@@ -18,7 +18,7 @@ from hashray.config import Config
 from hashray.errors import InputError
 
 SPLITS = ("train", "query", "database", "unlabelled", "validation")
-Protocol = Literal["as-given", "adalabelhash-cifar10", "cifar10-semi", "per-class"]
+Protocol = Literal["as-given", "adalabelhash-cifar10", "cifar10-semi", "per-class", "class-split"]
 
 
 class SplitConfig(Config):
@@ -31,6 +31,11 @@ class SplitConfig(Config):
                            everything but the queries is the database (1,000 / 5,000 / 54,000, database 59,000)
     per-class              `query_per_class` and `train_per_class` rows a class; everything but the queries
                            is the database, without the train rows if `train_in_database` is false
+    class-split            classes are split, not images (METHODS 3.3): `unseen_classes` of them, drawn by the seed, are
+                           never trained on. Each half of the source (given train and test, else
+                           `query_per_class` queries a class) falls into -seen and -unseen, beside train, database
+                           and query. `pseudo_unseen_classes` of the seen ones are kept out of all these for tuning:
+                           they are query-pseudo and database-pseudo
     """
 
     protocol: Protocol = "as-given"
@@ -38,6 +43,25 @@ class SplitConfig(Config):
     query_per_class: int = Field(100, ge=1)
     train_per_class: int = Field(500, ge=1)
     train_in_database: bool = True
+    unseen_classes: int | None = Field(None, ge=1)
+    pseudo_unseen_classes: int = Field(0, ge=0)
+
+    def parts_of_classes(self, present: Sequence[int]) -> dict[int, str]:
+        """class-split: seen, unseen or pseudo, for each class that occurs; unset, a quarter of them is unseen.
+
+        Raises:
+            InputError: no class would be left to train on.
+        """
+        unseen = round(len(present) / 4) if self.unseen_classes is None else self.unseen_classes
+        seen = len(present) - unseen - self.pseudo_unseen_classes
+        if seen < 1 or unseen < 1:
+            raise InputError(
+                f"of {len(present)} classes {unseen} are to be unseen and {self.pseudo_unseen_classes} pseudo-unseen; "
+                "at least one must be unseen and one left: lower --unseen-classes or --pseudo-unseen-classes"
+            )
+        order = sorted(present, key=lambda label: order_key(self.seed, f"class\0{label}"))
+        names = ["unseen"] * unseen + ["pseudo"] * self.pseudo_unseen_classes + ["seen"] * seen
+        return dict(zip(order, names, strict=True))
 
 
 def order_key(seed: int, row_id: str) -> bytes:
@@ -64,6 +88,8 @@ def assign_splits(
         splits = _train_is_database(given)
     elif config.protocol == "cifar10-semi":
         splits = _per_class(ids, labels, config.seed, 100, 500, rest="database+unlabelled", train="database+train")
+    elif config.protocol == "class-split":
+        splits = _class_split(ids, labels, given, config)
     else:
         train = "database+train" if config.train_in_database else "train"
         splits = _per_class(ids, labels, config.seed, config.query_per_class, config.train_per_class, "database", train)
@@ -74,7 +100,8 @@ def assign_splits(
 def check_disjoint(ids: Sequence[str], splits: Sequence[str]) -> None:
     """Refuse a query (or validation) row that is in another split as well: its score would be a leak."""
     for alone in ("query", "validation"):
-        shared = [i for i, split in enumerate(splits) if alone in (parts := split.split("+")) and len(parts) > 1]
+        kinds = [{part.partition("-")[0] for part in split.split("+")} for split in splits]
+        shared = [i for i, kind in enumerate(kinds) if alone in kind and len(kind) > 1]
         if shared:
             raise InputError(
                 f"{len(shared)} {alone} rows are in another split too, the first {ids[shared[0]]!r} "
@@ -114,10 +141,34 @@ def _train_is_database(given: Sequence[str | None]) -> list[str]:
     found = Counter(given)
     if not found["train"] or not found["query"] or len(found) != 2:
         raise InputError(
-            f"protocol adalabelhash-cifar10 needs a source split into train and test; found {dict(found)}. "
+            f"this protocol needs a source split into train and test; found {dict(found)}. "
             "Give a folder with train/ and test/, or choose per-class"
         )
     return ["database+train" if split == "train" else "query" for split in given]
+
+
+def _class_split(
+    ids: Sequence[str], labels: Sequence[Sequence[int]], given: Sequence[str | None], config: SplitConfig
+) -> list[str]:
+    several = [i for i, own in enumerate(labels) if len(own) != 1]
+    if several:
+        raise InputError(
+            f"protocol class-split needs exactly one class a row; {ids[several[0]]!r} has {len(labels[several[0]])}"
+        )
+    part = config.parts_of_classes(sorted({own[0] for own in labels}))
+    if any(given):
+        halves = ["query" if split == "query" else "database" for split in _train_is_database(given)]
+    else:
+        halves = _per_class(ids, labels, config.seed, config.query_per_class, 0, rest="database", train="database")
+    words = {
+        ("database", "seen"): "database+database-seen+train",
+        ("database", "unseen"): "database+database-unseen",
+        ("query", "seen"): "query+query-seen",
+        ("query", "unseen"): "query+query-unseen",
+        ("database", "pseudo"): "database-pseudo",
+        ("query", "pseudo"): "query-pseudo",
+    }
+    return [words[half, part[own[0]]] for half, own in zip(halves, labels, strict=True)]
 
 
 def _per_class(

@@ -23,8 +23,9 @@ import ray
 from numpy.typing import NDArray
 
 from hashray.data.batches import EpochPlan, Slice, SliceSource, Window, row_seeds, slice_rows
-from hashray.data.corpus import Corpus, multi_hot, open_corpus
+from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.images import AugmentConfig, Resize, augment
+from hashray.data.selection import Selection
 from hashray.errors import CorruptArtifact, RunError
 from hashray.storage import open_store
 
@@ -35,10 +36,10 @@ class StreamSpec:
     """What the tasks need to know; plain data, sent to every worker."""
 
     def __init__(
-        self, corpus: str, plan: EpochPlan, parts: list[str], left_out: set[str], size: int, resize: Resize,
+        self, corpus: str, plan: EpochPlan, parts: list[str], selection: Selection, size: int, resize: Resize,
         augmentation: AugmentConfig, world: int, position_url: str,
     ) -> None:  # fmt: skip
-        self.corpus, self.plan, self.parts, self.left_out = corpus, plan, parts, left_out
+        self.corpus, self.plan, self.parts, self.selection = corpus, plan, parts, selection
         self.size, self.resize, self.augmentation = size, resize, augmentation
         self.world, self.position_url = world, position_url
 
@@ -94,7 +95,7 @@ def _window_tables(spec: StreamSpec, number: int, window: Window) -> Iterator[pa
     corpus = _corpus(spec.corpus)
     pieces = []
     for part, start, stop in window.pieces:
-        table = training_rows(corpus, spec.parts[part], spec.left_out)
+        table = training_rows(corpus, spec.parts[part], spec.selection)
         pieces.append(table.slice(start, stop - start))
     table = pa.concat_tables(pieces).take(spec.plan.shuffle(number, window)).combine_chunks()
     size, rows = spec.plan.batch_size, slice_rows(spec.plan.batch_size, spec.world)
@@ -122,10 +123,14 @@ def _corpus(url: str) -> Corpus:
     return open_corpus(url)
 
 
-def training_rows(corpus: Corpus, part: str, left_out: set[str]) -> pa.Table:
-    """The rows of a part that are trained on: the train split without the validation rows."""
-    table = corpus.read_part(corpus.manifest.record(part), "train")
-    return table.filter(pa.array([row_id not in left_out for row_id in table.column("id").to_pylist()], pa.bool_()))
+def training_rows(corpus: Corpus, part: str, selection: Selection) -> pa.Table:
+    """The rows of a part that are trained on; `labels` becomes one fixed-size binary of int8 [c] in {0, 1, -1}."""
+    table = selection.take(corpus.read_part(corpus.manifest.record(part)))
+    labels = selection.labels(corpus, table)
+    column = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(corpus.num_classes), len(table), [None, pa.py_buffer(labels.tobytes())]
+    )
+    return table.set_column(table.column_names.index("labels"), "labels", column)
 
 
 def _decode(table: pa.Table, spec: StreamSpec, sweep: bool) -> pa.Table:
@@ -165,7 +170,7 @@ class StreamSlices(SliceSource):
                 raise RunError(f"the data stream gave pass {found[0]} where pass {number} was due")
             yield found[1]
 
-    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.uint8]]]:
+    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
         for _, piece in self._read(self._sweep):
             yield piece.inputs, piece.labels
 
@@ -180,4 +185,5 @@ class StreamSlices(SliceSource):
             real = table.filter(table.column("real"))
             pixels = np.frombuffer(b"".join(real.column("pixels").to_pylist()), dtype=np.uint8)
             images = pixels.reshape(len(real), 3, self.spec.size, self.spec.size).copy()
-            yield number, Slice(step, images, multi_hot(real.column("labels"), self.num_classes), total)
+            labels = np.frombuffer(b"".join(real.column("labels").to_pylist()), dtype=np.int8)
+            yield number, Slice(step, images, labels.reshape(len(real), self.num_classes).copy(), total)

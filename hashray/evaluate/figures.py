@@ -6,20 +6,29 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from hashray.evaluate.codewords import layout
 
 INK, PAPER, GRID = "#1d2433", "#ffffff", "#e4e7ee"
 OURS = "#c2410c"
 # Baselines: one hue family that stays apart in grey and for colour-blind readers (Okabe and Ito's palette).
 OTHERS = {
     "itq": "#0072b2",
+    "itq-linear": "#e69f00",
     "pca-sign": "#56b4e9",
     "lsh": "#009e73",
     "class-code": "#cc79a7",
     "float-cosine": "#555b6e",
     "random": "#b5bac9",
 }
+# Learned methods beside each other, in the order they are given.
+OWN = (OURS, "#1d4ed8", "#15803d", "#7e22ce", "#b45309", "#0f766e", "#be185d", "#475569")
+GROUPS = (*OWN, "#0072b2", "#cc79a7", "#e69f00", "#56b4e9")
 SIZE_INCHES, DPI = (5.6, 3.8), 160
 
 
@@ -28,8 +37,9 @@ def color(name: str) -> str:
     return OTHERS.get(name, OURS)
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor=PAPER, layout="constrained")
+def _axes(title: str, x: str, y: str, tall: bool = False) -> tuple[Figure, Axes]:
+    size = (SIZE_INCHES[0], SIZE_INCHES[0]) if tall else SIZE_INCHES
+    figure = Figure(figsize=size, dpi=DPI, facecolor=PAPER, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
     axes.set_xlabel(x, color=INK, fontsize=9)
@@ -44,10 +54,16 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 def _line(axes: Axes, result: Mapping[str, Any], x: Sequence[float], y: Sequence[float]) -> None:
     ours = result["name"] not in OTHERS
+    drawn = sum(line.get_linewidth() > 2 for line in axes.get_lines())
     axes.plot(
-        x, y, color=color(result["name"]), label=result["name"], linewidth=2.4 if ours else 1.4,
-        marker="o" if ours else None, markersize=3, zorder=3 if ours else 2,
+        x, y, color=OWN[drawn % len(OWN)] if ours else color(result["name"]), label=label(result),
+        linewidth=2.4 if ours else 1.4, marker="o" if ours else None, markersize=3, zorder=3 if ours else 2,
     )  # fmt: skip
+
+
+def label(result: Mapping[str, Any]) -> str:
+    """What a legend calls a result: its `label` where several runs are compared, else its name."""
+    return str(result.get("label", result["name"]))
 
 
 def _legend_beside(axes: Axes) -> None:
@@ -86,7 +102,7 @@ def scores(results: Sequence[Mapping[str, Any]]) -> Figure:
     ordered = sorted(results, key=lambda result: result["mAP"])
     top_k = ordered[-1].get("top_k")
     figure, axes = _axes("mean average precision" + (f" @{top_k}" if top_k else ""), "mAP", "")
-    names = [f"{r['name']} ({r['num_bits']} bits)" if r["num_bits"] else r["name"] for r in ordered]
+    names = [f"{label(r)} ({r['num_bits']} bits)" if r["num_bits"] else r["name"] for r in ordered]
     values = [result["mAP"] for result in ordered]
     axes.barh(names, values, color=[color(result["name"]) for result in ordered], height=0.66)
     for place, value in enumerate(values):
@@ -106,15 +122,91 @@ def distances(shares: Mapping[str, Sequence[float]], name: str) -> Figure:
     return figure
 
 
+def codeword_distances(analysis: Mapping[str, Any]) -> Figure:
+    """Hamming distances between the classes' codewords as a matrix, classes in the order of their communities."""
+    names = [name for group in analysis["communities"] for name in group]
+    order = [analysis["classes"].index(name) for name in names]
+    matrix = np.array(analysis["distances"])[np.ix_(order, order)]
+    figure, axes = _axes(f"Distances between codewords of {analysis['num_bits']} bits", "", "", tall=True)
+    picture = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(1, int(matrix.max())))
+    few = len(names) <= 40
+    axes.set_xticks(range(len(names)) if few else [], names if few else [], rotation=90)
+    axes.set_yticks(range(len(names)) if few else [], names if few else [])
+    if len(names) <= 12:
+        for i, j in np.ndindex(matrix.shape):
+            dark = matrix[i, j] < matrix.max() / 2
+            axes.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=7, color=PAPER if dark else INK)
+    axes.grid(visible=False)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.8)
+    bar.set_label("bits", color=INK, fontsize=9)
+    return figure
+
+
+def codeword_graph(analysis: Mapping[str, Any]) -> Figure:
+    """Each class joined to those of the nearest codewords, thicker where nearer; a colour for each community."""
+    figure, axes = _axes("Relations between codewords", "", "", tall=True)
+    places = layout(dict(analysis))
+    group = {name: i for i, names in enumerate(analysis["communities"]) for name in names}
+    widest = max((weight for _, _, weight in analysis["edges"]), default=1) or 1
+    narrowest = min((weight for _, _, weight in analysis["edges"]), default=0)
+    for i, j, weight in analysis["edges"]:
+        share = (weight - narrowest) / max(widest - narrowest, 1e-9)
+        axes.plot(
+            places[[i, j], 0],
+            places[[i, j], 1],
+            color="#94a3b8",
+            linewidth=0.5 + 3.5 * share,
+            alpha=0.35 + 0.45 * share,
+            zorder=1,
+        )
+    colors = [GROUPS[group[name] % len(GROUPS)] for name in analysis["classes"]]
+    axes.scatter(
+        places[:, 0],
+        places[:, 1],
+        s=70 if len(colors) <= 40 else 30,
+        c=colors,
+        edgecolors=PAPER,
+        linewidths=1.2,
+        zorder=2,
+    )
+    for (x, y), name in zip(places, analysis["classes"], strict=True):
+        axes.annotate(name, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=7, color=INK)
+    axes.margins(0.12)
+    axes.set_axis_off()
+    return figure
+
+
+def code_map(points: NDArray[np.floating], labels: Sequence[int], classes: Sequence[str], title: str) -> Figure:
+    """A map of codes: points [n, 2] of the t-SNE, coloured by their class (-1: none)."""
+    figure, axes = _axes(title, "", "", tall=True)
+    found = sorted(set(labels))
+    shades = colormaps["tab20"] if len(found) <= 20 else colormaps["gist_ncar"]
+    for place, wanted in enumerate(found):
+        own = np.array([other == wanted for other in labels])
+        shade = shades(place / max(1, len(found) - 1)) if len(found) > 20 else shades(place % 20)
+        name = "no class" if wanted < 0 else classes[wanted]
+        axes.scatter(points[own, 0], points[own, 1], s=9, color=[shade], label=name, linewidths=0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    if len(found) <= 20:
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=2)
+    return figure
+
+
 def draw_all(metrics: Mapping[str, Any]) -> dict[str, bytes]:
     """Every figure of an evaluation as PNG bytes, by file stem."""
-    results = metrics["results"]
+    first = metrics["results"][0].get("scenario")
+    results = [result for result in metrics["results"] if result.get("scenario") == first]
     figures = {
         "scores": scores(results),
         "precision_recall": precision_recall(results),
         "precision_at": precision_at(results),
         "distances": distances(metrics["distances"], results[0]["name"]),
     }
+    if "codewords" in metrics:
+        figures["codeword_distances"] = codeword_distances(metrics["codewords"])
+        figures["codeword_graph"] = codeword_graph(metrics["codewords"])
     return {name: png(figure) for name, figure in figures.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -17,6 +17,8 @@ CAPTIONS = {
     "scores": "Every method on the same features, rows and queries.",
     "precision_recall": "One point for each Hamming radius; further right is a larger radius.",
     "precision_at": "Averaged over all orders of rows at the same distance.",
+    "codeword_distances": "Each class has a codeword; the rows are ordered by community.",
+    "codeword_graph": "Each class and its three nearest; thicker lines are nearer, colours are communities.",
     "distances": "The further the two hills lie apart, the better the codes separate.",
 }
 STYLE = """
@@ -76,7 +78,7 @@ def page(metrics: Mapping[str, Any], figures: Mapping[str, bytes], images: Mappi
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)} - hashray</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
         f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>{_tiles(metrics, depth)}'
-        f"<h2>Beside the baselines</h2>{_table(metrics, depth)}"
+        f"<h2>Beside the baselines</h2>{_tables(metrics, depth)}"
         f'<h2>Curves</h2><div class="figures">{pictures}</div>'
         f"<h2>Queries and their nearest rows</h2>{_gallery(metrics, images)}"
         f"<h2>Code health</h2>{_facts(ours.get('code_health', {}))}"
@@ -90,29 +92,58 @@ def _uri(data: bytes, kind: str) -> str:
 
 def _tiles(metrics: Mapping[str, Any], depth: str) -> str:
     ours = metrics["results"][0]
-    by_name = {result["name"]: result for result in metrics["results"]}
+    first = ours.get("scenario")
+    by_name = {result["name"]: result for result in metrics["results"] if result.get("scenario") == first}
     tiles = [(f"{ours['mAP']:.4f}", f"{depth} of {ours['name']}", "ours")]
     tiles += [(f"{by_name[n]['mAP']:.4f}", f"{depth} of {n}", "") for n in ("itq", "float-cosine") if n in by_name]
-    first = ours.get("precision_at", {}).get("10")
-    if first is not None:
-        tiles.append((f"{first:.3f}", "precision@10", ""))
+    near = ours.get("precision_at", {}).get("10")
+    if near is not None:
+        tiles.append((f"{near:.3f}", "precision@10", ""))
     tiles.append((f"{ours['precision_radius_2']:.3f}", "precision within radius 2", ""))
     body = "".join(f'<div class="tile {css}"><b>{value}</b><span>{name}</span></div>' for value, name, css in tiles)
     return f'<div class="tiles">{body}</div>'
 
 
-def _table(metrics: Mapping[str, Any], depth: str) -> str:
-    ours = metrics["results"][0]["name"]
+SCENARIOS = {
+    "within": "Within: queries and database from the classes that training saw",
+    "cross": "Cross: queries and database from classes that training never saw",
+    "generalised": "Generalised: queries from unseen classes, a database of all classes",
+}
+
+
+def _tables(metrics: Mapping[str, Any], depth: str) -> str:
+    """One table, or one for each scenario and the harmonic means of the first two."""
+    results = metrics["results"]
+    names = list(dict.fromkeys(result.get("scenario") for result in results))
+    if names == [None]:
+        return _table(results, depth)
+    parts = [
+        f"<h3>{html.escape(SCENARIOS.get(name, name))}</h3>"
+        + _table([result for result in results if result["scenario"] == name], depth)
+        for name in names
+    ]
+    means = sorted(metrics.get("harmonic_mean", {}).items(), key=lambda pair: -pair[1])
+    rows = "".join(
+        f"<tr{_css(name, results)}><td>{html.escape(name)}</td><td>{value:.4f}</td></tr>" for name, value in means
+    )
+    head = "<thead><tr><th>method</th><th>2WC / (W + C)</th></tr></thead>"
+    return "".join(parts) + f"<h3>Harmonic mean of within and cross</h3><table>{head}<tbody>{rows}</tbody></table>"
+
+
+def _css(name: str, results: Sequence[Mapping[str, Any]]) -> str:
+    return ' class="ours"' if name == results[0]["name"] else ""
+
+
+def _table(results: Sequence[Mapping[str, Any]], depth: str) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("method", "bits", depth, "P@10", "P@100", "radius 2"))
     rows = []
-    for result in sorted(metrics["results"], key=lambda result: -result["mAP"]):
+    for result in sorted(results, key=lambda result: -result["mAP"]):
         near = result.get("precision_at", {})
         cells = [
             html.escape(result["name"]), str(result["num_bits"] or "float"), f"{result['mAP']:.4f}",
             _number(near.get("10")), _number(near.get("100")), _number(result.get("precision_radius_2")),
         ]  # fmt: skip
-        css = ' class="ours"' if result["name"] == ours else ""
-        rows.append(f"<tr{css}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        rows.append(f"<tr{_css(result['name'], results)}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 

@@ -3,57 +3,51 @@
 DIR/  metrics.json · report.html · figures/*.png · codes/query, codes/database (artifacts) · manifest.json
 
 The queries and the database are encoded (rerun = resume), scored, and put beside the baselines on the
-same features of the same rows: the features of the model's frozen or pretrained trunk, or, for a trunk that
-was trained from scratch, the images' own pixels; a trained trunk's features would already hold the labels.
+same features of the same rows.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
-import ray
-import torch
 import tyro
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical
-from hashray.codes import Codes, binarize, hamming
+from hashray.codes import binarize
 from hashray.config import Config
-from hashray.data.corpus import Corpus, Rows, open_corpus, read_table
+from hashray.data.corpus import Corpus, open_corpus, read_table
 from hashray.encode import EncodeConfig, encode
 from hashray.errors import InputError, MismatchError, perhaps
 from hashray.evaluate import figures, report
 from hashray.evaluate.baselines import fit_baselines
-from hashray.evaluate.metrics import (
-    TIES,
-    Ranking,
-    average_precisions,
-    code_health,
-    mean_average_precision_float,
-    rank,
+from hashray.evaluate.codewords import analyse
+from hashray.evaluate.environment import environment
+from hashray.evaluate.features import BaselineFeatures
+from hashray.evaluate.metrics import TIES, Ranking, code_health, mean_average_precision_float
+from hashray.evaluate.scoring import (
+    CLASS_SPLIT,
+    Scenario,
+    Side,
+    code_sample,
+    distance_shares,
+    gallery,
+    harmonic_means,
+    score,
 )
 from hashray.index.build import code_matrix
-from hashray.methods.backbone import BackboneConfig
 from hashray.model import Model, load_model
 from hashray.progress import Bar, say, show_table
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import join, open_store
-from hashray.train.features import compute_features, features_of_model
+from hashray.train.features import features_of_model
 
-PIXEL_SIZE = 32
 HEALTH_ROWS = 256
-GALLERY_NEIGHBOURS = 10
+FLOAT = "float-cosine"
 
 
 class EvaluateConfig(Config):
@@ -93,6 +87,9 @@ class EvaluateConfig(Config):
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run the stage; return what metrics.json holds.
 
+    A corpus of protocol class-split is scored three times: within the seen classes, across to those never trained on,
+    and generalised, unseen queries in a database of all; `scenario` names which in each result.
+
     Raises:
         InputError: no query or database rows, or a ties name that is not known.
     """
@@ -103,43 +100,101 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise InputError(f"{config.corpus} has no labels, and without them no row is relevant to any; ingest them too")
     if config.baselines and not corpus.count("train"):
         raise InputError(f"{config.corpus} has no train rows to fit the baselines on; give --no-baselines")
-    for split in (config.query_split, config.database_split):
-        corpus.require(split, "evaluation")
+    scenarios = _scenarios(config, corpus)
+    for scenario in scenarios:
+        for split in (scenario.query_split, scenario.database_split):
+            corpus.require(split, "evaluation")
     model = load_model(config.model, device="cpu")
     connect()
     features = features_of_model(config.model, config.corpus, config.pool, config.max_bad)
-    query_codes, query = _encoded(config, corpus, config.query_split, features, None)
-    database_codes, database = _encoded(config, corpus, config.database_split, features, config.codes)
     name = str(model.method.config.kind)
-    ranking = rank(query_codes, query.labels, database_codes, database.labels)
-    results = [_score(name, model.num_bits, query_codes, query.labels, database_codes, database.labels, config)]
-    results[0]["code_health"] |= _logit_health(model, corpus, config.query_split)
+    query = _encoded(config, corpus, name, config.query_split, features, None)
+    database = _encoded(config, corpus, name, config.database_split, features, config.codes)
     protocol = _protocol(config, model, corpus, query, database)
     if config.baselines and len(database.ids) + len(query.ids) <= config.baseline_limit:
-        values = _Features(config, model, corpus, features)
-        protocol["baseline_features"] = values.name
-        results += _baselines(config, model.num_bits, values, query, database)
+        protocol["baseline_features"] = _add_baselines(config, model, corpus, features, query, database)
     elif config.baselines:
         say(f"baselines left out: more than --baseline-limit {config.baseline_limit:,} rows")
+    results, parts = [], []
+    for scenario in scenarios:
+        sides = query, database
+        if scenario.name:
+            sides = tuple(  # type: ignore[assignment]
+                side.among(set(corpus.rows(split).ids))
+                for side, split in ((query, scenario.query_split), (database, scenario.database_split))
+            )
+        rows, ranking = _score_all(config, model.num_bits, scenario, *sides)
+        results += rows
+        parts.append((*sides, ranking))
+    first_query, first_database, ranking = parts[0]
+    results[0]["code_health"] |= _logit_health(model, corpus, config.query_split)
     metrics: dict[str, Any] = {
         "protocol": protocol,
         "environment": environment(),
         "results": results,
-        "distances": _distance_shares(ranking),
-        "gallery": _gallery(config, corpus, ranking, query_codes, query, database_codes, database),
-    }
+        "distances": distance_shares(ranking),
+        "sample": code_sample(query, name, config.seed),
+        "classes": corpus.classes,
+        "gallery": gallery(
+            name, first_query, first_database, ranking, corpus.classes, config.gallery, config.seed
+        ),
+    }  # fmt: skip
+    means = harmonic_means(results)
+    if means:
+        metrics["harmonic_mean"] = means
+    words = model.method.class_codes()
+    if words is not None:
+        taught = np.flatnonzero(corpus.rows("train").labels.any(0))
+        names = [corpus.classes[i] for i in taught]
+        metrics["codewords"] = analyse(words[taught], names, model.num_bits, config.seed)
     _write(config, corpus, model, metrics)
-    rows = [[r["name"], str(r["num_bits"] or "float"), f"{r['mAP']:.4f}"] for r in results]
     depth = f"mAP@{config.top_k}" if config.top_k else "mAP"
-    show_table(f"{len(query.ids):,} queries, {len(database.ids):,} rows", ["method", "bits", depth], rows)
+    for scenario in scenarios:
+        own = [row for row in results if row.get("scenario", "") == scenario.name]
+        table = [[row["name"], str(row["num_bits"] or "float"), f"{row['mAP']:.4f}"] for row in own]
+        title = f"{own[0]['queries']:,} queries, {own[0]['database']:,} rows"
+        show_table(f"{scenario.name}: {title}" if scenario.name else title, ["method", "bits", depth], table)
     say(f"the page: {join(config.out, 'report.html')}")
     return metrics
 
 
+def _scenarios(config: EvaluateConfig, corpus: Corpus) -> tuple[Scenario, ...]:
+    asked = (config.query_split, config.database_split)
+    if corpus.manifest.config.get("split_protocol") == "class-split" and asked == ("query", "database"):
+        return CLASS_SPLIT
+    return (Scenario("", *asked),)
+
+
+def _score_all(
+    config: EvaluateConfig, num_bits: int, scenario: Scenario, query: Side, database: Side
+) -> tuple[list[dict[str, Any]], Ranking]:
+    """Results of every method whose codes or features are in both sides, ours first, and the ranking of ours."""
+    results: list[dict[str, Any]] = []
+    first: Ranking | None = None
+    where: dict[str, Any] = {"queries": len(query.ids), "database": len(database.ids)}
+    where |= {"scenario": scenario.name} if scenario.name else {}
+    title = f"score {scenario.name}".strip()
+    with Bar(title, len(query.values), "methods") as bar:
+        for name, values in query.values.items():
+            if name == FLOAT:
+                sides = values, query.labels, database.values[name], database.labels
+                mean = mean_average_precision_float(*sides, config.top_k)
+                results.append(
+                    {"name": name, "num_bits": None, "top_k": config.top_k, "ties": None, "mAP": mean} | where
+                )
+            else:
+                row, ranking = score(name, num_bits, query, database, config.top_k, config.ties)
+                results.append(row | where)
+                first = first or ranking
+            bar.add(1)
+    assert first is not None
+    return results, first
+
+
 def _encoded(
-    config: EvaluateConfig, corpus: Corpus, split: str, features: str | None, given: str | None
-) -> tuple[Codes, Rows]:
-    """Codes of a split, with the ids and labels of exactly the rows that have one, in the codes' order."""
+    config: EvaluateConfig, corpus: Corpus, name: str, split: str, features: str | None, given: str | None
+) -> Side:
+    """The rows of a split that have a code, in the codes' order."""
     out = given or join(config.out, "codes", split)
     if given is None:
         encode(
@@ -160,93 +215,33 @@ def _encoded(
     codes = code_matrix(table.column("code"), int(manifest.info["num_bits"]))
     rows = corpus.rows(split)
     place = {row_id: i for i, row_id in enumerate(rows.ids)}
-    return codes, Rows(ids, rows.labels[[place[row_id] for row_id in ids]])
+    return Side(ids, rows.labels[[place[row_id] for row_id in ids]], {name: codes})
 
 
-def _score(
-    name: str, num_bits: int, query_codes: Codes, query_labels: NDArray[np.uint8], database_codes: Codes,
-    database_labels: NDArray[np.uint8], config: EvaluateConfig,
-) -> dict[str, Any]:  # fmt: skip
-    labelled = query_codes, query_labels, database_codes, database_labels
-    scores = average_precisions(*labelled, config.top_k, config.ties)
-    ranking = rank(*labelled)
-    curve = ranking.precision_recall_curve()
-    return {
-        "name": name,
-        "num_bits": num_bits,
-        "top_k": config.top_k,
-        "ties": config.ties,
-        "mAP": scores.mean,
-        "queries_without_relevant": scores.num_without_relevant,
-        "precision_at": {str(n): value for n, value in ranking.precision_at().items()},
-        "precision_radius_2": ranking.precision_within_radius(2),
-        "pr_curve": {"precision": curve.precision.tolist(), "recall": curve.recall.tolist()},
-        "code_health": code_health(database_codes, labels=database_labels),
-    }
-
-
-class _Features:
-    """Baseline features of any split: cached trunk features, or pixels."""
-
-    def __init__(self, config: EvaluateConfig, model: Model, corpus: Corpus, frozen_url: str | None) -> None:
-        trained = dict(model.manifest.config["backbone"]) if model.manifest else {}
-        backbone = BackboneConfig.model_validate(trained)
-        self.cached: Corpus | None = None
-        self.corpus = corpus
-        if backbone.weights is None and frozen_url is None:
-            self.name = f"pixels, {PIXEL_SIZE} x {PIXEL_SIZE} x 3"
-            return
-        # A frozen trunk is in the model, whatever became of the weights file; a trained one started from the file.
-        start = backbone.model_copy(update={"frozen": True})
-        url = frozen_url or compute_features(config.corpus, start, None, config.pool, config.max_bad)
-        self.cached = open_corpus(url, "features")
-        self.name = f"{backbone.name}, {backbone.image_size} px, pretrained"
-
-    def of(self, split: str, ids: list[str]) -> NDArray[np.float32]:
-        """Features float32 [n, d] of some rows of a split, in the order of `ids`."""
-        source = self.cached or self.corpus
-        wanted = {row_id: i for i, row_id in enumerate(ids)}
-        out: NDArray[np.float32] | None = None
-        for record in source.parts:
-            if not source.count_part(record, split):
-                continue
-            table = source.read_part(record, split)
-            own = table.column("id").to_pylist()
-            kept = [i for i, row_id in enumerate(own) if row_id in wanted]
-            table = table.take(pa.array(kept, pa.int64()))
-            values = source.inputs(table, PIXEL_SIZE, "squash")
-            flat = values.reshape(len(values), -1).astype(np.float32) / (255 if values.dtype == np.uint8 else 1)
-            if out is None:
-                out = np.zeros((len(ids), flat.shape[1]), dtype=np.float32)
-            out[[wanted[own[i]] for i in kept]] = flat
-        if out is None:
-            raise InputError(f"{source.store.url} has no {split!r} rows")
-        return out
-
-
-def _baselines(
-    config: EvaluateConfig, num_bits: int, features: _Features, query: Rows, database: Rows
-) -> list[dict[str, Any]]:
-    rows = features.corpus.rows("train")
-    chosen = np.random.default_rng(config.seed).permutation(len(rows.ids))[: config.baseline_train_rows]
-    ids = [rows.ids[i] for i in np.sort(chosen)]
-    labelled = rows.labels[np.sort(chosen)]
-    train, at = features.of("train", ids), features.of(config.query_split, query.ids)
-    base = features.of(config.database_split, database.ids)
-    results = []
-    fitted = fit_baselines(train, labelled, num_bits, config.seed)
-    with Bar("baselines", len(fitted) + 1, "methods") as bar:
+def _add_baselines(
+    config: EvaluateConfig, model: Model, corpus: Corpus, frozen: str | None, query: Side, database: Side
+) -> str:
+    """Fit the baselines on the train rows, put their codes into both sides; return which features they saw."""
+    features = BaselineFeatures(model, corpus, frozen, config.pool, config.max_bad)
+    rows = corpus.rows("train")
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(rows.ids))[: config.baseline_train_rows])
+    train = features.of("train", [rows.ids[i] for i in chosen])
+    sides = [
+        (query, features.of(config.query_split, query.ids)),
+        (database, features.of(config.database_split, database.ids)),
+    ]
+    fitted = fit_baselines(train, rows.labels[chosen], model.num_bits, config.seed)
+    with Bar("baselines", len(fitted), "methods") as bar:
         for name, baseline in fitted.items():
-            codes = baseline.codes(at), baseline.codes(base)
-            results.append(_score(name, num_bits, codes[0], query.labels, codes[1], database.labels, config))
+            for side, values in sides:
+                side.values[name] = baseline.codes(values)
             bar.add(1)
-        cosine = mean_average_precision_float(at, query.labels, base, database.labels, config.top_k)
-        bar.add(1)
-    top = {"top_k": config.top_k, "ties": None}
-    return [*results, {"name": "float-cosine", "num_bits": None, **top, "mAP": cosine}]
+    for side, values in sides:
+        side.values[FLOAT] = values
+    return features.name
 
 
-def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Rows, database: Rows) -> dict[str, Any]:
+def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Side, database: Side) -> dict[str, Any]:
     settings = corpus.manifest.config
     return {
         "name": settings.get("split_protocol"),
@@ -264,38 +259,6 @@ def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Rows,
     }
 
 
-def environment() -> dict[str, Any]:
-    """What produced a number: commit, versions, hardware, command (law 13); of absolute paths only the names."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "commit": _commit(),
-        "hashray": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ray": ray.__version__,
-        "faiss": faiss.__version__,
-        "hardware": f"{os.cpu_count()} cores {platform.machine()}" + (f", {', '.join(gpus)}" if gpus else ""),
-        "command": " ".join(
-            [Path(sys.argv[0]).name, *(Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:])]
-        ),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the code that runs, "+changes" when files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    return (head + ("+changes" if git("status", "--porcelain", "-uno") else "")) or None
-
-
 def _logit_health(model: Model, corpus: Corpus, split: str) -> dict[str, float]:
     """How far the logits of some queries lie from 0 (METHODS 6.7), over the first part that has any."""
     record = next(record for record in corpus.parts if corpus.count_part(record, split))
@@ -303,56 +266,6 @@ def _logit_health(model: Model, corpus: Corpus, split: str) -> dict[str, float]:
     logits = model.logits(corpus.inputs(table, model.backbone.image_size, model.backbone.resize))
     whole = code_health(binarize(logits), logits=np.tanh(logits))
     return {name: whole[name] for name in ("near_zero", "quantization", "exact_zeros")}
-
-
-def _distance_shares(ranking: Ranking) -> dict[str, list[float]]:
-    """Share of relevant and of other pairs at each Hamming distance 0 .. num_bits."""
-    relevant, total = ranking.relevant.sum(0), ranking.total.sum(0)
-    other = total - relevant
-    return {
-        "relevant": (relevant / max(1, relevant.sum())).tolist(),
-        "other": (other / max(1, other.sum())).tolist(),
-    }
-
-
-def _gallery(
-    config: EvaluateConfig,
-    corpus: Corpus,
-    ranking: Ranking,
-    query_codes: Codes,
-    query: Rows,
-    database_codes: Codes,
-    database: Rows,
-) -> list[dict[str, Any]]:
-    """Some queries spread over the classes, then those of the lowest AP, with their nearest rows; ties by id."""
-    order = np.lexsort((np.random.default_rng(config.seed).permutation(len(query.ids)), query.labels.argmax(1)))
-    hard = config.gallery // 4
-    places = np.linspace(0, len(order) - 1, min(config.gallery - hard, len(order))).round().astype(int)
-    scores = ranking.average_precisions().values
-    hardest = np.argsort(scores, kind="stable")[:hard]
-    by_id = np.argsort(np.array(database.ids))
-    found = []
-    for row in dict.fromkeys([*order[places].tolist(), *hardest.tolist()]):
-        distances = hamming(query_codes[row : row + 1], database_codes)[0][by_id]
-        near = np.argsort(distances, kind="stable")[:GALLERY_NEIGHBOURS]
-        neighbours = [
-            {
-                "id": database.ids[by_id[i]],
-                "distance": int(distances[i]),
-                "labels": _names(corpus, database.labels[by_id[i]]),
-                "relevant": bool((database.labels[by_id[i]] & query.labels[row]).any()),
-            }
-            for i in near
-        ]
-        names = _names(corpus, query.labels[row])
-        score = None if np.isnan(scores[row]) else float(scores[row])
-        hit = {"query": query.ids[row], "labels": names, "average_precision": score, "neighbours": neighbours}
-        found.append({**hit, "hardest": row in hardest})
-    return found
-
-
-def _names(corpus: Corpus, labels: NDArray[np.uint8]) -> list[str]:
-    return [corpus.classes[i] for i in np.flatnonzero(labels)]
 
 
 def _write(config: EvaluateConfig, corpus: Corpus, model: Model, metrics: dict[str, Any]) -> None:

@@ -14,13 +14,15 @@ from typing import Any, Literal, final
 
 import torch
 from pydantic import Field, field_validator
+from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from hashray import storage
+from hashray import artifact, storage
 from hashray.config import Config
 from hashray.errors import InputError, perhaps
 
 OWN_TRUNKS = ("cnn_f", "resnet9")
+MODEL_PREFIX = "trunk.net."  # of the trunk's tensors in a trained model
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -29,7 +31,9 @@ class BackboneConfig(Config):
 
     name: str = Field("resnet9", description="cnn_f, resnet9 or a torchvision classification model")
     weights: str | None = Field(
-        None, description="a torchvision weights name (DEFAULT, IMAGENET1K_V1), a state-dict file, or unset"
+        None,
+        description="a torchvision weights name (DEFAULT, IMAGENET1K_V1), a state-dict file, a trained model"
+        " (its trunk is taken), or unset",
     )
     image_size: int = Field(32, ge=8, le=2048, description="pixels, height and width")
     resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
@@ -221,24 +225,32 @@ def _models() -> Any:
 
 
 def _read_weights(config: BackboneConfig) -> bytes:
+    """The bytes of a state-dict file, or of a trained model's tensors."""
+    path = str(config.weights)
     try:
-        return storage.read_url(str(config.weights))
+        store = storage.open_store(path)
+        if artifact.is_finished(store):
+            return artifact.read_file(store, artifact.load_manifest(store, "model").record("model.safetensors"))
+        return storage.read_url(path)
     except InputError as error:
         names = _weight_names(config.name)
-        allowed = f"{', '.join(names)} or a state-dict file" if names else "a state-dict file"
+        allowed = ", ".join([*names, "a state-dict file or the folder of a trained model"])
         raise InputError(f"weights = {config.weights!r} for {config.name}: no such file; allowed: {allowed}") from error
 
 
 def _load_file(net: nn.Module, config: BackboneConfig) -> None:
-    path = str(config.weights)
+    path, data = str(config.weights), _read_weights(config)
     try:
-        state = torch.load(io.BytesIO(_read_weights(config)), map_location="cpu", weights_only=True)
-    except InputError:
-        raise
+        if data[8:9] == b"{":  # safetensors: the length of a JSON header, then the header
+            state = load_safetensors(data)
+        else:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path} is not a torch state dict: {error}") from error
+        raise InputError(f"{path} is not a state dict of torch or safetensors: {error}") from error
     if not isinstance(state, Mapping):
         raise InputError(f"{path} holds a {type(state).__name__}; expected a state dict")
+    if any(str(k).startswith(MODEL_PREFIX) for k in state):  # a trained model: its trunk
+        state = {k.removeprefix(MODEL_PREFIX): v for k, v in state.items() if k.startswith(MODEL_PREFIX)}
     own = net.state_dict()
     # The classifier goes: it may be missing, or be that of other classes.
     prefix = None if config.name in OWN_TRUNKS else _classifier_prefix(net)

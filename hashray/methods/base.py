@@ -7,21 +7,23 @@ folder that holds a frozen `XConfig(MethodConfig)` with `kind: Literal["x"]`, an
         method.begin_phase(phase, table, seed, crew)        # what needs no image batches
         for epoch in range(phase.epochs):
             for inputs, labels, weight in batches:          # weight 0 marks a padding row
-                loss = sum(method.loss_terms(phase, inputs, labels, weight).values())
+                terms = method.loss_terms(phase, inputs, labels, weight)    # each a sum and its mass
+                method.after_step(phase, means over all workers)
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from hashray.codes import check_num_bits
+from hashray.codes import Codes, check_num_bits
 from hashray.config import Config
 from hashray.errors import ConfigError, InputError
 from hashray.methods.backbone import Trunk
@@ -30,8 +32,17 @@ from hashray.methods.backbone import Trunk
 class MethodConfig(Config):
     """Base of every method's config. A subclass adds `kind: Literal["its name"]`."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named settings: a config with a field `preset` takes every field left unset from the one it names."""
+
     kind: str
     num_bits: int = Field(32, description="bits of a code; a positive multiple of 8")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        name = data.get("preset") if isinstance(data, dict) else None
+        return cls.presets[name] | data if isinstance(name, str) and name in cls.presets else data
 
     @field_validator("num_bits")
     @classmethod
@@ -53,6 +64,33 @@ class Phase:
     round: int
     epochs: int
     lr_factor: float = 1.0
+
+
+class Term(NamedTuple):
+    """A term of the loss over one worker's rows, as a sum and the mass that it is a mean over.
+
+    The loop divides by the mass of all workers, so that the mean is over the global batch whatever is counted:
+    rows, labelled rows, positive entries (law 9). With `in_loss` false it is only reported.
+    """
+
+    total: Tensor
+    mass: Tensor
+    in_loss: bool = True
+
+    @staticmethod
+    def of_mean(mean: Tensor, mass: Tensor, in_loss: bool = True) -> Term:
+        """The term whose mean over this worker's rows is `mean`; `mass` a scalar, or weights to be summed."""
+        counted = mass.sum().to(mean.dtype)
+        return Term(mean * counted, counted, in_loss)
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that learn at one rate: `optim.lr` times `lr_factor` (for `trunk`, times optim.trunk_lr_factor)."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    lr_factor: float = 1.0
+    decay: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,18 +120,26 @@ class LabelTable:
         return LabelTable(rows, counts)
 
     def index(self, labels: Tensor) -> Tensor:
-        """Position int64 [n] of each label row [n, c] in `rows`; -1 where it does not occur."""
-        found = {row.tobytes(): i for i, row in enumerate(self.rows.cpu().numpy())}
-        keys = labels.to(torch.uint8).cpu().numpy()
-        return torch.tensor([found.get(row.tobytes(), -1) for row in keys], dtype=torch.int64)
+        """Position int64 [n] in `rows` of the positive classes of each label row [n, c]; -1 where there is none."""
+        keys = (labels == 1).to(torch.uint8).cpu().numpy()
+        return torch.tensor([self._places.get(row.tobytes(), -1) for row in keys], dtype=torch.int64)
+
+    @cached_property
+    def _places(self) -> dict[bytes, int]:
+        return {row.tobytes(): i for i, row in enumerate(self.rows.cpu().numpy())}
 
 
 class Crew(ABC):
     """The workers of a run, as far as a method needs to know of them. A run of one is a crew of one."""
 
     @abstractmethod
-    def sum_by_label_row(self, outputs: Callable[[Tensor], Tensor]) -> Tensor:
-        """Sums float64 [u, width], per distinct label row, of `outputs(inputs) [n, width]` over all training images."""
+    def sum_by_group(
+        self, outputs: Callable[[Tensor], Tensor], group: Callable[[Tensor], Tensor], groups: int
+    ) -> Tensor:
+        """Sums float64 [groups, width] of `outputs(inputs) [n, width]` over all training images, none augmented.
+
+        `group(labels [n, c])` gives each row's group int64 [n]; a row of group -1 is left out.
+        """
 
     @abstractmethod
     def lead(self, module: nn.Module, action: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -104,6 +150,8 @@ class Method(nn.Module, ABC):
     """A trunk and a hash head, trained by the losses of a paper."""
 
     kind: ClassVar[str]
+    uses_unlabelled: ClassVar[bool] = False
+    """Whether rows without any known label (all -1) teach this method something."""
     config: Any
 
     def __init__(self, config: MethodConfig, trunk: Trunk, num_classes: int) -> None:
@@ -125,25 +173,44 @@ class Method(nn.Module, ABC):
         return
 
     @abstractmethod
-    def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Named, already weighted terms; their sum is the loss.
+    def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
+        """Named, already weighted terms; the sum of their means is the loss.
 
         Args:
             inputs: what the trunk takes: images [n, 3, h, w] or cached features [n, d].
             labels: [n, c] in {0, 1, -1}, -1 for unknown.
-            weight: [n], 0 for a padding row. Every term is a mean under these weights.
+            weight: [n], 0 for a padding row, which counts for nothing.
         """
 
     @abstractmethod
     def logits(self, inputs: Tensor) -> Tensor:
         """Hash logits [n, num_bits], float32; bit j of the code is logit j >= 0."""
 
-    def trained(self, phase: Phase) -> dict[str, list[nn.Parameter]]:
-        """Parameters that this phase trains, by learning-rate group: `trunk` and `head`, or a group of its own."""
-        head = [p for name, p in self.named_parameters() if not name.startswith("trunk.") and p.requires_grad]
-        return {"trunk": [p for p in self.trunk.parameters() if p.requires_grad], "head": head}
+    def after_step(self, phase: Phase, means: Mapping[str, float]) -> None:
+        """Told the means of a step's terms over all workers, after the step."""
+        return
 
-    def forward(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    def class_scores(self, inputs: Tensor) -> Tensor:
+        """How well each class fits, float32 [n, c], the higher the better; -inf for a class never trained on.
+
+        Raises:
+            InputError: this method has no scores of classes.
+        """
+        raise InputError(f"{self.kind} gives no class scores, which self-training needs")
+
+    def class_codes(self) -> Codes | None:
+        """The codeword of each class, packed uint8 [c, num_bits // 8]; None for a method without codewords."""
+        return None
+
+    def trained(self, phase: Phase) -> list[ParameterGroup]:
+        """Parameters that this phase trains, by learning-rate group; the trunk's group is called `trunk`."""
+        head = [p for name, p in self.named_parameters() if not name.startswith("trunk.") and p.requires_grad]
+        return [ParameterGroup("trunk", self._trunk_parameters()), ParameterGroup("head", head)]
+
+    def _trunk_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.trunk.parameters() if p.requires_grad]
+
+    def forward(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
         """`loss_terms`, under the name that DistributedDataParallel wraps."""
         return self.loss_terms(phase, inputs, labels, weight)
 

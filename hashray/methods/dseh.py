@@ -21,7 +21,7 @@ from hashray.codes import Codes, binarize
 from hashray.errors import InputError
 from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods.backbone import Trunk
-from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, Phase
+from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, Phase, Term
 from hashray.methods.losses import (
     PosWeightMode,
     full_precision,
@@ -68,6 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DSEHConfig(MethodConfig):
     """Settings of DSEH. Weights are the paper's names: alpha J2, beta J3, gamma J4 (Eq. 11), eta (Eq. 14)."""
 
+    presets = PRESETS
     kind: Literal["dseh"] = "dseh"
     preset: Literal["hashray", "released", "paper"] = Field("hashray", description="fills every field left unset")
     ablation: Literal["none", "S", "SS", "L", "A"] = Field("none", description="DSEH-S, -SS, -L, -A of Table 2")
@@ -101,13 +102,6 @@ class DSEHConfig(MethodConfig):
     logit_scale: float = Field(10.0, gt=0, description="on ImgNet's logits before the cross-entropy")
     target_smooth: float = Field(0.999, gt=0, le=1, description="on the code targets of ImgNet's J2")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("preset") in PRESETS:
-            return PRESETS[data["preset"]] | data
-        return data
-
     @model_validator(mode="after")
     def _bounded_below(self) -> DSEHConfig:
         if self.pos_weight_mode == "linear" and self.positive_weight > 1 and self.semantic_weight:
@@ -129,6 +123,8 @@ class LabNet(nn.Module):
         self.hash = nn.Linear(config.semantic_dim, config.num_bits)
         self.head = nn.Linear(config.num_bits, num_classes)
         self.norm = nn.BatchNorm1d(config.num_bits) if config.label_normalization == "batch" else nn.Identity()
+        self.present: Tensor
+        self.register_buffer("present", torch.ones(num_classes, dtype=torch.bool))
         if config.label_init_std is not None:
             std = config.label_init_std
             for layer in (self.hidden, self.semantic, self.hash, self.head):
@@ -315,7 +311,7 @@ class DSEH(Method):
         if phase.round > 0:
             was_training = self.training
             self.eval()  # batch statistics would make the banks depend on how a sweep is cut into batches
-            sums = crew.sum_by_label_row(self._bank_outputs).to(device)
+            sums = crew.sum_by_group(self._bank_outputs, table.index, len(table.rows)).to(device)
             self.train(was_training)
             means = sums / table.counts.to(device)[:, None]
             feature, code = means.split([self.config.semantic_dim, self.config.num_bits], dim=1)
@@ -323,6 +319,7 @@ class DSEH(Method):
             banks = feature.to(dtype), torch.where(code >= 0, 1.0, -1.0).to(dtype)
 
         def train() -> dict[str, float]:
+            self.label_net.present.copy_(table.rows.any(0))
             self.label_net.requires_grad_(True)
             try:
                 terms = train_label_network(self.label_net, table, self.config, seed + phase.round, phase.round, banks)
@@ -343,22 +340,32 @@ class DSEH(Method):
         counts = self.bank_counts.double()
         self.similar_share = counts @ share_a_class(table.rows, table.rows).to(counts) @ counts / counts.sum() ** 2
 
-    def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
         """Equation: DSEH Eqs. 12, 13. Differs: logits times 10, targets times 0.999, as in the authors' code."""
         feature, logits = self._image_net(inputs)
         with torch.no_grad():
             target = (self.label_net(labels == 1)[1] >= 0).to(logits.dtype) * self.config.target_smooth
         bits = F.binary_cross_entropy_with_logits(self.config.logit_scale * logits, target, reduction="none")
-        terms = {"image_j2": self.config.eta * weighted_mean(bits.mean(1), weight)}
+        terms = {"image_j2": Term.of_mean(self.config.eta * weighted_mean(bits.mean(1), weight), weight)}
         if self.config.ablation not in ("S", "SS"):
-            terms["image_j1"] = weighted_pairwise_likelihood(
+            pairs = weighted_pairwise_likelihood(
                 feature, self.bank_feature, share_a_class(labels, self.bank_labels), weight, self.bank_counts,
                 self.config.pair_scale, IMAGE_POSITIVE_WEIGHT, self.config.pos_weight_mode, self.similar_share,
             )  # fmt: skip
+            terms["image_j1"] = Term.of_mean(pairs, weight)
         return terms
 
     def logits(self, inputs: Tensor) -> Tensor:
         return self._image_net(inputs)[1]
+
+    def class_scores(self, inputs: Tensor) -> Tensor:
+        """LabNet's label head, read from ImgNet's relaxed codes."""
+        scores = self.label_net.head(torch.tanh(self.logits(inputs)))
+        return scores.masked_fill(~self.label_net.present, -torch.inf)
+
+    def class_codes(self) -> Codes:
+        """LabNet's codes of rows that hold one class alone."""
+        return self.label_net.codes(np.eye(self.num_classes, dtype=np.uint8))
 
     def _image_net(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         semantic = full_precision(self.semantic(self.trunk(inputs)))

@@ -7,6 +7,7 @@ of bfloat16 is 0.5.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Literal, ParamSpec
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PosWeightMode = Literal["linear", "bce", "hashnet"]
+Quantization = Literal["none", "l1", "l2", "log_cosh", "cosine"]
 Arguments = ParamSpec("Arguments")
 
 
@@ -132,7 +134,25 @@ def quantization_l1(codes: Tensor) -> Tensor:
     Equation: DSEH Eq. 8.
     Differs: a mean over rows and bits as in the authors' code, where the paper sums over pairs.
     """
-    return (full_precision(codes).abs() - 1).abs().mean()
+    return quantization(codes, "l1").mean()
+
+
+@outside_autocast
+def quantization(codes: Tensor, kind: Quantization) -> Tensor:
+    """How far each relaxed code [n, K] is from its own signs, [n]; 0 exactly when every |u| is 1.
+
+    Equation: METHODS 6.4, a mean over bits of | |u| - 1 | (l1), of its square (l2) or of its log
+    cosh, or 1 - cos(u, sign u).
+    """
+    codes = full_precision(codes)
+    gap = codes.abs() - 1
+    if kind == "none":
+        return torch.zeros_like(gap[:, 0])
+    if kind == "cosine":
+        return 1 - codes.abs().sum(1) / (codes.norm(dim=1).clamp_min(1e-12) * codes.shape[1] ** 0.5)
+    if kind == "log_cosh":  # log cosh x = |x| + log(1 + exp(-2|x|)) - log 2: no overflow
+        return (gap.abs() + F.softplus(-2 * gap.abs()) - math.log(2)).mean(1)
+    return gap.abs().mean(1) if kind == "l1" else gap.square().mean(1)
 
 
 @outside_autocast
@@ -193,6 +213,12 @@ def label_margin(codes: Tensor, codewords: Tensor, labels: Tensor, margin: float
 
 
 @outside_autocast
+def reconstruction_rows(decoded: Tensor, target: Tensor, variance: Tensor | float) -> Tensor:
+    """`reconstruction` of each row, [n]."""
+    return ((full_precision(decoded) - full_precision(target).detach()).square() / variance).mean(1)
+
+
+@outside_autocast
 def reconstruction(decoded: Tensor, target: Tensor, variance: Tensor | float) -> Tensor:
     """Mean of (decoded - target)^2 / variance; 1.0 is what predicting the mean scores.
 
@@ -201,4 +227,4 @@ def reconstruction(decoded: Tensor, target: Tensor, variance: Tensor | float) ->
 
     Equation: METHODS 3.2.
     """
-    return ((full_precision(decoded) - full_precision(target).detach()).square() / variance).mean()
+    return reconstruction_rows(decoded, target, variance).mean()

@@ -6,7 +6,7 @@ import operator
 from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from hashray.config import Config, parse_toml, validate
 from hashray.data.images import AugmentConfig
@@ -40,9 +40,38 @@ class OptimConfig(Config):
     trunk_lr_factor: float = Field(1.0, gt=0, description="0.1 for a pretrained trunk, as in the papers")
     weight_decay: float = Field(1e-4, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd: Nesterov momentum")
-    schedule: Literal["cosine", "step"] = Field("cosine", description="step: a factor 10^-0.5 every ten epochs")
+    schedule: Literal["cosine", "step", "inverse_time"] = Field(
+        "cosine", description="step: a factor 10^-0.5 every ten epochs; inverse_time: over 1 + 1e-5 times the step"
+    )
     warmup_share: float = Field(0.1, ge=0, lt=1, description="cosine: share of a phase's steps that warm up")
     clip_norm: float | None = Field(None, gt=0, description="bound on the norm of the gradient")
+
+
+class SelfTrainingConfig(Config):
+    """Rounds of pseudo-labels of the unlabelled split (AdaLabelHash section 4; what it leaves open: METHODS 2.5)."""
+
+    rounds: int = Field(3, ge=1, description="after the first training, on labelled rows alone")
+    epochs: int | None = Field(None, ge=1, description="passes of each round; unset: those of the first training")
+    lr_factor: float = Field(1.0, gt=0, description="learning rate of a round over that of the first training")
+    temperature: float | Literal["sqrt_bits", "fitted"] = Field(
+        1.0, description="tau of p = softmax(s / tau): a number, the root of num_bits, or fitted on the validation rows"
+    )
+    threshold: float = Field(0.95, ge=0, le=1, description="delta: a row is accepted from this confidence on")
+    balance: float = Field(
+        1.0, gt=0, description="no class gets more rows than this times its share of the labelled rows"
+    )
+    top_classes: int | None = Field(
+        None, ge=1, description="k set to 1, several classes a row; unset: the labelled mean"
+    )
+    bottom_classes: int | None = Field(None, ge=0, description="k' set to 0; unset: all but three times k")
+    most_falls: int = Field(2, ge=1, description="stop when the validation mAP has fallen so many times")
+
+    @field_validator("temperature")
+    @classmethod
+    def _positive(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError("a temperature is above 0")
+        return value
 
 
 class TrainConfig(Config):
@@ -54,6 +83,10 @@ class TrainConfig(Config):
     backbone: BackboneConfig = Field(default_factory=lambda: BackboneConfig())
     augment: AugmentConfig = Field(default_factory=lambda: AugmentConfig())
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
+    self_training: SelfTrainingConfig | None = Field(None, description="a table: learn from the unlabelled split")
+    init: str | None = Field(None, description="a trained model of the same method, bits and trunk to go on from")
+    pseudo_labels: str | None = Field(None, description="pseudo-labels whose accepted rows are trained on as well")
+    unlabelled: bool = Field(False, description="train on the unlabelled split too, where the method can use it")
     epochs: int = Field(20, ge=1, description="passes over the images in each phase of the method")
     batch_size: int = Field(128, ge=1, description="rows of a global batch, whatever the number of workers")
     seed: int = Field(0, ge=0)
@@ -80,9 +113,17 @@ class TrainConfig(Config):
             raise ValueError('backbone.frozen trains on cached features in memory: input "stream" is not for it')
         return self
 
+    @model_validator(mode="after")
+    def _unlabelled_rows_are_of_use(self) -> TrainConfig:
+        if self.unlabelled and not known_methods()[self.method.kind][1].uses_unlabelled:
+            able = [kind for kind, (_, method) in known_methods().items() if method.uses_unlabelled]
+            raise ValueError(f"{self.method.kind} learns nothing from rows without labels; unlabelled is for {able}")
+        return self
+
     def result_of(self) -> dict[str, Any]:
         """The part of the config that the trained weights depend on."""
         places = {"corpus", "out", "features", "workers", "cpus_per_worker", "gpu", "max_failures", "max_bad"}
+        places |= {"init", "pseudo_labels"}  # by what they hold, not by where they are
         pace = {"checkpoint_every", "checkpoint_steps", "memory_limit_mib", "tensorboard", "input"}
         return self.model_dump(mode="json", exclude=places | pace)
 

@@ -1,8 +1,8 @@
 """The training loop: phases, epochs, steps. Knows no method by name and no Ray.
 
-The global batch is the unit (law 9): each worker takes its slice, its loss is weighted by its share of the
-rows, and DistributedDataParallel's mean over workers is then the mean over the global batch, uneven
-last batch included. Random numbers are seeded anew at every step from (seed, pass, step, worker), so a
+The global batch is the unit (law 9): each worker takes its slice, its sums are divided by the mass that all
+workers count together, and DistributedDataParallel's mean over workers is then the mean over the global batch,
+uneven last batch included. Random numbers are seeded anew at every step from (seed, pass, step, worker), so a
 resumed run draws what an unbroken one draws.
 """
 
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hashray.data.batches import Slice, SliceSource
 from hashray.errors import RunError
-from hashray.methods.base import Crew, LabelTable, Method, Phase
+from hashray.methods.base import Crew, LabelTable, Method, ParameterGroup, Phase, Term
 from hashray.train.checkpoint import Checkpoint, Position, save_checkpoint
 from hashray.train.config import OptimConfig, TrainConfig
 
@@ -37,19 +37,22 @@ class TorchCrew(Crew):
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
-    def sum_by_label_row(self, outputs: Callable[[Tensor], Tensor]) -> Tensor:
+    def sum_by_group(
+        self, outputs: Callable[[Tensor], Tensor], group: Callable[[Tensor], Tensor], groups: int
+    ) -> Tensor:
         sums: Tensor | None = None
         with torch.no_grad():
             for inputs, labels in self.source.sweep():
                 if len(inputs):
                     values = outputs(torch.as_tensor(inputs, device=self.device)).double().cpu()
+                    places = group(torch.as_tensor(labels))
                     if sums is None:
-                        sums = torch.zeros(len(self.table.rows), values.shape[1], dtype=torch.float64)
-                    sums.index_add_(0, self.table.index(torch.as_tensor(labels)), values)
-        width = self._agree(torch.tensor([0 if sums is None else sums.shape[1]]), dist.ReduceOp.MAX)
+                        sums = torch.zeros(groups, values.shape[1], dtype=torch.float64)
+                    sums.index_add_(0, places[places >= 0], values[places >= 0])
+        width = self.agree(torch.tensor([0 if sums is None else sums.shape[1]]), dist.ReduceOp.MAX)
         if sums is None:
-            sums = torch.zeros(len(self.table.rows), int(width), dtype=torch.float64)
-        return self._agree(sums, dist.ReduceOp.SUM)
+            sums = torch.zeros(groups, int(width), dtype=torch.float64)
+        return self.agree(sums, dist.ReduceOp.SUM)
 
     def lead(self, module: nn.Module, action: Callable[[], dict[str, float]]) -> dict[str, float]:
         box: list[Any] = [action() if self.rank == 0 else None]
@@ -59,13 +62,8 @@ class TorchCrew(Crew):
                 dist.broadcast(tensor, src=0)
         return box[0]
 
-    def total(self, values: dict[str, float]) -> dict[str, float]:
-        """Sum named numbers over all workers; the names must be the same on all."""
-        names = sorted(values)
-        sums = self._agree(torch.tensor([values[n] for n in names], dtype=torch.float64), dist.ReduceOp.SUM)
-        return dict(zip(names, sums.tolist(), strict=True))
-
-    def _agree(self, tensor: Tensor, operation: Any) -> Tensor:
+    def agree(self, tensor: Tensor, operation: Any) -> Tensor:
+        """The tensor reduced over all workers, on the CPU."""
         if self.world == 1:
             return tensor
         moved = tensor.to(self.device)
@@ -82,29 +80,30 @@ def learning_rate(config: OptimConfig, phase: Phase, step: int, steps_per_epoch:
     total = phase.epochs * steps_per_epoch
     if config.schedule == "step":
         return peak * 10 ** (-0.5 * (step // steps_per_epoch // 10))
+    if config.schedule == "inverse_time":  # METHODS 2.4: the decay of AdaLabelHash's Keras code
+        return peak / (1 + 1e-5 * step)
     warm = max(1, round(total * config.warmup_share))
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def build_optimizer(config: OptimConfig, groups: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
-    """One optimiser over the groups that have parameters; `trunk` learns at `trunk_lr_factor`."""
+def build_optimizer(config: OptimConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+    """One optimiser over the groups that have parameters; `trunk` learns at `trunk_lr_factor` besides its own."""
     lists = [
-        {"params": params, "name": name, "factor": config.trunk_lr_factor if name == "trunk" else 1.0}
-        for name, params in groups.items()
-        if params
+        {
+            "params": group.parameters,
+            "name": group.name,
+            "factor": group.lr_factor * (config.trunk_lr_factor if group.name == "trunk" else 1.0),
+            "weight_decay": config.weight_decay if group.decay else 0.0,
+        }
+        for group in groups
+        if group.parameters
     ]
     if config.name == "sgd":
-        return torch.optim.SGD(
-            lists,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
-            weight_decay=config.weight_decay,
-        )
+        return torch.optim.SGD(lists, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(lists, lr=config.lr, weight_decay=config.weight_decay)
+    return kind(lists, lr=config.lr)
 
 
 @final
@@ -157,7 +156,7 @@ class Loop:
             self._report({"event": "phase", **self.position.notes["phases"][-1]}, save=True)
         groups = self.method.trained(phase)
         own = {id(p) for g in self.optimizer.param_groups for p in g["params"]} if self.optimizer else set()
-        if self.optimizer is None or own != {id(p) for params in groups.values() for p in params}:
+        if self.optimizer is None or own != {id(p) for group in groups for p in group.parameters}:
             self.optimizer = build_optimizer(self.config.optim, groups)
         wrapped: nn.Module = self.method
         if self.crew.world > 1:
@@ -184,14 +183,14 @@ class Loop:
                 position.notes["sums"] = sums
                 self._report({"event": "step", "epoch": position.epoch, "step": position.step}, save=True)
                 position.notes.pop("sums", None)
-        totals = self.crew.total(sums)
-        rows = totals.pop("rows")
+        rows = sums.pop("rows")
         if rows != plan.rows:
             raise RunError(f"epoch {number}: {rows:,.0f} rows were trained on, the plan has {plan.rows:,}")
-        means = {name: value / plan.steps for name, value in totals.items()}
+        loss = sums.pop("loss") / plan.steps
+        means = {name: value / plan.steps for name, value in sums.items()}
         position.epoch, position.step = position.epoch + 1, 0
         line = {"event": "epoch", "pass": number + 1, "phase": phase.name, "round": phase.round,
-                "epoch": position.epoch, "lr": rate, "loss": sum(means.values()), **means}  # fmt: skip
+                "epoch": position.epoch, "lr": rate, "loss": loss, **means}  # fmt: skip
         last = position.epoch == phase.epochs
         if self.validate is not None and (last or position.epoch % self.config.validation_every == 0):
             line["validation_map"] = self._select(f"phase {position.phase}, epoch {position.epoch}")
@@ -219,23 +218,36 @@ class Loop:
             inputs, labels = inputs.new_zeros(1, *inputs.shape[1:]), labels.new_zeros(1, labels.shape[1])
             weight = weight.new_zeros(1)
         terms = wrapped(phase, inputs, labels, weight)
-        share = count * self.crew.world / piece.rows
-        loss = torch.stack(list(terms.values())).sum() * share
+        means, masses = self._agree(terms, count, piece.rows)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parts = [term.total * (self.crew.world / masses[name]) for name, term in terms.items() if term.in_loss]
+        torch.stack(parts).sum().backward()
         if self.config.optim.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimizer.step()
         self._update_average()
-        values = {name: float(term.detach()) * count / piece.rows for name, term in terms.items()}
-        if not all(math.isfinite(v) for v in values.values()):
+        self.method.after_step(phase, means)
+        loss = sum(means[name] for name, term in terms.items() if term.in_loss)
+        return means | {"loss": loss, "rows": float(piece.rows)}
+
+    def _agree(self, terms: dict[str, Term], count: int, rows: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Means and masses of the terms over all workers: the same on every one, before any steps."""
+        own = [value.detach().double().cpu() for term in terms.values() for value in (term.total, term.mass)]
+        *sums, seen = self.crew.agree(
+            torch.stack([*own, torch.tensor(float(count), dtype=torch.float64)]), dist.ReduceOp.SUM
+        ).tolist()
+        if seen != rows:
+            raise RunError(f"step {self.position.step}: workers hold {seen:,.0f} rows of a batch of {rows:,}")
+        masses = {name: max(mass, 1e-12) for name, mass in zip(terms, sums[1::2], strict=True)}
+        means = {name: total / masses[name] for name, total in zip(terms, sums[::2], strict=True)}
+        if not all(math.isfinite(value) for value in means.values()):
             raise RunError(
                 f"the loss is not finite at phase {self.position.phase}, epoch {self.position.epoch}, step "
-                f"{self.position.step}: {values}; lower optim.lr, or set optim.clip_norm"
+                f"{self.position.step}: {means}; lower optim.lr, or set optim.clip_norm"
             )
-        return values | {"rows": float(count)}
+        return means, masses
 
     def _update_average(self) -> None:
         decay = self.config.ema_decay

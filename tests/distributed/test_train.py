@@ -20,12 +20,14 @@ from hashray.config import validate
 from hashray.data.batches import EpochPlan, MemorySlices, Slice
 from hashray.data.corpus import open_corpus
 from hashray.data.images import AugmentConfig
+from hashray.data.selection import Selection
 from hashray.data.stream import POSITION_FILE, StreamSlices, StreamSpec, sweep_dataset, training_dataset
 from hashray.errors import AlreadyExists
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.storage import open_store
 from hashray.train.config import TrainConfig
-from hashray.train.trainer import load_rows, train
+from hashray.train.trainer import train
+from hashray.train.workers import training_rows
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 ROWS, BATCH, WINDOW, PASSES = 60, 8, 16, 3
@@ -128,6 +130,7 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(
     assert files_of(out) == before
 
 
+@pytest.mark.slow
 def test_frozen_features_are_made_once_and_two_workers_equal_one(corpus: str, tmp_path: Path) -> None:
     weights = tmp_path / "trunk.pth"
     torch.manual_seed(1)
@@ -155,12 +158,13 @@ def test_two_workers_on_the_stream_train_on_every_row(corpus: str, tmp_path: Pat
 def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(corpus: str, tmp_path: Path) -> None:
     config = config_of(corpus=corpus, out=str(tmp_path))
     opened = open_corpus(corpus)
-    inputs, labels, ids = load_rows(opened, {"0003", "0040"}, False, config)
+    selection = Selection(frozenset({"0003", "0040"}))
+    inputs, labels, ids = training_rows(opened, selection, config)
     parts = [record.name for record in opened.parts]
     plan = EpochPlan((24, 24, 10), 9, WINDOW, 5)  # 9 rows on two workers: shares of 5 and 4; the last batch has 4
     for world in (1, 2):
         url = str(tmp_path / str(world))
-        spec = StreamSpec(corpus, plan, parts, {"0003", "0040"}, 16, "crop", AugmentConfig(shift=2), world, url)
+        spec = StreamSpec(corpus, plan, parts, selection, 16, "crop", AugmentConfig(shift=2), world, url)
         memory = [MemorySlices(plan, inputs, labels, ids, spec.augmentation, rank, world) for rank in range(world)]
         for source, slices in zip(memory, read_all(spec, 0, 0), strict=True):
             assert_slices(slices, [piece for number in range(PASSES) for piece in source.epoch(number, 0)])

@@ -23,6 +23,11 @@ from hashray.train.config import TrainConfig
 from hashray.train.loop import Loop
 
 DIM, CLASSES = 24, 4
+# Fields that keep a method's own networks small.
+SMALL: dict[str, dict[str, Any]] = {
+    "dseh": {"label_hidden": 32, "semantic_dim": 16, "label_epochs": 30},
+    "lcgh": {"hidden": 32, "decoder_hidden": 32},
+}
 
 
 class Stop(Exception):
@@ -42,8 +47,8 @@ def make_rows(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[s
 
 def config_of(**changes: Any) -> TrainConfig:
     """A small run; `method` may be given as a dict of its fields."""
-    method = {"kind": "dseh", "num_bits": 16, "label_hidden": 32, "semantic_dim": 16, "label_epochs": 30}
-    method |= changes.pop("method", {})
+    method = {"kind": "dseh", "num_bits": 16, **changes.pop("method", {})}
+    method = SMALL.get(method["kind"], {}) | method
     base: dict[str, Any] = {"epochs": 3, "batch_size": 32, "validation_rows": 0, "optim": {"lr": 1e-3}}
     return TrainConfig.model_validate(base | changes | {"method": method})
 
@@ -77,21 +82,20 @@ def run_loop(
     return loop.run(checkpoint), loop
 
 
-def _worker(rank: int, world: int, port_file: str, config: TrainConfig, count: int, out: str) -> None:
+def _worker(rank: int, world: int, port_file: str, runs: dict[str, tuple[TrainConfig, int]], out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world)
     try:
-        weights, _ = run_loop(config, count, rank, world)
-        torch.save(weights, f"{out}/{rank}.pt")
+        torch.save({name: run_loop(*run, rank, world)[0] for name, run in runs.items()}, f"{out}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def run_processes(config: TrainConfig, count: int, world: int) -> list[dict[str, Tensor]]:
-    """The loop on `world` processes (spawned: FAISS and torch do not survive a fork); their weights."""
+def run_processes(runs: dict[str, tuple[TrainConfig, int]], world: int) -> list[dict[str, dict[str, Tensor]]]:
+    """Runs of (config, rows) on `world` processes (spawned: FAISS and torch do not survive a fork); their weights."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (world, f"{folder}/store", config, count, folder)
+        arguments = (world, f"{folder}/store", runs, folder)
         processes = [context.Process(target=_worker, args=(rank, *arguments)) for rank in range(world)]
         for process in processes:
             process.start()

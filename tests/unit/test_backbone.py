@@ -132,8 +132,8 @@ def test_a_weights_name_is_used_only_when_weights_are_loaded(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("name", "weights", "allowed"),
     [
-        (SMALL, "IMAGENET1K_V9", "allowed: IMAGENET1K_V1, DEFAULT or a state-dict file"),
-        ("resnet9", "none.pth", "allowed: a state-dict file"),
+        (SMALL, "IMAGENET1K_V9", "allowed: IMAGENET1K_V1, DEFAULT, a state-dict file or the folder of a trained model"),
+        ("resnet9", "none.pth", "allowed: a state-dict file or the folder of a trained model"),
     ],
 )
 def test_a_missing_file_says_what_is_allowed(name: str, weights: str, allowed: str) -> None:
@@ -144,7 +144,7 @@ def test_a_missing_file_says_what_is_allowed(name: str, weights: str, allowed: s
 def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     path.write_bytes(b"hello")
-    with pytest.raises(InputError, match=r"w\.pth is not a torch state dict"):
+    with pytest.raises(InputError, match=r"w\.pth is not a state dict of torch or safetensors"):
         build(weights=str(path))
     torch.save([1, 2], path)
     with pytest.raises(InputError, match="holds a list; expected a state dict"):

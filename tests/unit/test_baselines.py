@@ -140,13 +140,14 @@ def test_codewords_use_up_all_codes_and_refuse_one_more() -> None:
 
 def test_fit_baselines_is_seeded_and_in_the_order_of_their_strength_on_clusters() -> None:
     fitted, again = (fit_baselines(*TRAIN, num_bits=32, seed=0) for _ in range(2))
-    assert list(fitted) == ["random", "lsh", "pca-sign", "itq", "class-code"]
+    assert list(fitted) == ["random", "lsh", "pca-sign", "itq", "itq-linear", "class-code"]
     scores = {}
     for name, baseline in fitted.items():
         query, database = baseline.codes(QUERY[0]), baseline.codes(DATABASE[0])
         assert np.array_equal(query, again[name].codes(QUERY[0]))
         scores[name] = mean_average_precision(query, QUERY[1], database, DATABASE[1], top_k=100)
     assert scores["itq"] > scores["lsh"] > scores["random"] and scores["class-code"] > 0.9
+    assert scores["itq-linear"] > scores["itq"]  # labels help on the classes they name
 
 
 def test_error_texts() -> None:

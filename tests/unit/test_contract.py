@@ -15,12 +15,16 @@ from hashray import storage
 from hashray.codes import binarize
 from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods import known_methods
-from hashray.methods.base import Method
+from hashray.methods.base import Method, Term
 from hashray.model import load_model, write_model
 from tests.unit.crew import build, config_of, make_rows, run_loop
 
 KINDS = sorted(known_methods())
 SMALL: dict[str, dict[str, Any]] = {"dseh": {"rounds": 1}}
+
+
+def loss_of(terms: dict[str, Term]) -> torch.Tensor:
+    return torch.stack([term.total / term.mass for term in terms.values() if term.in_loss]).sum()
 
 
 def fitted(kind: str, count: int = 64, **changes: Any) -> tuple[Method, np.ndarray, np.ndarray]:
@@ -38,15 +42,15 @@ def test_terms_are_finite_and_every_trained_parameter_gets_a_gradient(kind: str)
     reached: set[int] = set()
     for phase in method.phases(config.epochs):
         terms = method.loss_terms(phase, torch.as_tensor(features), torch.as_tensor(labels), torch.ones(64))
-        assert terms and all(bool(torch.isfinite(term)) for term in terms.values())
+        assert terms and all(bool(torch.isfinite(term.total)) for term in terms.values())
         method.zero_grad()
-        torch.stack(list(terms.values())).sum().backward()
-        for group in method.trained(phase).values():
-            for parameter in group:
+        loss_of(terms).backward()
+        for group in method.trained(phase):
+            for parameter in group.parameters:
                 assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all())
                 if bool((parameter.grad != 0).any()):
                     reached.add(id(parameter))
-    trained = {id(p) for phase in method.phases(1) for group in method.trained(phase).values() for p in group}
+    trained = {id(p) for phase in method.phases(1) for group in method.trained(phase) for p in group.parameters}
     assert reached == trained
 
 
@@ -58,7 +62,7 @@ def test_order_and_padding_of_a_batch_do_not_change_the_loss(kind: str) -> None:
 
     def total(rows: list[int], weight: list[float]) -> float:
         inputs, targets = torch.as_tensor(features[rows]).double(), torch.as_tensor(labels[rows])
-        return float(torch.stack(list(method.loss_terms(phase, inputs, targets, torch.tensor(weight)).values())).sum())
+        return float(loss_of(method.loss_terms(phase, inputs, targets, torch.tensor(weight))))
 
     plain = total(list(range(20)), [1.0] * 20)
     assert total(list(reversed(range(20))), [1.0] * 20) == pytest.approx(plain, abs=1e-10)

@@ -140,17 +140,30 @@ def test_a_very_long_image_does_not_fill_the_memory(shape: tuple[int, int], monk
     assert max(max(size) for size in sizes) <= 64 * 16
 
 
-@given(st.permutations(range(6)), st.integers(0, 5), st.booleans())
-def test_augmentation_of_a_row_does_not_know_the_batch(order: list[int], shift: int, flip: bool) -> None:
+@given(st.permutations(range(6)), st.integers(0, 5), st.booleans(), st.integers(0, 9))
+def test_augmentation_of_a_row_does_not_know_the_batch(order: list[int], shift: int, flip: bool, cutout: int) -> None:
     rng = np.random.default_rng(1)
     images, seeds = rng.integers(0, 256, (6, 3, 8, 8), dtype=np.uint8), rng.integers(0, 2**62, 6)
-    config = AugmentConfig(flip=flip, shift=shift)
+    config = AugmentConfig(flip=flip, shift=shift, cutout=cutout)
     before = images.copy()
     together = augment(images, config, seeds)
     assert np.array_equal(images, before)
     assert np.array_equal(augment(images[order], config, seeds[order]), together[order])
     for i in range(6):
         assert np.array_equal(augment(images[i : i + 1], config, seeds[i : i + 1])[0], together[i])
+
+
+def test_cutout_blanks_one_square_that_may_stick_out() -> None:
+    images = np.full((300, 3, 9, 9), 7, np.uint8)
+    cut = augment(images, AugmentConfig(flip=False, cutout=4), np.random.default_rng(0).integers(0, 2**62, 300))
+    sizes = set()
+    for image in cut:
+        rows, columns = np.nonzero(image[0] != 7)
+        sizes.add((np.ptp(rows) + 1, np.ptp(columns) + 1))
+        assert (
+            len(rows) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1) and len(set(image[:, rows, columns].ravel())) == 1
+        )
+    assert (4, 4) in sizes and (2, 2) in sizes and max(max(size) for size in sizes) == 4
 
 
 def test_augmentation_flips_half_and_shifts_zeros_in() -> None:

@@ -1,0 +1,75 @@
+"""Which rows of a corpus are trained on, and what is known of their labels. No Ray.
+
+pseudo-labels/  parts/part-00000.parquet … (id, labels int8 [c], confidence, best, hidden)
+                accepted.parquet (accepted, labels) · quarantine.parquet · manifest.json
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hashray import artifact
+from hashray.data.corpus import Corpus, in_split
+from hashray.storage import open_store
+
+ACCEPTED = "accepted.parquet"
+
+
+@lru_cache(maxsize=2)
+def read_pseudo_labels(url: str) -> dict[str, NDArray[np.int8]]:
+    """Labels int8 [c] in {0, 1, -1} of the accepted rows of a pseudo-label artifact, by id."""
+    store = open_store(url)
+    manifest = artifact.load_manifest(store, "pseudo-labels")
+    table = pq.read_table(io.BytesIO(artifact.read_file(store, manifest.record(ACCEPTED))))
+    flat = table.column("labels").combine_chunks().flatten().to_numpy().astype(np.int8)
+    return dict(zip(table.column("accepted").to_pylist(), flat.reshape(len(table), -1), strict=True))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The training rows: the train split without the rows `left_out`, and what is added from the unlabelled split.
+
+    Attributes:
+        left_out: ids of train rows held out for validation.
+        pseudo_labels: a pseudo-label artifact, whose accepted rows are trained on with its labels.
+        unlabelled: the other rows of the unlabelled split are trained on too, with every label unknown (-1),
+            whatever labels the corpus may hold for them.
+    """
+
+    left_out: frozenset[str]
+    pseudo_labels: str | None = None
+    unlabelled: bool = False
+
+    def take(self, table: pa.Table) -> pa.Table:
+        """Those rows of a part, with at least the columns id and split, that are trained on."""
+        splits, ids = table.column("split"), table.column("id").to_pylist()
+        chosen = in_split(splits, "train") & np.array([i not in self.left_out for i in ids], dtype=bool)
+        if self.unlabelled or self._pseudo:
+            own = np.array([self.unlabelled or i in self._pseudo for i in ids], dtype=bool)
+            chosen |= in_split(splits, "unlabelled") & own
+        return table.filter(pa.array(chosen))
+
+    def labels(self, corpus: Corpus, table: pa.Table) -> NDArray[np.int8]:
+        """Labels int8 [n, c] in {0, 1, -1} of rows that `take` gave."""
+        labels = corpus.label_matrix(table).astype(np.int8)
+        hidden = in_split(table.column("split"), "unlabelled")
+        labels[hidden] = -1
+        ids = table.column("id").to_pylist()
+        for i in np.flatnonzero(hidden):
+            if ids[i] in self._pseudo:
+                labels[i] = self._pseudo[ids[i]]
+        return labels
+
+    @cached_property
+    def _pseudo(self) -> dict[str, NDArray[np.int8]]:
+        return read_pseudo_labels(self.pseudo_labels) if self.pseudo_labels else {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: self.__dict__[name] for name in ("left_out", "pseudo_labels", "unlabelled")}

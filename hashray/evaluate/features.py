@@ -1,0 +1,61 @@
+"""[Ray] The features that baselines are fitted on: the same rows, seen without what training learned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hashray.data.corpus import Corpus, open_corpus
+from hashray.errors import InputError
+from hashray.methods.backbone import BackboneConfig
+from hashray.model import Model
+from hashray.runtime import WorkersConfig
+from hashray.train.features import compute_features
+
+PIXEL_SIZE = 32
+
+
+class BaselineFeatures:
+    """Features of any split: cached trunk features, or pixels. `name` says which.
+
+    They are those of the model's frozen or pretrained trunk, or, for a trunk that was trained from scratch, the images'
+    own pixels; a trained trunk's features would already hold the labels.
+    """
+
+    def __init__(
+        self, model: Model, corpus: Corpus, frozen_url: str | None, workers: WorkersConfig, max_bad: float
+    ) -> None:
+        trained = dict(model.manifest.config["backbone"]) if model.manifest else {}
+        backbone = BackboneConfig.model_validate(trained)
+        self.cached: Corpus | None = None
+        self.corpus = corpus
+        if backbone.weights is None and frozen_url is None:
+            self.name = f"pixels, {PIXEL_SIZE} x {PIXEL_SIZE} x 3"
+            return
+        # A frozen trunk is in the model, whatever became of the weights file; a trained one started from the file.
+        start = backbone.model_copy(update={"frozen": True})
+        url = frozen_url or compute_features(corpus.store.url, start, None, workers, max_bad)
+        self.cached = open_corpus(url, "features")
+        self.name = f"{backbone.name}, {backbone.image_size} px, pretrained"
+
+    def of(self, split: str, ids: list[str]) -> NDArray[np.float32]:
+        """Features float32 [n, d] of some rows of a split, in the order of `ids`."""
+        source = self.cached or self.corpus
+        wanted = {row_id: i for i, row_id in enumerate(ids)}
+        out: NDArray[np.float32] | None = None
+        for record in source.parts:
+            if not source.count_part(record, split):
+                continue
+            table = source.read_part(record, split)
+            own = table.column("id").to_pylist()
+            kept = [i for i, row_id in enumerate(own) if row_id in wanted]
+            table = table.take(pa.array(kept, pa.int64()))
+            values = source.inputs(table, PIXEL_SIZE, "squash")
+            flat = values.reshape(len(values), -1).astype(np.float32) / (255 if values.dtype == np.uint8 else 1)
+            if out is None:
+                out = np.zeros((len(ids), flat.shape[1]), dtype=np.float32)
+            out[[wanted[own[i]] for i in kept]] = flat
+        if out is None:
+            raise InputError(f"{source.store.url} has no {split!r} rows")
+        return out

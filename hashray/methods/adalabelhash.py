@@ -1,0 +1,102 @@
+"""AdaLabelHash: hash codes and learnable class codewords, trained together (Yang, Tu, Chen, CVPR Workshops 2019).
+
+Each class has a codeword v_j = tanh(z_j) that is trained with the network; an image's relaxed code u must have
+a larger inner product with the codewords of its classes than with any other, by a margin.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from hashray.codes import Codes
+from hashray.methods.backbone import Trunk
+from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term
+from hashray.methods.codewords import Codewords
+from hashray.methods.losses import Quantization, adaptive_margin, full_precision, quantization, weighted_mean
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "hashray": {},
+    # The paper's text: margin 1, no quantisation term; SGD with Nesterov momentum, rates searched (optim.*).
+    "paper": {"margin_ratio": None, "codeword_lr_factor": 1.0, "quantization": "none"},
+    # METHODS 2.4 [C]: the authors' Keras code, the same loss; Adam at 1e-5 (optim.*).
+    "released": {"margin_ratio": None, "codeword_lr_factor": 1.0, "quantization": "none"},
+}
+
+
+class AdaLabelHashConfig(MethodConfig):
+    """Settings of AdaLabelHash."""
+
+    presets = PRESETS
+    kind: Literal["adalabelhash"] = "adalabelhash"
+    preset: Literal["hashray", "paper", "released"] = Field("hashray", description="fills every field left unset")
+    margin_ratio: float | None = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="margin as a share of num_bits; None: 1 / num_bits, the paper's margin of 1",
+    )
+    negative_floor: Literal["zero", "strict"] = Field(
+        "zero", description="a masked class counts as inner product 0, as in Eq. 1 and released, or not at all"
+    )
+    codeword_lr_factor: float = Field(10.0, gt=0, description="learning rate of the codewords over that of the head")
+    quantization: Quantization = Field("l1", description="pulls |u| to 1; none in the paper")
+    quantization_weight: float = Field(0.01, ge=0)
+
+    @property
+    def margin(self) -> float:
+        """m of Eq. 1."""
+        return 1.0 if self.margin_ratio is None else self.margin_ratio * self.num_bits
+
+
+@final
+class AdaLabelHash(Method):
+    """Trunk -> FC hash logits; one phase, with codewords beside it."""
+
+    kind = "adalabelhash"
+    config: AdaLabelHashConfig
+
+    def __init__(self, config: AdaLabelHashConfig, trunk: Trunk, num_classes: int) -> None:
+        super().__init__(config, trunk, num_classes)
+        self.hash = nn.Linear(trunk.feature_dim, config.num_bits)
+        nn.init.xavier_uniform_(self.hash.weight)  # Table 2
+        nn.init.zeros_(self.hash.bias)
+        self.codewords = Codewords(num_classes, config.num_bits)
+
+    def phases(self, epochs: int) -> tuple[Phase, ...]:
+        return (Phase("image", 0, epochs),)
+
+    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, crew: Crew) -> dict[str, float]:
+        self.codewords.learn_classes(table)
+        return {}
+
+    def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
+        """Equation: AdaLabelHash Eq. 1. Differs: divided by the positive entries of the batch, as released."""
+        code = torch.tanh(self.logits(inputs))
+        known = self.codewords.known(labels, weight)
+        margin = adaptive_margin(code, self.codewords(), known, self.config.margin, self.config.negative_floor)
+        gap = weighted_mean(quantization(code, self.config.quantization), weight)
+        return {
+            "margin": Term.of_mean(margin, known == 1),
+            "quantization": Term.of_mean(self.config.quantization_weight * gap, weight),
+        }
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return full_precision(self.hash(self.trunk(inputs)))
+
+    def class_scores(self, inputs: Tensor) -> Tensor:
+        """s_i = U_i V^T of section 4."""
+        return self.codewords.scores(torch.tanh(self.logits(inputs)))
+
+    def class_codes(self) -> Codes:
+        return self.codewords.bits()
+
+    def trained(self, phase: Phase) -> list[ParameterGroup]:
+        return [
+            ParameterGroup("trunk", self._trunk_parameters()),
+            ParameterGroup("head", list(self.hash.parameters())),
+            self.codewords.group(self.config.codeword_lr_factor),
+        ]

@@ -1,0 +1,227 @@
+"""LCGH (reimplementation from the abstract): label-consistent codes that also keep what rebuilds the features.
+
+Zhuang and Moulin, "Label-Consistent Generalizable Hash Codes", IEEE TIFS 2023. Only the abstract could be had, so the
+formulas are METHODS 3.2's, made to be consistent with it: codes first agree with the labels by a margin, a hinge
+that is exactly zero once they do, and a decoder then keeps in them what the features hold besides, for classes that
+training never saw. Labels come first in every step: of the decoder's gradient on a code, the part that
+works against the label's gradient is taken away (`priority`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from hashray.codes import Codes
+from hashray.errors import InputError
+from hashray.methods.backbone import Trunk
+from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term
+from hashray.methods.codewords import Codewords
+from hashray.methods.losses import (
+    Quantization,
+    full_precision,
+    label_margins,
+    quantization,
+    reconstruction_rows,
+    weighted_mean,
+)
+
+PIXEL_SIDE = 8  # of the image that a decoder rebuilds where there is no pretrained feature
+FLAT = 1e-3  # a dimension this much narrower than the widest counts as that wide: dead ones must not divide by 0
+AVERAGE = 0.95  # of the running mean of the label loss that `dual` watches
+
+
+class LCGHConfig(MethodConfig):
+    """Settings of LCGH. Autoencoder-only is label_weight = 0, supervised-only reconstruction_weight = 0."""
+
+    kind: Literal["lcgh"] = "lcgh"
+    margin: float = Field(0.5, gt=0, le=1, description="m: by how much, over num_bits, the label must win")
+    priority: Literal["project", "sum", "split", "gate", "dual"] = Field(
+        "project", description="how labels come before reconstruction (METHODS 3.2)"
+    )
+    label_weight: float = Field(1.0, ge=0, description="weight of the label margin")
+    reconstruction_weight: float = Field(3.0, ge=0, description="beta: weight of the decoder's gradient on the codes")
+    quantization: Quantization = "l1"
+    quantization_weight: float = Field(0.01, ge=0, description="mu")
+    warmup_share: float = Field(0.0, ge=0, lt=1, description="share of the epochs in which codes see labels only")
+    split_share: float = Field(0.5, gt=0, lt=1, description="split: share of the bits that see the labels")
+    dual_rate: float = Field(0.05, gt=0, description="dual: step of the multiplier of the label loss")
+    dual_slack: float = Field(0.1, gt=0, description="dual: the label loss may rise this share above its plateau")
+    dual_most: float = Field(100.0, gt=1, description="dual: bound on the multiplier; its inverse is the lower one")
+    head: Literal["mlp", "linear"] = "mlp"
+    hidden: int = Field(512, gt=0, description="width of the mlp head")
+    decoder_hidden: int = Field(512, gt=0, description="width of the decoder's hidden layer")
+    codeword_lr_factor: float = Field(10.0, gt=0, description="learning rate of the codewords over that of the head")
+    target: Literal["auto", "feature", "pixels"] = Field(
+        "auto", description="what is rebuilt: the pretrained trunk's feature, or the image at 8 pixels; auto: the"
+        " feature where the trunk is frozen or has weights"
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _dual_needs_a_plateau(self) -> LCGHConfig:
+        if self.priority == "dual" and not self.warmup_share:
+            raise ValueError('priority = "dual" measures the label loss at the end of a warm-up: set warmup_share > 0')
+        return self
+
+
+class _Fork(torch.autograd.Function):
+    """Codes to the label loss and to the decoder; backwards, one gradient out of the two.
+
+    The decoder's gradient is scaled by `beta` and, with `project`, loses per row what points against the label's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, beta: float, project: bool) -> tuple[Tensor, Tensor]:
+        ctx.beta, ctx.project = beta, project
+        return codes.clone(), codes.clone()
+
+    @staticmethod
+    def backward(ctx: Any, label: Tensor, decoder: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.project:
+            against = (decoder * label).sum(1, keepdim=True).clamp_max(0)
+            decoder = decoder - against / (label.square().sum(1, keepdim=True) + 1e-12) * label
+        return label + ctx.beta * decoder, None, None
+
+
+def straight_through(codes: Tensor) -> Tensor:
+    """Binary codes in {-1, +1}, 0 counting as +1; backwards the identity."""
+    return codes + (torch.where(codes >= 0, 1.0, -1.0).to(codes.dtype) - codes).detach()
+
+
+@final
+class LCGH(Method):
+    """Trunk -> head -> hash logits; codewords and a decoder beside it."""
+
+    kind = "lcgh"
+    uses_unlabelled = True
+    config: LCGHConfig
+    target_mean: Tensor
+    target_std: Tensor
+    dual: Tensor
+
+    def __init__(self, config: LCGHConfig, trunk: Trunk, num_classes: int) -> None:
+        super().__init__(config, trunk, num_classes)
+        width, bits = trunk.feature_dim, config.num_bits
+        if config.target == "pixels" and trunk.config.frozen:
+            raise InputError('method.target = "pixels" needs images, and a frozen trunk trains on cached features')
+        pretrained = trunk.config.frozen or trunk.config.weights is not None
+        self.rebuilds_feature = config.target == "feature" or (config.target == "auto" and pretrained)
+        self.hash = nn.Linear(width, bits) if config.head == "linear" else _mlp(width, config.hidden, bits)
+        self.codewords = Codewords(num_classes, bits)
+        rebuilt = width if self.rebuilds_feature else 3 * PIXEL_SIDE**2
+        self.decoder = _mlp(bits, config.decoder_hidden, rebuilt)
+        self.register_buffer("target_mean", torch.zeros(rebuilt))
+        self.register_buffer("target_std", torch.ones(rebuilt))
+        self.register_buffer("dual", torch.tensor([1.0, 0.0, 0.0]))  # multiplier, running label loss, its bound
+        # phi_0 of METHODS 3.2, out of the state dict: it is the trunk as it was built, before any step.
+        trained = self.rebuilds_feature and not trunk.config.frozen
+        self._pretrained = (copy.deepcopy(trunk).requires_grad_(False).eval(),) if trained else ()
+
+    def phases(self, epochs: int) -> tuple[Phase, ...]:
+        warm = min(epochs - 1, round(epochs * self.config.warmup_share))
+        return (Phase("labels", 0, warm), Phase("codes", 1, epochs - warm)) if warm else (Phase("codes", 0, epochs),)
+
+    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, crew: Crew) -> dict[str, float]:
+        if phase.round:  # after the warm-up
+            self.dual[2] = (1 + self.config.dual_slack) * self.dual[1]
+            return {"label_plateau": float(self.dual[1])}
+        self.codewords.learn_classes(table)
+
+        def moments(inputs: Tensor) -> Tensor:
+            target = self._raw_target(inputs)
+            return torch.cat([target, target.square(), torch.ones_like(target[:, :1])], dim=1)
+
+        sums = crew.sum_by_group(moments, lambda labels: torch.zeros(len(labels), dtype=torch.int64), 1)[0]
+        mean, square = sums[:-1].div(sums[-1]).chunk(2)
+        std = (square - mean.square()).clamp_min(0).sqrt()
+        self.target_mean.copy_(mean)
+        self.target_std.copy_(std.clamp_min(max(FLAT * float(std.max()), 1e-12)))
+        return {}
+
+    def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
+        """Equation: METHODS 3.2. The decoder learns from its loss as it is; `beta` scales what of it reaches codes."""
+        config = self.config
+        warm = phase.name == "labels"
+        beta = 0.0 if warm else 1.0 if config.priority == "dual" else config.reconstruction_weight
+        code = torch.tanh(self.logits(inputs))
+        for_labels, for_decoder = _Fork.apply(code, beta, config.priority == "project")
+        known = self.codewords.known(labels, weight)
+        margins, consistent = self._margins(for_labels, known)
+        labelled = (known == 1).any(1).to(weight.dtype)
+        hinge = weighted_mean(torch.relu(config.margin - margins), labelled)
+        multiplier = float(self.dual[0]) if config.priority == "dual" else 1.0
+        gap = weighted_mean(quantization(for_labels, config.quantization), weight)
+        rebuilt = self.decoder(straight_through(for_decoder))
+        error = reconstruction_rows(rebuilt, self._target(inputs), 1.0)
+        kept = weight * consistent if config.priority == "gate" and not warm else weight
+        return {
+            "label": Term.of_mean(config.label_weight * multiplier * hinge, labelled),
+            "quantization": Term.of_mean(config.quantization_weight * gap, weight),
+            "reconstruction": Term((error * kept).sum(), weight.sum().to(error.dtype)),
+            "label_hinge": Term.of_mean(hinge.detach(), labelled, in_loss=False),
+            "consistency": Term.of_mean(weighted_mean(consistent, labelled), labelled, in_loss=False),
+        }
+
+    def after_step(self, phase: Phase, means: Mapping[str, float]) -> None:
+        if self.config.priority != "dual":
+            return
+        multiplier, average, bound = self.dual.tolist()
+        average = means["label_hinge"] if average == 0 else AVERAGE * average + (1 - AVERAGE) * means["label_hinge"]
+        if phase.name == "codes":
+            most = self.config.dual_most
+            multiplier = min(most, max(1 / most, multiplier + self.config.dual_rate * (average - bound)))
+        self.dual.copy_(torch.tensor([multiplier, average, bound]))
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return full_precision(self.hash(self.trunk(inputs)))
+
+    def class_scores(self, inputs: Tensor) -> Tensor:
+        """Inner products of the bits that see the labels with the codewords."""
+        code = torch.tanh(self.logits(inputs))
+        return self.codewords.scores(F.pad(code[:, : self._label_bits], (0, code.shape[1] - self._label_bits)))
+
+    def class_codes(self) -> Codes:
+        return self.codewords.bits()
+
+    def trained(self, phase: Phase) -> list[ParameterGroup]:
+        return [
+            ParameterGroup("trunk", self._trunk_parameters()),
+            ParameterGroup("head", [*self.hash.parameters(), *self.decoder.parameters()]),
+            self.codewords.group(self.config.codeword_lr_factor),
+        ]
+
+    @property
+    def _label_bits(self) -> int:
+        bits = self.config.num_bits
+        return max(1, round(bits * self.config.split_share)) if self.config.priority == "split" else bits
+
+    def _margins(self, codes: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Delta_i [n] of the relaxed codes, and kappa_i [n]: whether it is positive for the bits themselves."""
+        words, bits = self.codewords(), self._label_bits
+        margins = label_margins(codes[:, :bits], words[:, :bits], known)
+        with torch.no_grad():
+            of_bits = label_margins(straight_through(codes)[:, :bits], straight_through(words)[:, :bits], known)
+        return margins, (of_bits > 0).to(codes.dtype)
+
+    def _target(self, inputs: Tensor) -> Tensor:
+        """r of METHODS 3.2, standardised per dimension, [n, D]."""
+        return (self._raw_target(inputs) - self.target_mean) / self.target_std
+
+    @torch.no_grad()
+    def _raw_target(self, inputs: Tensor) -> Tensor:
+        if not self.rebuilds_feature:
+            small = F.adaptive_avg_pool2d(inputs.to(self.target_mean.dtype) / 255, PIXEL_SIDE)
+            return small.flatten(1)
+        trunk = self._pretrained[0].to(inputs.device) if self._pretrained else self.trunk
+        trunk.amp = self.trunk.amp
+        return full_precision(trunk(inputs))
+
+
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))

@@ -1,0 +1,114 @@
+"""Pseudo-labels from class scores: proposals, confidence, which are accepted. No Ray.
+
+AdaLabelHash section 4; what the paper leaves open is decided in METHODS 2.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp, softmax
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many classes a proposal sets: `top` to 1, `bottom` to 0, the rest stay unknown (-1).
+
+    Rows of exactly one class have top = 1 and every other class at 0.
+    """
+
+    top: int
+    bottom: int
+
+    @staticmethod
+    def of(labels: NDArray[np.uint8], top: int | None = None, bottom: int | None = None) -> Shape:
+        """From the labelled rows [n, c]: k is the mean number of labels a row, k' is c - 3 k (METHODS 2.5)."""
+        present = int(labels.any(0).sum())
+        if top is None and bottom is None and bool((labels.sum(1) == 1).all()):
+            return Shape(1, present - 1)
+        top = max(1, round(float(labels.sum(1).mean()))) if top is None else top
+        return Shape(top, max(0, present - 3 * top) if bottom is None else min(bottom, present - top))
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """labels int8 [n, c] in {0, 1, -1}; confidence float64 [n], the mass of the top classes; best int64 [n]."""
+
+    labels: NDArray[np.int8]
+    confidence: NDArray[np.float64]
+    best: NDArray[np.int64]
+
+
+def propose(scores: NDArray[np.floating], temperature: float, shape: Shape) -> Proposals:
+    """Rank the classes of each row by p = softmax(scores / temperature).
+
+    Args:
+        scores: [n, c]; -inf for a class never trained on, which stays 0.
+    """
+    p = softmax(scores.astype(np.float64) / temperature, axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    labels = np.full(scores.shape, -1, dtype=np.int8)
+    labels[np.isneginf(scores)] = 0
+    present = np.isfinite(scores).sum(1)[:, None]
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(scores.shape[1])[None, :], axis=1)
+    labels[(rank >= present - shape.bottom) & (rank < present)] = 0
+    labels[rank < shape.top] = 1
+    confidence = np.take_along_axis(p, order[:, : shape.top], axis=1).sum(1)
+    return Proposals(labels, confidence, order[:, 0])
+
+
+def fit_temperature(scores: NDArray[np.floating], labels: NDArray[np.uint8]) -> float:
+    """The temperature that minimises the negative log-likelihood of labelled rows [n, c], of each of their labels.
+
+    Between 1e-3 and 1e3 times the spread of the scores.
+    """
+    values = scores.astype(np.float64)
+    present = np.isfinite(values)
+    spread = float(values[present].std()) or 1.0
+    row, column = np.nonzero((labels == 1) & present)
+    if not len(row):
+        return 1.0
+
+    def cost(log_temperature: float) -> float:
+        scaled = values / math.exp(log_temperature)
+        return float((logsumexp(scaled, axis=1)[row] - scaled[row, column]).mean())
+
+    middle = math.log(spread)
+    return math.exp(minimize_scalar(cost, bounds=(middle - 7, middle + 7), method="bounded").x)
+
+
+def accept(
+    ids: Sequence[str],
+    best: NDArray[np.int64],
+    confidence: NDArray[np.float64],
+    threshold: float,
+    most: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """Which rows [n] are accepted: confident ones, of each class the `most[class]` most confident, ties by id."""
+    chosen = np.zeros(len(ids), dtype=bool)
+    order = np.lexsort((np.asarray(ids, dtype=object).astype(str), -confidence))
+    left = most.copy()
+    for i in order:
+        if confidence[i] >= threshold and left[best[i]] > 0:
+            left[best[i]] -= 1
+            chosen[i] = True
+    return chosen
+
+
+def most_per_class(labels: NDArray[np.uint8], rows: int, balance: float) -> NDArray[np.int64]:
+    """How many of `rows` each class may get: `balance` times its share of the labels [n, c], rounded up."""
+    share = labels.sum(0) / max(1, int(labels.sum()))
+    return np.ceil(balance * share * rows).astype(np.int64)
+
+
+def precision(proposed: NDArray[np.int8], hidden: NDArray[np.uint8]) -> float | None:
+    """Share of proposed positive labels [n, c] that are true, over rows that have hidden labels; None without any."""
+    known = hidden.any(1)
+    positive = (proposed[known] == 1).sum()
+    return float(((proposed[known] == 1) & (hidden[known] == 1)).sum() / positive) if positive else None

@@ -1,0 +1,231 @@
+"""[Ray] Self-training: train, label the unlabelled split with the model, train on, round by round (METHODS 2.5).
+
+<out>/rounds/0/model is trained on the labelled rows; <out>/rounds/r/pseudo-labels are made by the model before
+it, all of them anew, and <out>/rounds/r/model goes on from that model's weights. Each is an artifact, so a run
+that was killed goes on with what is finished. The model of the best validation mAP is the one published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from hashray import __version__, artifact, storage
+from hashray.artifact import Manifest, canonical, sha256_hex
+from hashray.config import require_path
+from hashray.data.batches import held_out
+from hashray.data.corpus import Corpus, feature_matrix, open_corpus, read_table, table_bytes
+from hashray.data.selection import ACCEPTED
+from hashray.data.units import (
+    BadRow,
+    UnitWorker,
+    clear_progress,
+    map_part,
+    refuse_taken,
+    run_units,
+    write_quarantine,
+)
+from hashray.errors import InputError
+from hashray.model import Model, load_model
+from hashray.progress import say
+from hashray.runtime import WorkersConfig, connect
+from hashray.storage import join, open_store
+from hashray.train.config import SelfTrainingConfig, TrainConfig
+from hashray.train.features import features_of_model
+from hashray.train.pseudo import Shape, accept, fit_temperature, most_per_class, precision, propose
+from hashray.train.trainer import train
+from hashray.train.workers import load_rows
+
+BATCH_ROWS = 64
+
+
+def train_model(config: TrainConfig) -> Manifest:
+    """`hashray train`: one training, or with `self_training` rounds of it. Rerun = resume.
+
+    Raises:
+        InputError: no corpus, no train rows, no unlabelled rows for self-training, or weights that do not fit.
+        AlreadyExists: `out` holds a model of another config or corpus.
+    """
+    return train(config) if config.self_training is None else _self_train(config, config.self_training)
+
+
+def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
+    out = storage.absolute(require_path(config.out, "--out"))
+    corpus = open_corpus(require_path(config.corpus, "--corpus"))
+    unlabelled = corpus.require("unlabelled", "self-training")
+    if not config.validation_rows and not corpus.count("validation"):
+        raise InputError("self-training chooses its round by validation rows: set validation_rows above 0")
+    store = open_store(out)
+    run = sha256_hex(canonical({"config": config.result_of(), "corpus": corpus.manifest.id}))[:16]
+    if artifact.is_finished(store):
+        manifest = artifact.load_manifest(store, "model")
+        if manifest.info.get("run") == run:
+            say(f"{out} is finished already")
+            return manifest
+        refuse_taken(store, run, "run")
+    plain = config.model_copy(update={"self_training": None})
+    at = join(out, "rounds", "0", "model")
+    models = [(at, train(plain.model_copy(update={"out": at})))]
+    history: list[dict[str, Any]] = []
+    falls = 0
+    for number in range(1, rounds.rounds + 1):
+        folder = join(out, "rounds", str(number))
+        pseudo = pseudo_label(models[-1][0], config, rounds, join(folder, "pseudo-labels"))
+        history.append({"round": number, "unlabelled": unlabelled, **pseudo.info["summary"]})
+        optim = config.optim.model_copy(update={"lr": config.optim.lr * rounds.lr_factor})
+        update = {
+            "out": join(folder, "model"), "init": models[-1][0], "pseudo_labels": join(folder, "pseudo-labels"),
+            "epochs": rounds.epochs or config.epochs, "optim": optim,
+        }  # fmt: skip
+        models.append((join(folder, "model"), train(plain.model_copy(update=update))))
+        before, after = (found.info["validation_map"] for _, found in models[-2:])
+        history[-1] |= {"validation_map": after, "before": before}
+        found = history[-1]
+        right = "" if found["precision"] is None else f", {found['precision']:.1%} of their labels true"
+        say(f"round {number}: {found['accepted']:,} of {unlabelled:,} rows accepted{right}")
+        say(f"round {number}: validation mAP {before:.4f} -> {after:.4f}")
+        falls += after < before
+        if falls >= rounds.most_falls:
+            say(f"stopped: the validation mAP has fallen {falls} times")
+            break
+    best = max(range(len(models)), key=lambda i: (models[i][1].info["validation_map"], -i))
+    return _publish(out, models[best], {"run": run, "rounds": history, "best_round": best})
+
+
+def _publish(out: str, chosen: tuple[str, Manifest], info: dict[str, Any]) -> Manifest:
+    """Publish the chosen round's model as the model of the whole run: the same files, its own manifest."""
+    store, source = open_store(out), open_store(chosen[0])
+    files = tuple(
+        artifact.write_file(store, record.name, artifact.read_file(source, record)) for record in chosen[1].files
+    )
+    update = {"files": files, "info": {**chosen[1].info, **info}, "parents": {**chosen[1].parents}}
+    manifest = artifact.publish(store, chosen[1].model_copy(update=update))
+    say(f"{out}: model {manifest.id[:12]} of round {info['best_round']}")
+    return manifest
+
+
+class _ProposalWorker(UnitWorker):
+    def __init__(self, model: str, source: str, temperature: float, shape: dict[str, int], gpu: bool) -> None:
+        if not gpu:
+            torch.set_num_threads(1)
+        self.model = load_model(model, device="cuda" if gpu else "cpu")
+        self.corpus, self.temperature, self.shape = open_corpus(source, None), temperature, Shape(**shape)
+
+    def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
+        table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]), "unlabelled")
+        bad: list[BadRow] = []
+        if "feature" in table.column_names:
+            rows, scores = table, class_scores(self.model, feature_matrix(table.column("feature")))
+        else:
+            trunk = self.model.backbone
+            rows, scores, bad = map_part(
+                table, trunk.image_size, trunk.resize, lambda pixels: class_scores(self.model, pixels), BATCH_ROWS
+            )
+        found = propose(scores.reshape(len(rows), self.corpus.num_classes), self.temperature, self.shape)
+        hidden = self.corpus.label_matrix(rows)
+        columns = {
+            "id": rows.column("id"),
+            "labels": _label_column(found.labels),
+            "confidence": pa.array(found.confidence, pa.float64()),
+            "best": pa.array(found.best, pa.int64()),
+            "hidden": _label_column(hidden.astype(np.int8)),
+        }
+        return pa.table(columns), bad, {}, {}
+
+
+def _label_column(labels: NDArray[np.int8]) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(labels.reshape(-1), pa.int8()), labels.shape[1])
+
+
+def _label_rows(column: pa.ChunkedArray) -> NDArray[np.int8]:
+    values = column.combine_chunks()
+    return values.flatten().to_numpy().astype(np.int8).reshape(len(values), values.type.list_size)
+
+
+@torch.inference_mode()
+def class_scores(model: Model, inputs: NDArray[Any]) -> NDArray[np.float32]:
+    """Class scores float32 [n, c] of images or cached features."""
+    device = model.method.trunk.mean.device
+    chunks = [torch.as_tensor(inputs[i : i + BATCH_ROWS], device=device) for i in range(0, len(inputs), BATCH_ROWS)]
+    if not chunks:
+        return np.zeros((0, model.method.num_classes), dtype=np.float32)
+    return torch.cat([model.method.class_scores(chunk).float().cpu() for chunk in chunks]).numpy()
+
+
+def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig, out: str) -> Manifest:
+    """Propose labels for every unlabelled row with a model, and accept the confident ones. Rerun = resume."""
+    connect()
+    corpus_url = storage.absolute(str(config.corpus))
+    model, corpus = load_model(model_url, device="cpu"), open_corpus(corpus_url)
+    pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu))
+    features = features_of_model(model_url, corpus_url, pool, config.max_bad)
+    source = corpus if features is None else open_corpus(features, "features")
+    train_rows = corpus.rows("train")
+    shape = Shape.of(train_rows.labels, rounds.top_classes, rounds.bottom_classes)
+    temperature = _temperature(model, source, config, rounds, train_rows.ids)
+    assert model.manifest is not None
+    settings = {**rounds.model_dump(mode="json"), "temperature": temperature, **asdict(shape)}
+    plan = sha256_hex(canonical([model.manifest.id, corpus.manifest.id, settings]))[:16]
+    store = open_store(out)
+    if artifact.is_finished(store):
+        refuse_taken(store, plan)
+        return artifact.load_manifest(store, "pseudo-labels")
+    chosen = [record for record in source.parts if source.count_part(record, "unlabelled")]
+    units = [
+        {"index": i, "rows": source.count_part(record, "unlabelled"), "part": record.name}
+        for i, record in enumerate(chosen)
+    ]
+    arguments = {
+        "model": model_url, "source": source.store.url, "temperature": temperature, "shape": asdict(shape),
+        "gpu": config.gpu,
+    }  # fmt: skip
+    parts = run_units(store, plan, units, _ProposalWorker, arguments, pool, "pseudo-label", config.max_bad)
+    table = pa.concat_tables([read_table(store, part.file) for part in parts]).combine_chunks()
+    most = most_per_class(train_rows.labels, len(table), rounds.balance)
+    best, confidence = (table.column(name).to_numpy() for name in ("best", "confidence"))
+    kept = table.filter(pa.array(accept(table.column("id").to_pylist(), best, confidence, rounds.threshold, most)))
+    proposed, hidden = _label_rows(kept.column("labels")), _label_rows(kept.column("hidden"))
+    summary = {
+        "accepted": len(kept), "temperature": temperature, "precision": precision(proposed, hidden.astype(np.uint8)),
+        "per_class": (proposed == 1).sum(0).tolist(),
+    }  # fmt: skip
+    record = artifact.write_file(
+        store,
+        ACCEPTED,
+        table_bytes(kept.select(["id", "labels"]).rename_columns(["accepted", "labels"])),
+        rows=len(kept),
+    )
+    bad = sum(len(part.bad) for part in parts)
+    rows_in = sum(part.rows_in for part in parts)
+    manifest = artifact.publish(
+        store,
+        Manifest(
+            kind="pseudo-labels", project_version=__version__, config=settings,
+            parents={"model": model.manifest.id, "corpus": corpus.manifest.id}, fingerprint=model.fingerprint,
+            columns={name: str(table.schema.field(name).type) for name in table.column_names},
+            rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
+            files=(*[part.file for part in parts], record, write_quarantine(store, parts)),
+            info={"plan": plan, "summary": summary},
+        ),
+    )  # fmt: skip
+    clear_progress(store)
+    return manifest
+
+
+def _temperature(
+    model: Model, source: Corpus, config: TrainConfig, rounds: SelfTrainingConfig, train_ids: list[str]
+) -> float:
+    if rounds.temperature == "sqrt_bits":
+        return float(model.num_bits**0.5)
+    if rounds.temperature != "fitted":
+        return float(rounds.temperature)
+    given = bool(source.count("validation"))
+    wanted = None if given else held_out(train_ids, min(config.validation_rows, len(train_ids) // 5), config.seed)
+    inputs, labels = load_rows(source, wanted, config, "validation" if given else "train")
+    return fit_temperature(class_scores(model, inputs), labels)

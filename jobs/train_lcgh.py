@@ -1,0 +1,13 @@
+"""Train LCGH, reimplemented from the abstract of Zhuang and Moulin (IEEE TIFS 2023), on Ray Train.
+
+    ray job submit --working-dir . -- python jobs/train_lcgh.py jobs/configs/lcgh_cifar100_split.toml --corpus … --out …
+
+takes the arguments of `hashray train`, and is that command.
+"""
+
+import sys
+
+from hashray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

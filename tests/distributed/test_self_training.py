@@ -1,0 +1,106 @@
+"""Self-training on Ray: pseudo-labels as an artifact, rounds that resume, and hidden labels that stay hidden."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from tiny import BACKBONE, files_of, write_corpus, write_toml
+
+from hashray import artifact
+from hashray.cli import main
+from hashray.config import validate
+from hashray.errors import AlreadyExists, ConfigError, InputError
+from hashray.train.config import TrainConfig
+from hashray.train.self_training import train_model
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+ROWS, LABELLED = 72, 24
+CONFIG: dict[str, Any] = {
+    "method": {"kind": "adalabelhash", "num_bits": 16},
+    "backbone": {**BACKBONE, "frozen": True},
+    "optim": {"lr": 3e-3},
+    "epochs": 4,
+    "batch_size": 8,
+    "validation_rows": 4,
+    "validation_every": 4,
+    "cpus_per_worker": 0.5,
+    "tensorboard": False,
+    "self_training": {"rounds": 2, "threshold": 0.0, "epochs": 2, "temperature": "fitted", "most_falls": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = str(tmp_path_factory.mktemp("semi") / "corpus")
+    write_corpus(url, ROWS, 25, split_of=lambda i: "database+train" if i < LABELLED else "database+unlabelled")
+    return url
+
+
+def test_rounds_resume_to_the_same_model_and_learn_from_accepted_rows(corpus: str, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    path = write_toml(tmp_path / "c.toml", CONFIG)
+    assert main(["train", path, "--corpus", corpus, "--out", str(out)]) == 0
+    first = artifact.load_manifest(out, "model")
+    rounds = first.info["rounds"]
+    assert [line["round"] for line in rounds] == [1, 2]
+    for line in rounds:
+        # Nothing is asked of the confidence, so only the balance bounds what is accepted: a third of 48 for each class.
+        assert line["unlabelled"] == ROWS - LABELLED and 0 < line["accepted"] <= 48
+        assert max(line["per_class"]) <= 16 and 0 <= line["precision"] <= 1
+    for number, line in enumerate(rounds, 1):
+        pseudo, model = (out / f"rounds/{number}" / name for name in ("pseudo-labels", "model"))
+        assert artifact.verify(str(pseudo)) == [] and artifact.verify(str(model)) == []
+        accepted = pq.read_table(pseudo / "accepted.parquet").column("accepted").to_pylist()
+        assert len(accepted) == line["accepted"] and all(int(row_id) >= LABELLED for row_id in accepted)
+        trained = artifact.load_manifest(model, "model")
+        assert trained.info["train_rows"] == LABELLED - 4 + line["accepted"]
+        assert trained.parents["pseudo-labels"] == artifact.load_manifest(pseudo, "pseudo-labels").id
+        assert trained.parents["init"] == artifact.load_manifest(out / f"rounds/{number - 1}/model").id
+    best = out / f"rounds/{first.info['best_round']}/model"
+    assert (best / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    # As if it had been killed in the last round, while it labelled.
+    before = files_of(out)
+    (out / "manifest.json").unlink()
+    shutil.rmtree(out / "rounds/2/model")
+    (out / "rounds/2/pseudo-labels/manifest.json").unlink()
+    assert main(["train", path, "--corpus", corpus, "--out", str(out)]) == 0
+    assert artifact.load_manifest(out, "model").id == first.id
+    assert files_of(out) == before
+    with pytest.raises(AlreadyExists, match="another input or configuration"):
+        train_model(validate(TrainConfig, CONFIG | {"corpus": corpus, "out": str(out), "seed": 5}, "test"))
+
+
+def test_what_self_training_needs_is_said_before_anything_runs(corpus: str, tmp_path: Path) -> None:
+    def config_of(**changes: Any) -> TrainConfig:
+        return validate(TrainConfig, CONFIG | {"corpus": corpus, "out": str(tmp_path / "m")} | changes, "test")
+
+    plain = str(tmp_path / "plain")
+    write_corpus(plain, 8, 8)
+    with pytest.raises(InputError, match="no 'unlabelled' rows, self-training needs them"):
+        train_model(config_of(corpus=plain))
+    with pytest.raises(InputError, match="set validation_rows above 0"):
+        train_model(config_of(validation_rows=0))
+    with pytest.raises(ConfigError, match=r"self_training\.temperature: .*above 0"):
+        config_of(self_training={"temperature": -1.0})
+    with pytest.raises(ConfigError, match="adalabelhash learns nothing from rows without labels"):
+        config_of(unlabelled=True)
+    with pytest.raises(InputError, match=r"unlabelled = true, and .* has no unlabelled rows"):
+        train_model(
+            config_of(corpus=plain, self_training=None, unlabelled=True, method={"kind": "lcgh"}, backbone=BACKBONE)
+        )
+    assert not (tmp_path / "m" / "rounds").exists()
+
+
+def test_rows_without_labels_train_the_decoder_of_lcgh(corpus: str, tmp_path: Path) -> None:
+    method = {"kind": "lcgh", "num_bits": 16, "hidden": 16, "decoder_hidden": 16}
+    changes = {"self_training": None, "unlabelled": True, "epochs": 1, "method": method}
+    config = validate(TrainConfig, CONFIG | {"corpus": corpus, "out": str(tmp_path / "m")} | changes, "test")
+    info = train_model(config).info
+    assert (info["train_rows"], info["labelled_rows"]) == (ROWS - 4, LABELLED - 4)
+    lines = [json.loads(line) for line in (tmp_path / "m/metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[-1]["reconstruction"] < 10 and 0 <= lines[-1]["consistency"] <= 1

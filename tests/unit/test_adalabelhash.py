@@ -1,0 +1,87 @@
+"""AdaLabelHash: the margin, missing labels, its own learning-rate group, and codewords of classes never seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hashray.methods.adalabelhash import AdaLabelHash, AdaLabelHashConfig
+from hashray.methods.losses import adaptive_margin
+from hashray.train.loop import build_optimizer
+from tests.unit.crew import build, config_of, make_rows, run_loop
+
+METHOD = {"kind": "adalabelhash"}
+
+
+def method_of(**fields: object) -> AdaLabelHash:
+    built = build(config_of(method=METHOD | fields), torch.float64)
+    assert isinstance(built, AdaLabelHash)
+    return built
+
+
+def test_the_papers_margin_is_one_whatever_the_code_length() -> None:
+    for bits in (16, 48):
+        assert AdaLabelHashConfig(preset="paper", num_bits=bits).margin == 1
+        assert AdaLabelHashConfig(margin_ratio=0.25, num_bits=bits).margin == bits / 4
+    paper = AdaLabelHashConfig(preset="paper")
+    assert (paper.negative_floor, paper.quantization, paper.codeword_lr_factor) == ("zero", "none", 1.0)
+    assert AdaLabelHashConfig(preset="paper", quantization="l2").quantization == "l2"
+
+
+def test_the_loss_is_eq_1_on_the_relaxed_codes_over_the_positive_entries() -> None:
+    method = method_of(quantization="none", margin_ratio=0.3)
+    features, labels, _ = make_rows(12)
+    inputs, targets = torch.as_tensor(features), torch.as_tensor(labels)
+    terms = method.loss_terms(method.phases(1)[0], inputs, targets, torch.ones(12))
+    u, v = torch.tanh(method.logits(inputs)), torch.tanh(method.codewords.z)
+    assert float(terms["margin"].mass) == int((targets == 1).sum())
+    expected = adaptive_margin(u, v, targets, 0.3 * 16)
+    torch.testing.assert_close(terms["margin"].total / terms["margin"].mass, expected)
+    assert float(terms["quantization"].total) == 0
+
+
+def test_missing_labels_and_padding_give_no_gradient() -> None:
+    method = method_of(quantization="none")
+    features, labels, _ = make_rows(6)
+    inputs = torch.as_tensor(features).requires_grad_(True)
+    targets = torch.as_tensor(labels).to(torch.int8)
+    targets[:3] = -1
+    weight = torch.tensor([1.0, 1, 1, 1, 1, 0])
+    terms = method.loss_terms(method.phases(1)[0], inputs, targets, weight)
+    terms["margin"].total.backward()
+    moved = inputs.grad.abs().sum(1) > 0  # type: ignore[union-attr]
+    assert moved.tolist() == [False, False, False, True, True, False]
+
+
+def test_classes_that_never_occur_are_nobodys_negative_and_score_nothing() -> None:
+    config = config_of(method=METHOD, epochs=1)
+    method = run_loop(config, 40)[1].method
+    assert isinstance(method, AdaLabelHash)
+    method.codewords.present[3] = False
+    method.zero_grad()
+    features, labels, _ = make_rows(40)
+    before = method.codewords.z.detach().clone()
+    terms = method.loss_terms(method.phases(1)[0], torch.as_tensor(features), torch.as_tensor(labels), torch.ones(40))
+    terms["margin"].total.backward()
+    assert float(method.codewords.z.grad[3].abs().sum()) == 0  # type: ignore[index]
+    assert torch.equal(before, method.codewords.z)
+    assert bool(torch.isneginf(method.class_scores(torch.as_tensor(features))[:, 3]).all())
+
+
+def test_codewords_learn_at_their_own_rate_without_decay() -> None:
+    method = method_of(codeword_lr_factor=7.0)
+    config = config_of(optim={"weight_decay": 0.5, "trunk_lr_factor": 0.1, "lr": 1e-3}).optim
+    groups = {g["name"]: g for g in build_optimizer(config, method.trained(method.phases(1)[0])).param_groups}
+    assert groups["codewords"]["factor"] == 7.0 and groups["codewords"]["weight_decay"] == 0
+    assert groups["head"]["weight_decay"] == 0.5 and groups["codewords"]["params"][0] is method.codewords.z
+
+
+@pytest.mark.parametrize("ratio", [1 / 16, 0.5])
+def test_separable_rows_are_given_their_own_class(ratio: float) -> None:
+    config = config_of(method=METHOD | {"margin_ratio": ratio}, epochs=60, optim={"lr": 3e-3})
+    weights, loop = run_loop(config, 120)
+    loop.method.load_state_dict(weights)
+    features, labels, _ = make_rows(120)
+    one = labels.sum(1) == 1
+    scores = loop.method.class_scores(torch.as_tensor(features)[one])
+    assert torch.equal(scores.argmax(1), torch.as_tensor(labels[one]).argmax(1))

@@ -1,0 +1,76 @@
+"""Pseudo-labels: proposals and acceptance against loops, and the temperature."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hashray.train.pseudo import Shape, accept, fit_temperature, most_per_class, precision, propose
+
+ONE = Shape(1, 3)
+
+
+def test_single_label_proposals_are_the_softmax_and_its_argmax() -> None:
+    scores = np.array([[2.0, 0.0, -1.0, 0.5], [0.0, 0.0, 3.0, -np.inf]])
+    found = propose(scores, 2.0, ONE)
+    assert found.labels.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]] and found.best.tolist() == [0, 2]
+    expected = np.exp([1.0, 1.5]) / [np.exp([1, 0, -0.5, 0.25]).sum(), np.exp([0, 0, 1.5]).sum()]
+    np.testing.assert_allclose(found.confidence, expected)
+
+
+def test_several_labels_set_the_top_and_the_bottom_and_leave_the_middle_unknown() -> None:
+    scores = np.array([[0.1, 5.0, -2.0, 3.0, 1.0, -np.inf, 0.2]])
+    found = propose(scores, 1.0, Shape(2, 2))
+    assert found.labels.tolist() == [[0, 1, 0, 1, -1, 0, -1]]
+    p = np.exp(scores[0]) / np.exp(scores[0]).sum()
+    assert found.confidence[0] == pytest.approx(p[1] + p[3])
+
+
+def test_the_shape_is_the_mean_number_of_labels_and_c_minus_three_times_it() -> None:
+    one = np.eye(5, dtype=np.uint8)[[0, 1, 2, 2]]
+    assert Shape.of(one) == Shape(1, 2)  # three classes occur
+    several = np.zeros((4, 12), dtype=np.uint8)
+    for i in range(4):
+        several[i, [i, i + 4, i + 8]] = 1
+    assert Shape.of(several) == Shape(3, 12 - 9)
+    several[0, 9] = several[1, 10] = 1  # 3.5 labels a row
+    assert Shape.of(several) == Shape(4, 0)
+    assert Shape.of(several, top=2, bottom=50) == Shape(2, 10)
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1), st.integers(0, 6))
+def test_acceptance_against_a_loop(seed: int, threshold: float, cap: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids = [f"r{i}" for i in rng.permutation(30)]
+    best, confidence = rng.integers(0, 3, 30), np.round(rng.random(30), 1)
+    most = np.array([cap, 2, 30])
+    chosen = accept(ids, best, confidence, threshold, most)
+    for label in range(3):
+        able = [i for i in range(30) if best[i] == label and confidence[i] >= threshold]
+        able.sort(key=lambda i: (-confidence[i], ids[i]))
+        assert sorted(np.flatnonzero(chosen & (best == label))) == sorted(able[: most[label]])
+
+
+def test_the_cap_follows_the_labelled_share() -> None:
+    labels = np.eye(3, dtype=np.uint8)[[0, 0, 1, 1]]
+    assert most_per_class(labels, 100, 1.0).tolist() == [50, 50, 0]
+    assert most_per_class(labels, 99, 0.5).tolist() == [25, 25, 0]
+
+
+def test_the_temperature_undoes_a_scale() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((4000, 5)) * 2
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = np.eye(5, dtype=np.uint8)[[rng.choice(5, p=row) for row in p]]
+    for scale in (0.1, 1.0, 20.0):
+        assert fit_temperature(logits * scale, labels) == pytest.approx(scale, rel=0.1)
+    assert fit_temperature(np.full((3, 2), -np.inf), np.zeros((3, 2), np.uint8)) == 1.0
+
+
+def test_precision_counts_rows_with_hidden_labels_only() -> None:
+    proposed = np.array([[1, 0], [1, -1], [0, 1]], dtype=np.int8)
+    hidden = np.array([[1, 0], [0, 0], [1, 0]], dtype=np.uint8)
+    assert precision(proposed, hidden) == 0.5
+    assert precision(proposed, np.zeros((3, 2), np.uint8)) is None

@@ -1,0 +1,95 @@
+"""Which rows are trained on, and that hidden labels stay hidden."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from hashray import artifact
+from hashray.artifact import Manifest, canonical
+from hashray.data.corpus import Corpus, open_corpus, table_bytes
+from hashray.data.selection import ACCEPTED, Selection
+from hashray.data.splits import SplitConfig, assign_splits
+from hashray.errors import InputError
+from hashray.storage import open_store
+
+ROWS = [("a", [0], "database+train"), ("b", [1], "database+train"), ("c", [2], "database+unlabelled"),
+        ("d", [], "unlabelled"), ("e", [1], "query")]  # fmt: skip
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    store = open_store(tmp_path / "corpus")
+    table = pa.table({"id": [r[0] for r in ROWS], "labels": pa.array([r[1] for r in ROWS], pa.list_(pa.int32())),
+                      "split": [r[2] for r in ROWS]})  # fmt: skip
+    splits = dict(Counter(r[2] for r in ROWS))
+    part = artifact.write_file(store, "parts/p.parquet", table_bytes(table), rows=5, info={"splits": splits})
+    names = artifact.write_file(store, "classes.json", canonical(["x", "y", "z"]))
+    artifact.publish(store, Manifest(kind="corpus", project_version="0", config={}, parents={}, files=(part, names)))
+    return open_corpus(store.url)
+
+
+def pseudo_labels(folder: Path, labels: dict[str, list[int]]) -> str:
+    store = open_store(folder)
+    table = pa.table({"accepted": list(labels), "labels": pa.array(list(labels.values()), pa.list_(pa.int8(), 3))})
+    record = artifact.write_file(store, ACCEPTED, table_bytes(table), rows=len(labels))
+    artifact.publish(store, Manifest(kind="pseudo-labels", project_version="0", config={}, parents={}, files=(record,)))
+    return store.url
+
+
+def chosen(corpus: Corpus, selection: Selection) -> dict[str, list[int]]:
+    table = selection.take(corpus.part_rows(corpus.parts[0], "all"))
+    return dict(zip(table.column("id").to_pylist(), selection.labels(corpus, table).tolist(), strict=True))
+
+
+def test_train_rows_without_those_held_out(corpus: Corpus) -> None:
+    assert chosen(corpus, Selection(frozenset("b"))) == {"a": [1, 0, 0]}
+
+
+def test_unlabelled_rows_hide_the_labels_that_the_corpus_holds(corpus: Corpus) -> None:
+    found = chosen(corpus, Selection(frozenset(), unlabelled=True))
+    assert found == {"a": [1, 0, 0], "b": [0, 1, 0], "c": [-1, -1, -1], "d": [-1, -1, -1]}
+
+
+def test_accepted_rows_come_with_their_pseudo_labels(corpus: Corpus, tmp_path: Path) -> None:
+    url = pseudo_labels(tmp_path / "pseudo", {"d": [0, 1, -1]})
+    assert chosen(corpus, Selection(frozenset("a"), url)) == {"b": [0, 1, 0], "d": [0, 1, -1]}
+    both = chosen(corpus, Selection(frozenset("a"), url, unlabelled=True))
+    assert both == {"b": [0, 1, 0], "c": [-1, -1, -1], "d": [0, 1, -1]}
+
+
+def class_split(**fields: int | None) -> SplitConfig:
+    return SplitConfig(protocol="class-split", **fields)  # type: ignore[arg-type]
+
+
+def test_class_split_trains_on_seen_classes_only() -> None:
+    ids, labels = [str(i) for i in range(80)], [[i % 8] for i in range(80)]
+    given = ["query" if i // 8 < 2 else "train" for i in range(80)]
+    splits = assign_splits(ids, labels, given, class_split(unseen_classes=2, pseudo_unseen_classes=1))
+    assert Counter(splits) == {
+        "database+database-seen+train": 40, "database+database-unseen": 16, "query+query-seen": 10,
+        "query+query-unseen": 4, "database-pseudo": 8, "query-pseudo": 2,
+    }  # fmt: skip
+    kinds = {(labels[i][0], splits[i].split("-")[-1].removesuffix("+train")) for i in range(80)}
+    assert len(kinds) == 8  # a class is in one part alone
+    other = assign_splits(ids, labels, given, class_split(unseen_classes=2, pseudo_unseen_classes=1, seed=1))
+    assert other != splits
+
+
+def test_class_split_of_a_source_without_halves_draws_the_queries() -> None:
+    ids, labels = [str(i) for i in range(40)], [[i % 4] for i in range(40)]
+    splits = assign_splits(ids, labels, [None] * 40, class_split(query_per_class=3))
+    assert Counter(splits) == {
+        "database+database-seen+train": 21, "database+database-unseen": 7, "query+query-seen": 9,
+        "query+query-unseen": 3,
+    }  # fmt: skip
+
+
+def test_class_split_refuses_what_it_cannot_split() -> None:
+    with pytest.raises(InputError, match=r"exactly one class a row; '0' has 2"):
+        assign_splits(["0", "1"], [[0, 1], [1]], [None] * 2, class_split())
+    with pytest.raises(InputError, match="one left: lower --unseen-classes"):
+        assign_splits(["0", "1"], [[0], [1]], [None] * 2, class_split(unseen_classes=2))

@@ -21,17 +21,16 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hashray.codes import Codes, binarize, check_num_bits, hamming, unpack
-from hashray.errors import ConfigError, InputError, MismatchError
+from hashray.codes import Codes, binarize, check_num_bits
+from hashray.errors import InputError, MismatchError
 from hashray.methods.base import LabelTable
-from hashray.methods.codewords import Codewords
+from hashray.methods.codewords import Codewords, spread_codewords
 from hashray.methods.losses import label_margin
 
 Features = NDArray[np.float32]
 
 _ITQ_ITERATIONS = 50  # Gong and Lazebnik, section 3.2
-_LINEAR_PASSES = 10
-_COMPARED = 1024  # classes whose pairwise distances are worth a matrix
+_LINEAR_STEPS = 1500
 _FLAT = 1e-6  # a principal direction this much narrower than the widest is rounding noise: its signs mean nothing
 
 
@@ -176,7 +175,7 @@ class ITQLinear:
 
     @staticmethod
     def fit(train_features: Any, num_bits: int, seed: int = 0, *, train_labels: Any) -> Projection:
-        """Fit ITQ, then 10 passes of Adam over features [n, d] and multi-hot labels [n, c].
+        """Fit ITQ, then 1,500 steps of Adam over 256 rows each of features [n, d] and multi-hot labels [n, c].
 
         Raises:
             ConfigError: `num_bits` is not a multiple of 8.
@@ -191,18 +190,17 @@ class ITQLinear:
         inputs = torch.as_tensor(values - start.mean, dtype=torch.float32)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            words = Codewords(labels.shape[1], num_bits)
+            words = Codewords(labels.shape[1], num_bits, "spread")
             directions = torch.nn.Parameter(torch.as_tensor(start.directions / scale, dtype=torch.float32))
             words.learn_classes(LabelTable.of(labels.to(torch.uint8)))
             step = 3e-3 * float(directions.detach().abs().mean())
             optimizer = torch.optim.Adam([{"params": [directions], "lr": step}, {"params": [words.z], "lr": 1e-2}])
-            for _ in range(_LINEAR_PASSES):
-                for rows in torch.randperm(len(inputs)).split(256):
-                    codes = torch.tanh(inputs[rows] @ directions)
-                    known = words.known(labels[rows], torch.ones(len(rows)))
-                    optimizer.zero_grad()
-                    label_margin(codes, words(), known).backward()
-                    optimizer.step()
+            for _ in range(_LINEAR_STEPS):
+                rows = torch.randint(len(inputs), (256,))
+                known = words.known(labels[rows], torch.ones(len(rows)))
+                optimizer.zero_grad()
+                label_margin(torch.tanh(inputs[rows] @ directions), words(), known).backward()
+                optimizer.step()
         return Projection(start.mean, directions.detach().double().numpy())
 
 
@@ -248,7 +246,7 @@ class ClassCode:
         classes = np.flatnonzero(positive.any(0))
         if not len(classes):
             raise InputError("no training row has a class; the class code needs labels")
-        words = codewords(positive.shape[1], num_bits, seed)
+        words = spread_codewords(positive.shape[1], num_bits, seed)
         one_class = bool((positive.sum(1) == 1).all())
         multinomial = one_class and len(classes) > 1
         regression = LogisticRegression(max_iter=300, random_state=seed)
@@ -267,40 +265,6 @@ class ClassCode:
         return binarize(chosen.astype(np.int64) @ self.codewords[self.classes].astype(np.int64))
 
 
-def codewords(num_classes: int, num_bits: int, seed: int = 0) -> NDArray[np.int8]:
-    """Return distinct codewords int8 [num_classes, num_bits] in {-1, +1}, far apart.
-
-    Rows of a Hadamard matrix and their complements (at least num_bits / 2 apart) where `num_bits` is a power of two
-    and twice as many suffice, else random ones, the farthest apart of 32 draws (beyond 1,024 classes: of one).
-
-    Raises:
-        ConfigError: `num_bits` is not a multiple of 8, or there are more classes than codes of `num_bits` bits.
-
-    >>> codewords(3, 8) @ codewords(3, 8).T
-    array([[8, 0, 0],
-           [0, 8, 0],
-           [0, 0, 8]], dtype=int8)
-    """
-    if num_classes > 2 ** check_num_bits(num_bits):
-        raise ConfigError(f"{num_bits} bits cannot tell {num_classes} classes apart; use more bits")
-    rng = np.random.default_rng(seed)
-    if num_bits & (num_bits - 1) == 0 and num_classes <= 2 * num_bits:
-        hadamard = np.ones((1, 1), dtype=np.int8)
-        while len(hadamard) < num_bits:
-            hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-        order = rng.permutation(num_bits)
-        return np.concatenate([hadamard[order], -hadamard[order]])[:num_classes]
-    best, widest = np.empty((0, num_bits), dtype=np.int8), -1
-    for _ in range(32):
-        packed = _distinct_codes(rng, num_classes, num_bits)
-        if num_classes > _COMPARED:
-            return unpack(packed)
-        nearest = int((hamming(packed, packed) + np.eye(num_classes, dtype=np.int32) * num_bits).min())
-        if nearest > widest:
-            best, widest = unpack(packed), nearest
-    return best
-
-
 def fit_baselines(train_features: Any, train_labels: Any, num_bits: int, seed: int = 0) -> dict[str, Baseline]:
     """Fit every code baseline on features [n, d] and multi-hot labels [n, c], by the name it is reported under.
 
@@ -316,18 +280,6 @@ def fit_baselines(train_features: Any, train_labels: Any, num_bits: int, seed: i
         "itq-linear": ITQLinear.fit(train_features, num_bits, seed, train_labels=train_labels),
         "class-code": ClassCode.fit(train_features, num_bits, seed, train_labels=train_labels),
     }
-
-
-def _distinct_codes(rng: np.random.Generator, num: int, num_bits: int) -> Codes:
-    """Draw `num` different codes uint8 [num, num_bits // 8]."""
-    if num_bits <= 16:  # few enough to draw without replacement; redrawing the equal ones would not end
-        drawn = rng.choice(1 << num_bits, size=num, replace=False).astype(">u2")
-        return drawn.view(np.uint8).reshape(num, 2)[:, 2 - num_bits // 8 :]
-    codes = rng.integers(0, 256, size=(num, num_bits // 8), dtype=np.uint8)
-    while len(first := np.unique(codes, axis=0, return_index=True)[1]) < num:
-        again = np.setdiff1d(np.arange(num), first)
-        codes[again] = rng.integers(0, 256, size=(len(again), num_bits // 8), dtype=np.uint8)
-    return codes
 
 
 def _principal(values: Features, num_bits: int, seed: int) -> Projection:

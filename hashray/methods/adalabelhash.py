@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from hashray.codes import Codes
 from hashray.methods.backbone import Trunk
 from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term
-from hashray.methods.codewords import Codewords
+from hashray.methods.codewords import CodewordInit, Codewords
 from hashray.methods.losses import Quantization, adaptive_margin, full_precision, quantization, weighted_mean
 
 PRESETS: dict[str, dict[str, Any]] = {
     "hashray": {},
     # The paper's text: margin 1, no quantisation term; SGD with Nesterov momentum, rates searched (optim.*).
-    "paper": {"margin_ratio": None, "codeword_lr_factor": 1.0, "quantization": "none"},
+    "paper": {"margin_ratio": None, "codeword_lr_factor": 1.0, "codeword_init": "uniform", "quantization": "none"},
     # METHODS 2.4 [C]: the authors' Keras code, the same loss; Adam at 1e-5 (optim.*).
-    "released": {"margin_ratio": None, "codeword_lr_factor": 1.0, "quantization": "none"},
+    "released": {"margin_ratio": None, "codeword_lr_factor": 1.0, "codeword_init": "uniform", "quantization": "none"},
 }
 
 
@@ -42,6 +42,7 @@ class AdaLabelHashConfig(MethodConfig):
     negative_floor: Literal["zero", "strict"] = Field(
         "zero", description="a masked class counts as inner product 0, as in Eq. 1 and released, or not at all"
     )
+    codeword_init: CodewordInit = Field("spread", description="far apart, or nearly 0 as released")
     codeword_lr_factor: float = Field(10.0, gt=0, description="learning rate of the codewords over that of the head")
     quantization: Quantization = Field("l1", description="pulls |u| to 1; none in the paper")
     quantization_weight: float = Field(0.01, ge=0)
@@ -64,7 +65,7 @@ class AdaLabelHash(Method):
         self.hash = nn.Linear(trunk.feature_dim, config.num_bits)
         nn.init.xavier_uniform_(self.hash.weight)  # Table 2
         nn.init.zeros_(self.hash.bias)
-        self.codewords = Codewords(num_classes, config.num_bits)
+        self.codewords = Codewords(num_classes, config.num_bits, config.codeword_init)
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
         return (Phase("image", 0, epochs),)

@@ -22,7 +22,7 @@ from hashray.codes import Codes
 from hashray.errors import InputError
 from hashray.methods.backbone import Trunk
 from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term
-from hashray.methods.codewords import Codewords
+from hashray.methods.codewords import CodewordInit, Codewords
 from hashray.methods.losses import (
     Quantization,
     full_precision,
@@ -57,6 +57,7 @@ class LCGHConfig(MethodConfig):
     head: Literal["mlp", "linear"] = "mlp"
     hidden: int = Field(512, gt=0, description="width of the mlp head")
     decoder_hidden: int = Field(512, gt=0, description="width of the decoder's hidden layer")
+    codeword_init: CodewordInit = Field("spread", description="far apart, or nearly 0")
     codeword_lr_factor: float = Field(10.0, gt=0, description="learning rate of the codewords over that of the head")
     target: Literal["auto", "feature", "pixels"] = Field(
         "auto", description="what is rebuilt: the pretrained trunk's feature, or the image at 8 pixels; auto: the"
@@ -113,7 +114,7 @@ class LCGH(Method):
         pretrained = trunk.config.frozen or trunk.config.weights is not None
         self.rebuilds_feature = config.target == "feature" or (config.target == "auto" and pretrained)
         self.hash = nn.Linear(width, bits) if config.head == "linear" else _mlp(width, config.hidden, bits)
-        self.codewords = Codewords(num_classes, bits)
+        self.codewords = Codewords(num_classes, bits, config.codeword_init)
         rebuilt = width if self.rebuilds_feature else 3 * PIXEL_SIDE**2
         self.decoder = _mlp(bits, config.decoder_hidden, rebuilt)
         self.register_buffer("target_mean", torch.zeros(rebuilt))

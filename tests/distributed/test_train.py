@@ -96,6 +96,7 @@ def second_epoch_begun(out: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_streamed_and_its_worker_killed_gives_the_weights_of_memory_unbroken(
     corpus: str, unbroken: Path, tmp_path: Path
 ) -> None:

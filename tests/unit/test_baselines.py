@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from hashray.codes import hamming, unpack
 from hashray.errors import ConfigError, InputError, MismatchError
-from hashray.evaluate.baselines import ITQ, LSH, ClassCode, PCASign, RandomCodes, codewords, fit_baselines
+from hashray.evaluate.baselines import ITQ, LSH, ClassCode, ITQLinear, PCASign, RandomCodes, fit_baselines
 from hashray.evaluate.metrics import mean_average_precision, rank
+from hashray.methods.codewords import spread_codewords
 
 Array = NDArray[Any]
 
@@ -125,7 +126,7 @@ def test_class_code_of_classes_without_a_contrast(labels: Any) -> None:
 @settings(max_examples=20, deadline=None)
 @given(classes=st.integers(1, 40), num_bits=st.sampled_from([8, 16, 24, 32, 48]), seed=st.integers(0, 5))
 def test_codewords_are_distinct_and_hadamard_ones_far_apart(classes: int, num_bits: int, seed: int) -> None:
-    words = codewords(classes, num_bits, seed)
+    words = spread_codewords(classes, num_bits, seed)
     assert words.shape == (classes, num_bits) and set(np.unique(words)) <= {-1, 1}
     distances = (num_bits - words.astype(int) @ words.T.astype(int)) // 2
     nearest = (distances + num_bits * np.eye(classes, dtype=int)).min()
@@ -133,9 +134,9 @@ def test_codewords_are_distinct_and_hadamard_ones_far_apart(classes: int, num_bi
 
 
 def test_codewords_use_up_all_codes_and_refuse_one_more() -> None:
-    assert len(np.unique(codewords(256, 8), axis=0)) == 256
+    assert len(np.unique(spread_codewords(256, 8), axis=0)) == 256
     with pytest.raises(ConfigError, match="8 bits cannot tell 257 classes apart"):
-        codewords(257, 8)
+        spread_codewords(257, 8)
 
 
 def test_fit_baselines_is_seeded_and_in_the_order_of_their_strength_on_clusters() -> None:
@@ -147,7 +148,25 @@ def test_fit_baselines_is_seeded_and_in_the_order_of_their_strength_on_clusters(
         assert np.array_equal(query, again[name].codes(QUERY[0]))
         scores[name] = mean_average_precision(query, QUERY[1], database, DATABASE[1], top_k=100)
     assert scores["itq"] > scores["lsh"] > scores["random"] and scores["class-code"] > 0.9
-    assert scores["itq-linear"] > scores["itq"]  # labels help on the classes they name
+
+
+def test_a_linear_head_from_itq_learns_what_the_labels_name() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.eye(4, dtype=np.uint8)[rng.integers(0, 4, 800)]
+    features = np.concatenate(
+        [labels + 0.2 * rng.standard_normal((800, 4)), 2 * rng.standard_normal((800, 28))], axis=1
+    )
+    train, query = slice(0, 600), slice(600, 800)
+    scores = {}
+    for name, fitted in {
+        "itq": ITQ.fit(features[train], 16),
+        "linear": ITQLinear.fit(features[train], 16, train_labels=labels[train]),
+    }.items():
+        codes = fitted.codes(features)
+        scores[name] = mean_average_precision(codes[query], labels[query], codes[train], labels[train])
+    assert scores["linear"] > scores["itq"] + 0.1
+    again = ITQLinear.fit(features[train], 16, train_labels=labels[train])
+    assert np.array_equal(again.codes(features), codes)
 
 
 def test_error_texts() -> None:

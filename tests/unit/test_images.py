@@ -154,8 +154,8 @@ def test_augmentation_of_a_row_does_not_know_the_batch(order: list[int], shift: 
 
 
 def test_cutout_blanks_one_square_that_may_stick_out() -> None:
-    images = np.full((300, 3, 9, 9), 7, np.uint8)
-    cut = augment(images, AugmentConfig(flip=False, cutout=4), np.random.default_rng(0).integers(0, 2**62, 300))
+    images = np.full((2000, 3, 9, 9), 7, np.uint8)
+    cut = augment(images, AugmentConfig(flip=False, cutout=4), np.random.default_rng(0).integers(0, 2**62, 2000))
     sizes = set()
     for image in cut:
         rows, columns = np.nonzero(image[0] != 7)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "benchmarks/results", ROOT / "README.md"
 BEGIN, END = "<!-- results: made by `make results` -->", "<!-- end of results -->"
 BASELINES = ("class-code", "float-cosine", "itq-linear", "itq", "pca-sign", "lsh", "random")
+LABEL_NET = {"label_map": "LabNet's map_l", "label_n_h": "n_h"}
 SHOWN = {"within": "within", "cross": "cross", "generalised": "gen."}
 Cells = dict[tuple[str, str], list[float]]
 
@@ -37,7 +38,7 @@ def add(table: str, row: str, metrics_path: Path) -> Path:
             {k: v for k, v in result.items() if k not in ("pr_curve", "code_health")} for result in metrics["results"]
         ],
         "harmonic_mean": metrics.get("harmonic_mean", {}),
-        "labels": metrics.get("labels"),
+        "training": metrics.get("training", {}),
     }
     bits = metrics["results"][0]["num_bits"]
     seeds = f"{metrics['protocol']['split_seed']}-{metrics['protocol']['train_seed']}"
@@ -81,14 +82,16 @@ def _numbers(entry: dict[str, Any]) -> Iterable[tuple[str, str, float]]:
         yield entry["row"] if result["name"] == ours else result["name"], column, result["mAP"]
     for name, value in entry["harmonic_mean"].items():
         yield entry["row"] if name == ours else name, f"{bits} bits H", value
-    for name, value in (entry.get("labels") or {}).items():
-        yield entry["row"], name, value
+    last = (entry["training"].get("phases") or [{}])[-1]
+    for name, column in LABEL_NET.items():
+        if name in last:
+            yield entry["row"], column, last[name]
 
 
 def _column_order(column: str) -> tuple[int, int]:
     bits, _, rest = column.partition(" bits")
     names = ["", " within", " cross", " gen.", " H"]
-    return (int(bits), names.index(rest)) if bits.isdigit() else (1 << 30, len(column))
+    return (int(bits), names.index(rest)) if bits.isdigit() else (1 << 30, -len(column))
 
 
 def _cell(values: list[float] | None, paper: float | None, own: bool) -> str:

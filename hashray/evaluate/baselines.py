@@ -193,7 +193,7 @@ class ITQLinear:
             words = Codewords(labels.shape[1], num_bits, "spread")
             directions = torch.nn.Parameter(torch.as_tensor(start.directions / scale, dtype=torch.float32))
             words.learn_classes(LabelTable.of(labels.to(torch.uint8)))
-            step = 3e-3 * float(directions.detach().abs().mean())
+            step = 1e-2 * float(directions.detach().abs().mean())
             optimizer = torch.optim.Adam([{"params": [directions], "lr": step}, {"params": [words.z], "lr": 1e-2}])
             for _ in range(_LINEAR_STEPS):
                 rows = torch.randint(len(inputs), (256,))

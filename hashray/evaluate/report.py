@@ -81,9 +81,26 @@ def page(metrics: Mapping[str, Any], figures: Mapping[str, bytes], images: Mappi
         f"<h2>Beside the baselines</h2>{_tables(metrics, depth)}"
         f'<h2>Curves</h2><div class="figures">{pictures}</div>'
         f"<h2>Queries and their nearest rows</h2>{_gallery(metrics, images)}"
+        f"{_rounds(metrics.get('training', {}))}"
         f"<h2>Code health</h2>{_facts(ours.get('code_health', {}))}"
         f"<h2>How this was made</h2>{_facts({**protocol, **metrics['environment']})}</body></html>"
     )
+
+
+def _rounds(training: Mapping[str, Any]) -> str:
+    """Self-training, round by round; nothing where there was none."""
+    if not training.get("rounds"):
+        return ""
+    head = "".join(f"<th>{name}</th>" for name in ("round", "rows accepted", "labels true", "validation mAP"))
+    rows = []
+    for line in training["rounds"]:
+        right = "-" if line["precision"] is None else f"{line['precision']:.1%}"
+        cells = (line["round"], f"{line['accepted']:,} of {line['unlabelled']:,}", right,
+                 f"{line['before']:.4f} → {line['validation_map']:.4f}")  # fmt: skip
+        css = ' class="ours"' if line["round"] == training.get("best_round") else ""
+        rows.append(f"<tr{css}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<h2>Self-training</h2>{table}"
 
 
 def _uri(data: bytes, kind: str) -> str:

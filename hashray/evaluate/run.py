@@ -48,6 +48,7 @@ from hashray.train.features import features_of_model
 
 HEALTH_ROWS = 256
 FLOAT = "float-cosine"
+TRAINING = ("train_rows", "labelled_rows", "phases", "rounds", "best_round", "best_at", "validation_map")
 
 
 class EvaluateConfig(Config):
@@ -139,6 +140,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             name, first_query, first_database, ranking, corpus.classes, config.gallery, config.seed
         ),
     }  # fmt: skip
+    info = model.manifest.info if model.manifest else {}
+    metrics["training"] = {key: info[key] for key in TRAINING if key in info}
     means = harmonic_means(results)
     if means:
         metrics["harmonic_mean"] = means

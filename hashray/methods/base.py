@@ -57,13 +57,15 @@ class MethodConfig(Config):
 class Phase:
     """A stretch of training over image batches with one learning-rate schedule.
 
-    `lr_factor` multiplies the configured rate; `round` counts alternations from 0.
+    `lr_factor` multiplies the configured rate; `round` counts alternations from 0; the weights of a phase that is not
+    `selectable` are never the ones that validation chooses.
     """
 
     name: str
     round: int
     epochs: int
     lr_factor: float = 1.0
+    selectable: bool = True
 
 
 class Term(NamedTuple):

@@ -85,8 +85,10 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, label: Tensor, decoder: Tensor) -> tuple[Tensor, None, None]:
         if ctx.project:
+            # No epsilon: gradients carry 1 / rows, and an absolute one would let large batches conflict.
+            square = label.square().sum(1, keepdim=True)
             against = (decoder * label).sum(1, keepdim=True).clamp_max(0)
-            decoder = decoder - against / (label.square().sum(1, keepdim=True) + 1e-12) * label
+            decoder = decoder - torch.where(square > 0, against / torch.where(square > 0, square, 1), 0) * label
         return label + ctx.beta * decoder, None, None
 
 
@@ -126,7 +128,10 @@ class LCGH(Method):
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
         warm = min(epochs - 1, round(epochs * self.config.warmup_share))
-        return (Phase("labels", 0, warm), Phase("codes", 1, epochs - warm)) if warm else (Phase("codes", 0, epochs),)
+        if not warm:
+            return (Phase("codes", 0, epochs),)
+        # Validation on seen classes would always prefer the labels alone.
+        return Phase("labels", 0, warm, selectable=False), Phase("codes", 1, epochs - warm)
 
     def begin_phase(self, phase: Phase, table: LabelTable, seed: int, crew: Crew) -> dict[str, float]:
         if phase.round:  # after the warm-up

@@ -192,7 +192,8 @@ class Loop:
         line = {"event": "epoch", "pass": number + 1, "phase": phase.name, "round": phase.round,
                 "epoch": position.epoch, "lr": rate, "loss": loss, **means}  # fmt: skip
         last = position.epoch == phase.epochs
-        if self.validate is not None and (last or position.epoch % self.config.validation_every == 0):
+        wanted = self.validate is not None and phase.selectable
+        if wanted and (last or position.epoch % self.config.validation_every == 0):
             line["validation_map"] = self._select(f"phase {position.phase}, epoch {position.epoch}")
         position.notes.setdefault("history", []).append(line)
         self._report(line, save=last or position.epoch % self.config.checkpoint_every == 0)

@@ -30,14 +30,14 @@ from hashray.errors import InputError, RunError
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk, weights_identity, with_absolute_weights
 from hashray.methods.base import LabelTable
-from hashray.model import write_model
+from hashray.model import load_model, write_model
 from hashray.progress import Bar, say
 from hashray.runtime import WorkersConfig, connect, quicken_on_one_machine, unwrap
 from hashray.storage import join, open_store
 from hashray.storage_s3 import arrow_filesystem
 from hashray.train.checkpoint import load_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.features import compute_features
+from hashray.train.features import compute_features, trunk_fingerprint
 from hashray.train.workers import Board, run_worker, stream_spec
 
 
@@ -74,6 +74,10 @@ def train(config: TrainConfig) -> Manifest:
         pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu))
         source_url = compute_features(url, config.backbone, config.features, pool, config.max_bad)
         data = open_corpus(source_url, "features")
+        if config.init is not None and data.manifest.fingerprint != trunk_fingerprint(
+            load_model(config.init, device="cpu").method.trunk
+        ):
+            raise InputError(f"init = {config.init!r} has another frozen trunk than backbone.* describes")
     survey = _survey(config, corpus, data)
     if config.workers > 1 and not config.gpu and not config.backbone.frozen:
         say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")

@@ -41,6 +41,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
+@pytest.mark.slow
 def test_rounds_resume_to_the_same_model_and_learn_from_accepted_rows(corpus: str, tmp_path: Path) -> None:
     out = tmp_path / "model"
     path = write_toml(tmp_path / "c.toml", CONFIG)

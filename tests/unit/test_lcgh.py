@@ -59,7 +59,7 @@ def test_project_takes_away_what_points_against_the_labels_row_by_row() -> None:
     expected = []
     for g, r in zip(label, decoder, strict=True):
         against = float(r @ g)
-        expected.append(g + r - (min(against, 0.0) / (float(g @ g) + 1e-12)) * g)
+        expected.append(g + r - (min(against, 0.0) / float(g @ g)) * g)
     torch.testing.assert_close(combined, torch.stack(expected))
     conflicts = (label * decoder).sum(1) < 0
     assert bool(conflicts.any())
@@ -77,8 +77,18 @@ def test_the_fork_against_the_formula_of_the_specification() -> None:
     a, b = torch.randn(2, 5, 8, dtype=torch.float64)
     left, right = _Fork.apply(u, 3.0, True)
     ((left * a).sum() + (right * b).sum()).backward()
-    c = (b * a).sum(1).clamp(max=0) / ((a * a).sum(1) + 1e-12)
-    torch.testing.assert_close(u.grad, a + 3.0 * (b - c[:, None] * a))
+    c = (b * a).sum(1).clamp(max=0) / (a * a).sum(1)
+    expected = a + 3.0 * (b - c[:, None] * a)
+    torch.testing.assert_close(u.grad, expected)
+    # However small the gradients are, as in a large batch of consistent rows: the same direction.
+    u.grad = None
+    left, right = _Fork.apply(u, 3.0, True)
+    ((left * a * 1e-12).sum() + (right * b * 1e-12).sum()).backward()
+    torch.testing.assert_close(u.grad * 1e12, expected)
+    u.grad = None
+    left, right = _Fork.apply(u, 3.0, True)
+    ((left * 0).sum() + (right * b).sum()).backward()
+    torch.testing.assert_close(u.grad, 3.0 * b)
 
 
 def test_a_warm_up_lets_codes_see_labels_only_and_the_decoder_learn() -> None:
@@ -95,6 +105,18 @@ def test_a_warm_up_lets_codes_see_labels_only_and_the_decoder_learn() -> None:
         decoder = sum(float(p.grad.abs().sum()) for p in method.decoder.parameters())  # type: ignore[union-attr]
         grads[phase.name] = head, decoder
     assert grads["labels"][0] == 0 and grads["labels"][1] > 0 and grads["codes"][0] > 0
+
+
+def test_the_weights_of_the_warm_up_are_never_chosen() -> None:
+    seen: list[int] = []
+
+    def validate(method: torch.nn.Module) -> float:
+        seen.append(1)
+        return 1.0 / len(seen)  # the first is the best
+
+    config = config_of(method=METHOD | {"warmup_share": 0.5}, epochs=4, validation_every=1)
+    _, loop = run_loop(config, 60, validate=validate)
+    assert len(seen) == 2 and loop.position.best_at == "phase 1, epoch 1"
 
 
 def test_gate_rebuilds_consistent_rows_only() -> None:

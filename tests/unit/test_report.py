@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from hashray.evaluate import figures, report
+from hashray.evaluate.codewords import analyse
 
 CURVE = {"precision": [0.9, 0.5, 0.1], "recall": [0.0, 0.6, 1.0]}
 
@@ -64,6 +65,17 @@ def test_curves_hold_the_numbers_of_the_results(metrics: dict[str, Any]) -> None
     assert [bar.get_width() for bar in bars] == [0.7, 0.8, 0.9]
 
 
+def test_scenarios_have_a_table_each_and_their_harmonic_means(metrics: dict[str, Any]) -> None:
+    rows = [{**row, "scenario": name} for name in ("within", "cross", "generalised") for row in metrics["results"]]
+    rows[3]["mAP"] = 0.4321
+    analysis = analyse(np.arange(16, dtype=np.uint8).reshape(8, 2), list("abcdefgh"), 16)
+    told = {**metrics, "results": rows, "harmonic_mean": {"dseh": 0.5757}, "codewords": analysis}
+    pictures = figures.draw_all(told)
+    assert {"codeword_distances", "codeword_graph"} < set(pictures)
+    page = report.page(told, pictures, {})
+    assert page.count("<table>") == 4 and "0.4321" in page and "0.5757" in page and "never saw" in page
+
+
 def test_the_page_is_one_file_with_every_number_and_picture(metrics: dict[str, Any]) -> None:
     images = {"q<1>": png_of(0), "q2": b"broken", "n1": png_of(1)}
     page = report.page(metrics, figures.draw_all(metrics), images)
@@ -73,4 +85,15 @@ def test_the_page_is_one_file_with_every_number_and_picture(metrics: dict[str, A
     assert page.count('class="card right"') == 2 and page.count('class="card wrong"') == 2
     assert page.count('class="none"') == 3  # a broken image, and a row that has none, twice
     assert "<b>," not in page and "&lt;b&gt;" in page and "q&lt;1&gt;" in page
+    assert "Self-training" not in page
+    line = {
+        "round": 1,
+        "accepted": 1500,
+        "unlabelled": 2000,
+        "precision": 0.875,
+        "before": 0.5,
+        "validation_map": 0.625,
+    }
+    told = report.page({**metrics, "training": {"rounds": [line], "best_round": 1}}, {}, {})
+    assert "1,500 of 2,000" in told and "87.5%" in told and "0.5000 → 0.6250" in told
     assert "No gallery" in report.page({**metrics, "gallery": []}, {}, {})

@@ -29,7 +29,12 @@ Cells = dict[tuple[str, str], list[float]]
 
 def add(table: str, row: str, metrics_path: Path) -> Path:
     """Keep what the tables need of an evaluation's metrics.json, without curves, gallery and samples."""
+    about = json.loads((RESULTS / table / "table.json").read_text())
+    if row not in about["rows"]:
+        raise SystemExit(f"{table} has no row {row!r}; it has {', '.join(about['rows'])}")
     metrics = json.loads(metrics_path.read_text())
+    if (metrics["protocol"]["top_k"], metrics["protocol"]["ties"]) != (None, "expected"):
+        raise SystemExit("the tables are of the whole ranking with expected ties; evaluate without --top-k and --ties")
     kept = {
         "row": row,
         "protocol": metrics["protocol"],

@@ -20,7 +20,7 @@ from hashray import __version__, artifact
 from hashray.artifact import Manifest, sha256_hex
 from hashray.codes import BIT_ORDER, Codes, binarize
 from hashray.config import Config
-from hashray.data.corpus import Corpus, feature_matrix, open_corpus, read_table
+from hashray.data.corpus import Corpus, feature_matrix, open_corpus
 from hashray.data.images import Pixels
 from hashray.data.units import BadRow, UnitWorker, clear_progress, map_part, run_units, write_quarantine
 from hashray.errors import MismatchError
@@ -28,7 +28,7 @@ from hashray.model import load_model
 from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import absolute, open_store
-from hashray.train.features import trunk_fingerprint
+from hashray.train.features import lost_before, trunk_fingerprint
 
 
 class EncodeConfig(Config):
@@ -78,13 +78,6 @@ def _features(config: EncodeConfig, corpus: Corpus) -> Corpus:
     return found
 
 
-def _lost_before(features: Corpus, corpus: Corpus, split: str) -> list[BadRow]:
-    """Rows of the split that went to quarantine when the features were computed: they have no code either."""
-    table = read_table(features.store, features.manifest.record(artifact.QUARANTINE))
-    wanted = set(corpus.rows(split).ids) if len(table) else set()
-    return [BadRow(**row) for row in table.to_pylist() if row["id"] in wanted]
-
-
 def codes_table(ids: list[str], codes: Codes, num_bits: int) -> pa.Table:
     """Table (id, code) of packed codes uint8 [n, num_bits // 8]."""
     width = num_bits // 8
@@ -126,7 +119,7 @@ def encode(config: EncodeConfig) -> Manifest:
         "batch_size": config.batch_size, "gpu": config.pool.gpus_per_worker > 0,
     }  # fmt: skip
     parts = run_units(store, plan, units, _EncodeWorker, arguments, config.pool, "encode", config.max_bad)
-    gone = _lost_before(source, corpus, config.split) if source is not corpus else []
+    gone = lost_before(source, corpus, config.split) if source is not corpus else []
     bad = sum(len(part.bad) for part in parts) + len(gone)
     manifest = artifact.publish(
         store,

@@ -21,7 +21,7 @@ from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical
 from hashray.codes import BIT_ORDER, StampedCodes, binarize
 from hashray.data.images import to_pixels, to_rgb
-from hashray.errors import InputError
+from hashray.errors import InputError, MismatchError
 from hashray.methods import build_method, parse_method_config
 from hashray.methods.backbone import BackboneConfig, build_trunk, state_fingerprint, without_place
 from hashray.methods.base import Method
@@ -124,6 +124,10 @@ def load_model(url: str, endpoint_url: str | None = None, device: str | None = N
     state = load_tensors(artifact.read_file(store, manifest.record("model.safetensors")))
     trunk = build_trunk(BackboneConfig.model_validate(description["backbone"]), load_weights=False)
     method = build_method(parse_method_config(description["method"]), trunk, description["num_classes"])
-    method.load_state_dict(state)
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[1].strip()
+        raise MismatchError(f"{url} was written by another version of hashray: {fault}; train it again") from error
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Model(method.to(target), description["classes"], str(manifest.fingerprint), manifest)

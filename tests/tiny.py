@@ -63,6 +63,7 @@ def write_corpus(
     rows_per_part: int,
     reference: str | Path | None = None,
     split_of: Callable[[int], str] = lambda number: "database+train",
+    config: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """A corpus as ingest leaves it, without Ray; every row is in train and in database, or where `split_of` says.
 
@@ -90,7 +91,8 @@ def write_corpus(
     return artifact.publish(
         store,
         Manifest(
-            kind="corpus", project_version="0", config={}, parents={}, rows_in=rows, rows_out=rows, rows_quarantined=0,
+            kind="corpus", project_version="0", config=dict(config or {}), parents={},
+            rows_in=rows, rows_out=rows, rows_quarantined=0,
             files=(*[part.file for part in parts], classes, write_quarantine(store, parts)),
             info={"num_classes": len(CLASSES)},
         ),
@@ -101,7 +103,8 @@ def write_tiny_model(url: str | Path, seed: int = 0, **method: Any) -> Manifest:
     """A model that nobody trained."""
     torch.manual_seed(seed)
     trunk = build_trunk(BackboneConfig.model_validate(BACKBONE))
-    built = build_method(parse_method_config({**METHOD, **method}), trunk, len(CLASSES))
+    fields = {**METHOD, **method} if method.get("kind", "dseh") == "dseh" else {"num_bits": 16, **method}
+    built = build_method(parse_method_config(fields), trunk, len(CLASSES))
     config = {"method": built.config.model_dump(mode="json"), "backbone": trunk.config.model_dump(mode="json")}
     return write_model(open_store(url), built, built.state_dict(), CLASSES, config, {}, [], {})
 

@@ -22,14 +22,28 @@ from hashray.storage import open_store
 ACCEPTED = "accepted.parquet"
 
 
-@lru_cache(maxsize=2)
 def read_pseudo_labels(url: str) -> dict[str, NDArray[np.int8]]:
     """Labels int8 [c] in {0, 1, -1} of the accepted rows of a pseudo-label artifact, by id."""
+    return _read_pseudo_labels(url, artifact.load_manifest(url, "pseudo-labels").id)
+
+
+@lru_cache(maxsize=2)
+def _read_pseudo_labels(url: str, manifest_id: str) -> dict[str, NDArray[np.int8]]:
     store = open_store(url)
     manifest = artifact.load_manifest(store, "pseudo-labels")
     table = pq.read_table(io.BytesIO(artifact.read_file(store, manifest.record(ACCEPTED))))
-    flat = table.column("labels").combine_chunks().flatten().to_numpy().astype(np.int8)
-    return dict(zip(table.column("accepted").to_pylist(), flat.reshape(len(table), -1), strict=True))
+    return dict(zip(table.column("accepted").to_pylist(), label_rows(table.column("labels")), strict=True))
+
+
+def label_column(labels: NDArray[np.int8]) -> pa.FixedSizeListArray:
+    """Labels int8 [n, c] as a column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(labels.reshape(-1), pa.int8()), labels.shape[1])
+
+
+def label_rows(column: pa.ChunkedArray) -> NDArray[np.int8]:
+    """A column of `label_column` back to int8 [n, c]."""
+    values = column.combine_chunks()
+    return values.flatten().to_numpy().astype(np.int8).reshape(len(values), values.type.list_size)
 
 
 @dataclass(frozen=True)
@@ -50,16 +64,16 @@ class Selection:
     def take(self, table: pa.Table) -> pa.Table:
         """Those rows of a part, with at least the columns id and split, that are trained on."""
         splits, ids = table.column("split"), table.column("id").to_pylist()
-        chosen = in_split(splits, "train") & np.array([i not in self.left_out for i in ids], dtype=bool)
+        wanted = in_split(splits, "train")
         if self.unlabelled or self._pseudo:
             own = np.array([self.unlabelled or i in self._pseudo for i in ids], dtype=bool)
-            chosen |= in_split(splits, "unlabelled") & own
-        return table.filter(pa.array(chosen))
+            wanted |= in_split(splits, "unlabelled") & own
+        return table.filter(pa.array(wanted & np.array([i not in self.left_out for i in ids], dtype=bool)))
 
     def labels(self, corpus: Corpus, table: pa.Table) -> NDArray[np.int8]:
         """Labels int8 [n, c] in {0, 1, -1} of rows that `take` gave."""
         labels = corpus.label_matrix(table).astype(np.int8)
-        hidden = in_split(table.column("split"), "unlabelled")
+        hidden = in_split(table.column("split"), "unlabelled") & ~in_split(table.column("split"), "train")
         labels[hidden] = -1
         ids = table.column("id").to_pylist()
         for i in np.flatnonzero(hidden):

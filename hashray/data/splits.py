@@ -126,10 +126,16 @@ def _as_given(given: Sequence[str | None]) -> list[str]:
     missing = sum(split is None for split in given)
     if missing:
         raise InputError(f"{missing:,} of {len(given):,} rows came with no split while others have one; name them all")
-    splits = [str(split) for split in given]
+    splits = [_train_wins(str(split)) for split in given]
     if "database" not in present:
         splits = [_in_database(split) for split in splits]
     return splits
+
+
+def _train_wins(split: str) -> str:
+    """A labelled row that a list of the unlabelled pool names too is labelled."""
+    parts = set(split.split("+"))
+    return "+".join(sorted(parts - {"unlabelled"})) if {"train", "unlabelled"} <= parts else split
 
 
 def _in_database(split: str) -> str:

@@ -44,9 +44,10 @@ def compare(config: FiguresConfig) -> dict[str, str]:
     if not config.evaluations:
         raise InputError("hashray figures needs evaluations: hashray figures EVAL [EVAL …] --out DIR")
     runs = {name: read_metrics(url) for name, url in zip(names_of(config.evaluations), config.evaluations, strict=True)}
-    corpora = {metrics["protocol"]["corpus"] for metrics in runs.values()}
-    if len(corpora) > 1:
-        raise MismatchError(f"the evaluations are of {len(corpora)} different corpora; their curves do not compare")
+    for name in ("corpus", "query_split", "database_split", "top_k", "ties"):
+        found = {str(metrics["protocol"].get(name)) for metrics in runs.values()}
+        if len(found) > 1:
+            raise MismatchError(f"the evaluations differ in {name} ({', '.join(sorted(found))}): they do not compare")
     results = comparable(runs, config.scenario)
     pictures = {
         "scores": figures.scores(results),

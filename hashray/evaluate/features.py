@@ -37,7 +37,12 @@ class BaselineFeatures:
         start = backbone.model_copy(update={"frozen": True})
         url = frozen_url or compute_features(corpus.store.url, start, None, workers, max_bad)
         self.cached = open_corpus(url, "features")
-        self.name = f"{backbone.name}, {backbone.image_size} px, pretrained"
+        made = {"model": "trained with labels before", None: "random weights"}.get(model.backbone.weights, "pretrained")
+        self.name = f"{backbone.name}, {backbone.image_size} px, {made}"
+
+    def ids(self, split: str) -> set[str]:
+        """The rows of a split that have features: fewer than the corpus's where some went to quarantine."""
+        return set((self.cached or self.corpus).rows(split).ids)
 
     def of(self, split: str, ids: list[str]) -> NDArray[np.float32]:
         """Features float32 [n, d] of some rows of a split, in the order of `ids`."""

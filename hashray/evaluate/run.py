@@ -48,6 +48,7 @@ from hashray.train.features import features_of_model
 
 HEALTH_ROWS = 256
 FLOAT = "float-cosine"
+CODEWORD_CLASSES = 1000  # above, a matrix of distances and a graph are no longer looked at
 TRAINING = ("train_rows", "labelled_rows", "phases", "rounds", "best_round", "best_at", "validation_map")
 
 
@@ -146,8 +147,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if means:
         metrics["harmonic_mean"] = means
     words = model.method.class_codes()
-    if words is not None:
-        taught = np.flatnonzero(corpus.rows("train").labels.any(0))
+    taught = np.flatnonzero(corpus.rows("train").labels.any(0))
+    if words is not None and 1 < len(taught) <= CODEWORD_CLASSES:
         names = [corpus.classes[i] for i in taught]
         metrics["codewords"] = analyse(words[taught], names, model.num_bits, config.seed)
     _write(config, corpus, model, metrics)
@@ -226,8 +227,9 @@ def _add_baselines(
 ) -> str:
     """Fit the baselines on the train rows, put their codes into both sides; return which features they saw."""
     features = BaselineFeatures(model, corpus, frozen, config.pool, config.max_bad)
-    rows = corpus.rows("train")
-    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(rows.ids))[: config.baseline_train_rows])
+    rows, known = corpus.rows("train"), features.ids("train")
+    able = np.array([i for i, row_id in enumerate(rows.ids) if row_id in known])
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(able)[: config.baseline_train_rows])
     train = features.of("train", [rows.ids[i] for i in chosen])
     sides = [
         (query, features.of(config.query_split, query.ids)),
@@ -252,6 +254,8 @@ def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Side,
         "database": len(database.ids),
         "train": corpus.count("train"),
         "classes": corpus.num_classes,
+        "query_split": config.query_split,
+        "database_split": config.database_split,
         "top_k": config.top_k,
         "ties": config.ties,
         "split_seed": settings.get("seed"),

@@ -176,10 +176,12 @@ def _normalisation(config: BackboneConfig) -> tuple[Sequence[float], Sequence[fl
 
 
 def without_place(config: BackboneConfig) -> BackboneConfig:
-    """The config to keep beside trained weights: a file's path becomes "file"; names stay, for their normalisation."""
-    if config.weights is None or config.weights in _weight_names(config.name):
+    """The config to keep beside trained weights: a file's path becomes "file", a trained model's "model"; names stay,
+    for their normalisation."""
+    if config.weights in (None, "file", "model", *_weight_names(config.name)):
         return config
-    return config.model_copy(update={"weights": "file"})
+    trained = artifact.is_finished(storage.open_store(str(config.weights)))
+    return config.model_copy(update={"weights": "model" if trained else "file"})
 
 
 def with_absolute_weights(config: BackboneConfig) -> BackboneConfig:

@@ -154,9 +154,12 @@ class LCGH(Method):
         """Equation: METHODS 3.2. The decoder learns from its loss as it is; `beta` scales what of it reaches codes."""
         config = self.config
         warm = phase.name == "labels"
-        beta = 0.0 if warm else 1.0 if config.priority == "dual" else config.reconstruction_weight
+        beta = 0.0 if warm else config.reconstruction_weight
         code = torch.tanh(self.logits(inputs))
         for_labels, for_decoder = _Fork.apply(code, beta, config.priority == "project")
+        if config.priority == "split":  # no conflict: the decoder reads the label bits, and moves the others
+            own = self._label_bits
+            for_decoder = torch.cat([for_decoder[:, :own].detach(), for_decoder[:, own:]], dim=1)
         known = self.codewords.known(labels, weight)
         margins, consistent = self._margins(for_labels, known)
         labelled = (known == 1).any(1).to(weight.dtype)
@@ -192,8 +195,9 @@ class LCGH(Method):
         code = torch.tanh(self.logits(inputs))
         return self.codewords.scores(F.pad(code[:, : self._label_bits], (0, code.shape[1] - self._label_bits)))
 
-    def class_codes(self) -> Codes:
-        return self.codewords.bits()
+    def class_codes(self) -> Codes | None:
+        """The codewords' bits; None for `split`, where only some of them were trained."""
+        return None if self.config.priority == "split" else self.codewords.bits()
 
     def trained(self, phase: Phase) -> list[ParameterGroup]:
         return [

@@ -99,13 +99,19 @@ class TrainConfig(Config):
     input: Literal["auto", "memory", "stream"] = Field("auto", description="auto: memory below memory_limit_mib")
     memory_limit_mib: int = Field(1024, ge=1, description="decoded training rows that a worker may hold")
     shuffle_window: int = Field(16_384, ge=1, description="rows shuffled together")
-    features: str | None = Field(None, description="frozen trunk: where cached features go; unset: beside the model")
+    features: str | None = Field(None, description="frozen trunk: where cached features go; unset: inside the corpus")
     workers: int = Field(1, ge=1)
     cpus_per_worker: float = Field(1.0, gt=0)
     gpu: bool = Field(False, description="one GPU a worker")
     max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint after a lost worker")
     max_bad: float = Field(0.05, ge=0, le=1, description="frozen trunk: share of rows that may be quarantined")
     tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _frozen_trunks_have_weights(self) -> TrainConfig:
+        if self.backbone.frozen and self.backbone.weights is None:
+            raise ValueError("backbone.frozen without backbone.weights would freeze random numbers; name the weights")
+        return self
 
     @model_validator(mode="after")
     def _features_are_in_memory(self) -> TrainConfig:
@@ -119,6 +125,12 @@ class TrainConfig(Config):
             able = [kind for kind, (_, method) in known_methods().items() if method.uses_unlabelled]
             raise ValueError(f"{self.method.kind} learns nothing from rows without labels; unlabelled is for {able}")
         return self
+
+    def validation(self, given: int, train: int) -> tuple[bool, int]:
+        """Whether the corpus's own validation rows (`given` many) choose the model, else how many train rows do."""
+        if not self.validation_rows:
+            return False, 0
+        return bool(given), 0 if given else min(self.validation_rows, train // 5)
 
     def result_of(self) -> dict[str, Any]:
         """The part of the config that the trained weights depend on."""

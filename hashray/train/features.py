@@ -14,7 +14,7 @@ import torch
 
 from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical, sha256_hex
-from hashray.data.corpus import ROW_FIELDS, open_corpus
+from hashray.data.corpus import ROW_FIELDS, Corpus, open_corpus, read_table
 from hashray.data.images import Pixels
 from hashray.data.units import BadRow, UnitWorker, clear_progress, map_part, run_units, write_quarantine
 from hashray.methods.backbone import (
@@ -54,12 +54,21 @@ class _FeatureWorker(UnitWorker):
         return self.trunk(torch.as_tensor(pixels, device=self.device)).cpu().numpy()
 
 
-def features_of_model(model_url: str, corpus_url: str, workers: WorkersConfig, max_bad: float) -> str | None:
+def features_of_model(
+    model_url: str, corpus_url: str, workers: WorkersConfig, max_bad: float, out: str | None = None
+) -> str | None:
     """Features of a corpus through the frozen trunk inside a model, computed or found; None if it was trained."""
     backbone = load_model(model_url, device="cpu").backbone
     if not backbone.frozen:
         return None
-    return compute_features(corpus_url, backbone, None, workers, max_bad, trunk_of_model=model_url)
+    return compute_features(corpus_url, backbone, out, workers, max_bad, trunk_of_model=model_url)
+
+
+def lost_before(features: Corpus, corpus: Corpus, split: str) -> list[BadRow]:
+    """Rows of the split that went to quarantine when the features were computed: no later stage has them either."""
+    table = read_table(features.store, features.manifest.record(artifact.QUARANTINE))
+    wanted = set(corpus.rows(split).ids) if len(table) else set()
+    return [BadRow(**row) for row in table.to_pylist() if row["id"] in wanted]
 
 
 def trunk_fingerprint(trunk: Trunk) -> str:

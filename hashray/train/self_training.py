@@ -7,6 +7,7 @@ that was killed goes on with what is finished. The model of the best validation 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -21,7 +22,7 @@ from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.config import require_path
 from hashray.data.batches import held_out
 from hashray.data.corpus import Corpus, feature_matrix, open_corpus, read_table, table_bytes
-from hashray.data.selection import ACCEPTED
+from hashray.data.selection import ACCEPTED, label_column, label_rows
 from hashray.data.units import (
     BadRow,
     UnitWorker,
@@ -37,9 +38,9 @@ from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import join, open_store
 from hashray.train.config import SelfTrainingConfig, TrainConfig
-from hashray.train.features import features_of_model
+from hashray.train.features import features_of_model, lost_before
 from hashray.train.pseudo import Shape, accept, fit_temperature, most_per_class, precision, propose
-from hashray.train.trainer import train
+from hashray.train.trainer import run_of, train
 from hashray.train.workers import load_rows
 
 BATCH_ROWS = 64
@@ -59,10 +60,12 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
     out = storage.absolute(require_path(config.out, "--out"))
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
     unlabelled = corpus.require("unlabelled", "self-training")
-    if not config.validation_rows and not corpus.count("validation"):
-        raise InputError("self-training chooses its round by validation rows: set validation_rows above 0")
+    if config.validation(corpus.count("validation"), corpus.count("train")) == (False, 0):
+        raise InputError(
+            "self-training chooses its round by validation rows: set validation_rows above 0, and have 5 train rows"
+        )
     store = open_store(out)
-    run = sha256_hex(canonical({"config": config.result_of(), "corpus": corpus.manifest.id}))[:16]
+    run, parents = run_of(config, corpus)
     if artifact.is_finished(store):
         manifest = artifact.load_manifest(store, "model")
         if manifest.info.get("run") == run:
@@ -77,6 +80,9 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
     for number in range(1, rounds.rounds + 1):
         folder = join(out, "rounds", str(number))
         pseudo = pseudo_label(models[-1][0], config, rounds, join(folder, "pseudo-labels"))
+        if not pseudo.info["summary"]["accepted"]:
+            say(f"stopped: no row reached the confidence of {rounds.threshold:g} in round {number}")
+            break
         history.append({"round": number, "unlabelled": unlabelled, **pseudo.info["summary"]})
         optim = config.optim.model_copy(update={"lr": config.optim.lr * rounds.lr_factor})
         update = {
@@ -95,16 +101,20 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
             say(f"stopped: the validation mAP has fallen {falls} times")
             break
     best = max(range(len(models)), key=lambda i: (models[i][1].info["validation_map"], -i))
-    return _publish(out, models[best], {"run": run, "rounds": history, "best_round": best})
+    parents |= {f"round-{number}": manifest.id for number, (_, manifest) in enumerate(models)}
+    info = {"run": run, "rounds": history, "best_round": best}
+    return _publish(out, models[best], config.result_of(), parents, info)
 
 
-def _publish(out: str, chosen: tuple[str, Manifest], info: dict[str, Any]) -> Manifest:
-    """Publish the chosen round's model as the model of the whole run: the same files, its own manifest."""
+def _publish(
+    out: str, chosen: tuple[str, Manifest], config: dict[str, Any], parents: dict[str, str], info: dict[str, Any]
+) -> Manifest:
+    """Publish the chosen round's model as the model of the whole run: the same files, the run's own manifest."""
     store, source = open_store(out), open_store(chosen[0])
     files = tuple(
         artifact.write_file(store, record.name, artifact.read_file(source, record)) for record in chosen[1].files
     )
-    update = {"files": files, "info": {**chosen[1].info, **info}, "parents": {**chosen[1].parents}}
+    update = {"files": files, "config": config, "parents": parents, "info": {**chosen[1].info, **info}}
     manifest = artifact.publish(store, chosen[1].model_copy(update=update))
     say(f"{out}: model {manifest.id[:12]} of round {info['best_round']}")
     return manifest
@@ -131,21 +141,12 @@ class _ProposalWorker(UnitWorker):
         hidden = self.corpus.label_matrix(rows)
         columns = {
             "id": rows.column("id"),
-            "labels": _label_column(found.labels),
+            "labels": label_column(found.labels),
             "confidence": pa.array(found.confidence, pa.float64()),
             "best": pa.array(found.best, pa.int64()),
-            "hidden": _label_column(hidden.astype(np.int8)),
+            "hidden": label_column(hidden.astype(np.int8)),
         }
         return pa.table(columns), bad, {}, {}
-
-
-def _label_column(labels: NDArray[np.int8]) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(labels.reshape(-1), pa.int8()), labels.shape[1])
-
-
-def _label_rows(column: pa.ChunkedArray) -> NDArray[np.int8]:
-    values = column.combine_chunks()
-    return values.flatten().to_numpy().astype(np.int8).reshape(len(values), values.type.list_size)
 
 
 @torch.inference_mode()
@@ -164,18 +165,23 @@ def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig
     corpus_url = storage.absolute(str(config.corpus))
     model, corpus = load_model(model_url, device="cpu"), open_corpus(corpus_url)
     pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu))
-    features = features_of_model(model_url, corpus_url, pool, config.max_bad)
+    features = features_of_model(model_url, corpus_url, pool, config.max_bad, config.features)
     source = corpus if features is None else open_corpus(features, "features")
     train_rows = corpus.rows("train")
     shape = Shape.of(train_rows.labels, rounds.top_classes, rounds.bottom_classes)
-    temperature = _temperature(model, source, config, rounds, train_rows.ids)
     assert model.manifest is not None
-    settings = {**rounds.model_dump(mode="json"), "temperature": temperature, **asdict(shape)}
+    # What this round's labels depend on, as it was asked for: a fitted number may differ in its last digit elsewhere.
+    asked = rounds.model_dump(mode="json", include={"temperature", "threshold", "balance"})
+    settings = {**asked, **asdict(shape), "validation_rows": config.validation_rows, "seed": config.seed}
     plan = sha256_hex(canonical([model.manifest.id, corpus.manifest.id, settings]))[:16]
     store = open_store(out)
     if artifact.is_finished(store):
         refuse_taken(store, plan)
         return artifact.load_manifest(store, "pseudo-labels")
+    key = f"progress/temperature-{plan}.json"
+    if not store.exists(key):
+        store.write(key, canonical(_temperature(model, source, config, rounds)))
+    temperature = float(json.loads(store.read(key)))
     chosen = [record for record in source.parts if source.count_part(record, "unlabelled")]
     units = [
         {"index": i, "rows": source.count_part(record, "unlabelled"), "part": record.name}
@@ -190,7 +196,7 @@ def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig
     most = most_per_class(train_rows.labels, len(table), rounds.balance)
     best, confidence = (table.column(name).to_numpy() for name in ("best", "confidence"))
     kept = table.filter(pa.array(accept(table.column("id").to_pylist(), best, confidence, rounds.threshold, most)))
-    proposed, hidden = _label_rows(kept.column("labels")), _label_rows(kept.column("hidden"))
+    proposed, hidden = label_rows(kept.column("labels")), label_rows(kept.column("hidden"))
     summary = {
         "accepted": len(kept), "temperature": temperature, "precision": precision(proposed, hidden.astype(np.uint8)),
         "per_class": (proposed == 1).sum(0).tolist(),
@@ -201,8 +207,9 @@ def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig
         table_bytes(kept.select(["id", "labels"]).rename_columns(["accepted", "labels"])),
         rows=len(kept),
     )
-    bad = sum(len(part.bad) for part in parts)
-    rows_in = sum(part.rows_in for part in parts)
+    gone = lost_before(source, corpus, "unlabelled") if source is not corpus else []
+    bad = sum(len(part.bad) for part in parts) + len(gone)
+    rows_in = corpus.count("unlabelled")
     manifest = artifact.publish(
         store,
         Manifest(
@@ -210,7 +217,7 @@ def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig
             parents={"model": model.manifest.id, "corpus": corpus.manifest.id}, fingerprint=model.fingerprint,
             columns={name: str(table.schema.field(name).type) for name in table.column_names},
             rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
-            files=(*[part.file for part in parts], record, write_quarantine(store, parts)),
+            files=(*[part.file for part in parts], record, write_quarantine(store, parts, gone)),
             info={"plan": plan, "summary": summary},
         ),
     )  # fmt: skip
@@ -218,14 +225,13 @@ def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig
     return manifest
 
 
-def _temperature(
-    model: Model, source: Corpus, config: TrainConfig, rounds: SelfTrainingConfig, train_ids: list[str]
-) -> float:
+def _temperature(model: Model, source: Corpus, config: TrainConfig, rounds: SelfTrainingConfig) -> float:
     if rounds.temperature == "sqrt_bits":
         return float(model.num_bits**0.5)
     if rounds.temperature != "fitted":
         return float(rounds.temperature)
-    given = bool(source.count("validation"))
-    wanted = None if given else held_out(train_ids, min(config.validation_rows, len(train_ids) // 5), config.seed)
+    train_ids = source.rows("train").ids
+    given, count = config.validation(source.count("validation"), len(train_ids))
+    wanted = None if given else held_out(train_ids, count, config.seed)
     inputs, labels = load_rows(source, wanted, config, "validation" if given else "train")
     return fit_temperature(class_scores(model, inputs), labels)

@@ -26,7 +26,7 @@ from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.selection import Selection
 from hashray.data.stream import sweep_dataset, training_dataset
 from hashray.data.units import refuse_taken
-from hashray.errors import InputError, RunError
+from hashray.errors import InputError, MismatchError, RunError
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk, weights_identity, with_absolute_weights
 from hashray.methods.base import LabelTable
@@ -53,9 +53,7 @@ def train(config: TrainConfig) -> Manifest:
     corpus.require("train", "training")
     store = open_store(out)
     result_of = config.result_of()
-    weights = weights_identity(config.backbone)
-    parents = {"corpus": corpus.manifest.id} | _parents(config)
-    run = sha256_hex(canonical({"config": result_of, "parents": parents, "weights": weights}))[:16]
+    run, parents = run_of(config, corpus)
     if artifact.is_finished(store):
         manifest = artifact.load_manifest(store, "model")
         if manifest.info.get("run") == run:
@@ -126,8 +124,7 @@ def _survey(config: TrainConfig, corpus: Corpus, data: Corpus) -> _Survey:
         )
     if config.unlabelled and not data.count("unlabelled"):
         raise InputError(f"unlabelled = true, and {corpus.store.url} has no unlabelled rows")
-    given = data.count("validation")
-    wanted = 0 if given else min(config.validation_rows, len(train.ids) // 5)
+    given, wanted = config.validation(data.count("validation"), len(train.ids))
     validation = held_out(train.ids, wanted, config.seed)
     selection = Selection(frozenset(validation), config.pseudo_labels, config.unlabelled)
     counts, labels = [], [np.zeros((0, data.num_classes), dtype=np.int8)]
@@ -138,27 +135,35 @@ def _survey(config: TrainConfig, corpus: Corpus, data: Corpus) -> _Survey:
     known = np.concatenate(labels) == 1
     table = LabelTable.of(torch.as_tensor(known[known.any(1)].astype(np.uint8)))
     plan = EpochPlan(tuple(counts), config.batch_size, config.shuffle_window, config.seed)
-    return _Survey(validation, bool(given and config.validation_rows), table, plan)
+    return _Survey(validation, given, table, plan)
 
 
-def _parents(config: TrainConfig) -> dict[str, str]:
-    """Manifest ids of what training goes on from, after checking that it fits.
+def run_of(config: TrainConfig, corpus: Corpus) -> tuple[str, dict[str, str]]:
+    """The hash of everything a trained model depends on, and the manifest ids of what it is made from.
 
     Raises:
-        InputError: the model to start from is of another method, code length or trunk.
+        InputError: the model to start from does not fit. MismatchError: pseudo-labels of another corpus.
     """
-    parents = {}
+    parents = {"corpus": corpus.manifest.id}
     if config.init is not None:
-        start = artifact.load_manifest(config.init, "model")
-        for name, own in (("method.kind", config.method.kind), ("method.num_bits", config.method.num_bits),
-                          ("backbone.name", config.backbone.name)):  # fmt: skip
-            table, _, key = name.partition(".")
-            if start.config[table][key] != own:
-                raise InputError(f"init = {config.init!r} has {name} = {start.config[table][key]!r}, not {own!r}")
-        parents["init"] = start.id
+        start = load_model(config.init, device="cpu")
+        if start.classes != corpus.classes:
+            raise InputError(f"init = {config.init!r} has other classes than the corpus, or in another order")
+        own = build_method(config.method, build_trunk(config.backbone, load_weights=False), corpus.num_classes)
+        try:
+            own.load_state_dict(start.method.state_dict())
+        except RuntimeError as error:
+            fault = str(error).splitlines()[1].strip()
+            raise InputError(f"init = {config.init!r} is of another method, size or trunk: {fault}") from error
+        assert start.manifest is not None
+        parents["init"] = start.manifest.id
     if config.pseudo_labels is not None:
-        parents["pseudo-labels"] = artifact.load_manifest(config.pseudo_labels, "pseudo-labels").id
-    return parents
+        pseudo = artifact.load_manifest(config.pseudo_labels, "pseudo-labels")
+        if pseudo.parents["corpus"] != corpus.manifest.id:
+            raise MismatchError(f"pseudo_labels = {config.pseudo_labels!r} are of another corpus")
+        parents["pseudo-labels"] = pseudo.id
+    described = {"config": config.result_of(), "parents": parents, "weights": weights_identity(config.backbone)}
+    return sha256_hex(canonical(described))[:16], parents
 
 
 def _fits_memory(config: TrainConfig, rows: int) -> bool:

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tiny import BACKBONE, files_of, write_corpus, write_toml
+import torch
+from safetensors.torch import load, load_file
+from tiny import BACKBONE, files_of, write_corpus, write_tiny_model, write_toml
 
 from hashray import artifact
+from hashray.artifact import Manifest
 from hashray.cli import main
 from hashray.config import validate
-from hashray.errors import AlreadyExists, ConfigError, InputError
+from hashray.errors import AlreadyExists, ConfigError, InputError, MismatchError
+from hashray.methods.backbone import BackboneConfig, build_trunk
+from hashray.storage import open_store
 from hashray.train.config import TrainConfig
 from hashray.train.self_training import train_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 ROWS, LABELLED = 72, 24
+WEIGHTS = Path(tempfile.gettempdir()) / f"trunk-{os.getpid()}.pth"
 CONFIG: dict[str, Any] = {
     "method": {"kind": "adalabelhash", "num_bits": 16},
-    "backbone": {**BACKBONE, "frozen": True},
+    "backbone": {**BACKBONE, "frozen": True, "weights": str(WEIGHTS)},
     "optim": {"lr": 3e-3},
     "epochs": 4,
     "batch_size": 8,
@@ -35,10 +44,13 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     url = str(tmp_path_factory.mktemp("semi") / "corpus")
     write_corpus(url, ROWS, 25, split_of=lambda i: "database+train" if i < LABELLED else "database+unlabelled")
-    return url
+    torch.manual_seed(1)
+    torch.save(build_trunk(BackboneConfig.model_validate(BACKBONE)).net.state_dict(), WEIGHTS)
+    yield url
+    WEIGHTS.unlink()
 
 
 @pytest.mark.slow
@@ -70,8 +82,14 @@ def test_rounds_resume_to_the_same_model_and_learn_from_accepted_rows(corpus: st
     shutil.rmtree(out / "rounds/1/model")
     (out / "rounds/1/pseudo-labels/manifest.json").unlink()
     assert main(["train", path, "--corpus", corpus, "--out", str(out)]) == 0
-    assert artifact.load_manifest(out, "model").id == first.id
-    assert files_of(out) == before
+    again = artifact.load_manifest(out, "model")
+    assert [line["accepted"] for line in again.info["rounds"]] == [line["accepted"] for line in rounds]
+    assert set(files_of(out)) == set(before)
+    weights = (
+        load_file(folder / "model.safetensors") for folder in (out, out / f"rounds/{again.info['best_round']}/model")
+    )
+    for name, tensor in next(weights).items():
+        torch.testing.assert_close(tensor, load(before["model.safetensors"])[name], atol=1e-6, rtol=0)
     with pytest.raises(AlreadyExists, match="another input or configuration"):
         train_model(validate(TrainConfig, CONFIG | {"corpus": corpus, "out": str(out), "seed": 5}, "test"))
 
@@ -88,6 +106,8 @@ def test_what_self_training_needs_is_said_before_anything_runs(corpus: str, tmp_
         train_model(config_of(validation_rows=0))
     with pytest.raises(ConfigError, match=r"self_training\.temperature: .*above 0"):
         config_of(self_training={"temperature": -1.0})
+    with pytest.raises(ConfigError, match="would freeze random numbers"):
+        config_of(backbone={**BACKBONE, "frozen": True})
     with pytest.raises(ConfigError, match="adalabelhash learns nothing from rows without labels"):
         config_of(unlabelled=True)
     with pytest.raises(InputError, match=r"unlabelled = true, and .* has no unlabelled rows"):
@@ -95,6 +115,35 @@ def test_what_self_training_needs_is_said_before_anything_runs(corpus: str, tmp_
             config_of(corpus=plain, self_training=None, unlabelled=True, method={"kind": "lcgh"}, backbone=BACKBONE)
         )
     assert not (tmp_path / "m" / "rounds").exists()
+
+
+def test_a_start_that_does_not_fit_is_refused_before_training(corpus: str, tmp_path: Path) -> None:
+    def start(**changes: Any) -> None:
+        changes = {"self_training": None, "backbone": BACKBONE, "corpus": corpus, "out": str(tmp_path / "m")} | changes
+        train_model(validate(TrainConfig, CONFIG | changes, "test"))
+
+    init = str(tmp_path / "init")
+    write_tiny_model(init, kind="adalabelhash", num_bits=8)
+    with pytest.raises(InputError, match="is of another method, size or trunk: size mismatch"):
+        start(init=init)
+    other = str(tmp_path / "other")
+    write_corpus(other, 12, 12)
+    store = open_store(tmp_path / "pseudo")
+    manifest = Manifest(kind="pseudo-labels", project_version="0", config={}, parents={"corpus": "x"}, files=())
+    artifact.publish(store, manifest)
+    with pytest.raises(MismatchError, match="are of another corpus"):
+        start(pseudo_labels=store.url)
+    assert not (tmp_path / "m" / "checkpoints").exists()
+
+
+def test_no_row_accepted_ends_the_rounds_with_the_first_model(corpus: str, tmp_path: Path) -> None:
+    self_training = CONFIG["self_training"] | {"threshold": 1.0, "temperature": 1e6}
+    changes = {"self_training": self_training, "epochs": 1, "validation_every": 1}
+    config = validate(TrainConfig, CONFIG | {"corpus": corpus, "out": str(tmp_path / "m")} | changes, "test")
+    manifest = train_model(config)
+    assert manifest.info["rounds"] == [] and manifest.info["best_round"] == 0
+    assert manifest.config["self_training"]["threshold"] == 1.0
+    assert artifact.verify(str(tmp_path / "m/rounds/1/pseudo-labels")) == []
 
 
 def test_rows_without_labels_train_the_decoder_of_lcgh(corpus: str, tmp_path: Path) -> None:

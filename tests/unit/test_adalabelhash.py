@@ -60,11 +60,9 @@ def test_classes_that_never_occur_are_nobodys_negative_and_score_nothing() -> No
     method.codewords.present[3] = False
     method.zero_grad()
     features, labels, _ = make_rows(40)
-    before = method.codewords.z.detach().clone()
     terms = method.loss_terms(method.phases(1)[0], torch.as_tensor(features), torch.as_tensor(labels), torch.ones(40))
     terms["margin"].total.backward()
     assert float(method.codewords.z.grad[3].abs().sum()) == 0  # type: ignore[index]
-    assert torch.equal(before, method.codewords.z)
     assert bool(torch.isneginf(method.class_scores(torch.as_tensor(features))[:, 3]).all())
 
 

@@ -93,7 +93,7 @@ def test_figures_of_two_evaluations(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     one, other = evaluation(tmp_path / "a", "dseh", 0.7), evaluation(tmp_path / "b", "dseh", 0.7, corpus="d")
-    with pytest.raises(MismatchError, match="2 different corpora"):
+    with pytest.raises(MismatchError, match=r"differ in corpus \(c, d\)"):
         compare(FiguresConfig(evaluations=(one, other), out=str(tmp_path / "out")))
     with pytest.raises(InputError, match="no scenario 'cross'; it has None"):
         compare(FiguresConfig(evaluations=(one,), out=str(tmp_path / "out"), scenario="cross"))

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hashray import storage
 from hashray.codes import binarize
+from hashray.data.images import to_pixels
 from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods import known_methods
 from hashray.methods.base import Method, Term
@@ -91,10 +93,10 @@ def test_saved_and_loaded_gives_the_same_codes(kind: str, tmp_path: Path) -> Non
     images = np.random.default_rng(0).integers(0, 256, (5, 40, 48, 3), dtype=np.uint8)
     loaded, again = load_model(str(tmp_path)), load_model(str(tmp_path))
     codes = loaded.encode(images)
+    pixels = np.stack([to_pixels(Image.fromarray(image), 32, "crop") for image in images])
+    assert np.array_equal(codes, binarize(method.encode(torch.as_tensor(pixels))))
     assert np.array_equal(codes, again.encode(images)) and codes.shape == (5, loaded.num_bits // 8)
     assert codes.fingerprint == loaded.fingerprint == again.fingerprint
-    from PIL import Image
-
     assert np.array_equal(codes, loaded.encode([Image.fromarray(image) for image in images]))
 
 

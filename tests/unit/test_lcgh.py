@@ -148,7 +148,8 @@ def test_split_keeps_the_labels_to_the_first_bits() -> None:
     grad = torch.autograd.grad(terms["label"].total, logits, retain_graph=True)[0]
     assert float(grad[:, 4:].abs().sum()) == 0 and float(grad[:, :4].abs().sum()) > 0
     rebuilt = torch.autograd.grad(terms["reconstruction"].total, logits)[0]
-    assert bool((rebuilt.abs().sum(0) > 0).all())
+    assert float(rebuilt[:, :4].abs().sum()) == 0 and bool((rebuilt[:, 4:].abs().sum(0) > 0).all())
+    assert method.class_codes() is None
     scores = method.class_scores(torch.as_tensor(features))
     expected = torch.tanh(logits)[:, :4] @ torch.tanh(method.codewords.z)[:, :4].T
     torch.testing.assert_close(scores, expected)

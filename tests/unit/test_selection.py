@@ -17,7 +17,7 @@ from hashray.errors import InputError
 from hashray.storage import open_store
 
 ROWS = [("a", [0], "database+train"), ("b", [1], "database+train"), ("c", [2], "database+unlabelled"),
-        ("d", [], "unlabelled"), ("e", [1], "query")]  # fmt: skip
+        ("d", [], "unlabelled"), ("e", [1], "query"), ("f", [2], "train+unlabelled")]  # fmt: skip
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def corpus(tmp_path: Path) -> Corpus:
     table = pa.table({"id": [r[0] for r in ROWS], "labels": pa.array([r[1] for r in ROWS], pa.list_(pa.int32())),
                       "split": [r[2] for r in ROWS]})  # fmt: skip
     splits = dict(Counter(r[2] for r in ROWS))
-    part = artifact.write_file(store, "parts/p.parquet", table_bytes(table), rows=5, info={"splits": splits})
+    part = artifact.write_file(store, "parts/p.parquet", table_bytes(table), rows=6, info={"splits": splits})
     names = artifact.write_file(store, "classes.json", canonical(["x", "y", "z"]))
     artifact.publish(store, Manifest(kind="corpus", project_version="0", config={}, parents={}, files=(part, names)))
     return open_corpus(store.url)
@@ -46,19 +46,30 @@ def chosen(corpus: Corpus, selection: Selection) -> dict[str, list[int]]:
 
 
 def test_train_rows_without_those_held_out(corpus: Corpus) -> None:
-    assert chosen(corpus, Selection(frozenset("b"))) == {"a": [1, 0, 0]}
+    assert chosen(corpus, Selection(frozenset("b"))) == {"a": [1, 0, 0], "f": [0, 0, 1]}
 
 
 def test_unlabelled_rows_hide_the_labels_that_the_corpus_holds(corpus: Corpus) -> None:
     found = chosen(corpus, Selection(frozenset(), unlabelled=True))
-    assert found == {"a": [1, 0, 0], "b": [0, 1, 0], "c": [-1, -1, -1], "d": [-1, -1, -1]}
+    assert found == {"a": [1, 0, 0], "b": [0, 1, 0], "c": [-1, -1, -1], "d": [-1, -1, -1], "f": [0, 0, 1]}
 
 
 def test_accepted_rows_come_with_their_pseudo_labels(corpus: Corpus, tmp_path: Path) -> None:
-    url = pseudo_labels(tmp_path / "pseudo", {"d": [0, 1, -1]})
-    assert chosen(corpus, Selection(frozenset("a"), url)) == {"b": [0, 1, 0], "d": [0, 1, -1]}
-    both = chosen(corpus, Selection(frozenset("a"), url, unlabelled=True))
+    url = pseudo_labels(tmp_path / "pseudo", {"d": [0, 1, -1], "f": [1, 0, 0]})
+    assert chosen(corpus, Selection(frozenset("af"), url)) == {"b": [0, 1, 0], "d": [0, 1, -1]}
+    assert chosen(corpus, Selection(frozenset("abd"), url)) == {"f": [0, 0, 1]}  # it has a label of its own
+    both = chosen(corpus, Selection(frozenset("af"), url, unlabelled=True))
     assert both == {"b": [0, 1, 0], "c": [-1, -1, -1], "d": [0, 1, -1]}
+
+
+def test_none_accepted_is_no_row(corpus: Corpus, tmp_path: Path) -> None:
+    url = pseudo_labels(tmp_path / "pseudo", {})
+    assert set(chosen(corpus, Selection(frozenset(), url))) == {"a", "b", "f"}
+
+
+def test_a_train_row_of_the_pool_is_a_train_row() -> None:
+    found = assign_splits(["0", "1"], [[0], [1]], ["train+unlabelled", "unlabelled"], SplitConfig())
+    assert found == ["database+train", "database+unlabelled"]
 
 
 def class_split(**fields: int | None) -> SplitConfig:

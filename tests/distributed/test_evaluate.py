@@ -1,0 +1,61 @@
+"""`hashray evaluate` on a class split: three scenarios on the right rows, with every baseline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_corpus, write_tiny_model
+
+from hashray import artifact
+from hashray.cli import main
+from hashray.codes import binarize
+from hashray.data.corpus import open_corpus
+from hashray.evaluate.metrics import mean_average_precision
+from hashray.model import load_model
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def split_of(number: int) -> str:
+    """Class 2 is unseen; every third row of a class is a query."""
+    half, part = ("query", "unseen" if number % 3 == 2 else "seen") if number % 9 < 3 else (
+        "database", "unseen" if number % 3 == 2 else "seen")  # fmt: skip
+    return f"{half}+{half}-{part}" + ("+train" if (half, part) == ("database", "seen") else "")
+
+
+def test_a_class_split_is_scored_within_across_and_generalised(tmp_path: Path) -> None:
+    corpus, model, out = (str(tmp_path / name) for name in ("corpus", "model", "out"))
+    write_corpus(corpus, 72, 30, split_of=split_of, config={"split_protocol": "class-split", "seed": 0})
+    write_tiny_model(model, kind="adalabelhash")
+    assert main(["evaluate", "--model", model, "--corpus", corpus, "--out", out]) == 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    opened, loaded = open_corpus(corpus), load_model(model)
+
+    def rows(split: str) -> tuple[np.ndarray, np.ndarray]:
+        tables = [opened.read_part(record, split) for record in opened.parts]
+        pixels = [opened.inputs(table, 16, "crop") for table in tables if len(table)]
+        labels = [opened.label_matrix(table) for table in tables if len(table)]
+        return binarize(loaded.logits(np.concatenate(pixels))), np.concatenate(labels)
+
+    for name, query, database in (
+        ("within", "query-seen", "database-seen"),
+        ("cross", "query-unseen", "database-unseen"),
+        ("generalised", "query-unseen", "database"),
+    ):
+        own = [row for row in metrics["results"] if row["scenario"] == name]
+        assert own[0]["name"] == "adalabelhash"
+        assert own[0]["mAP"] == pytest.approx(mean_average_precision(*rows(query), *rows(database)))
+        assert (own[0]["queries"], own[0]["database"]) == (len(rows(query)[0]), len(rows(database)[0]))
+        baselines = {row["name"] for row in own[1:]}
+        assert baselines == {"random", "lsh", "pca-sign", "itq", "itq-linear", "class-code", "float-cosine"}
+    within, cross = (
+        row["mAP"] for row in metrics["results"] if row["name"] == "itq" and row["scenario"] != "generalised"
+    )
+    assert metrics["harmonic_mean"]["itq"] == pytest.approx(2 * within * cross / (within + cross))
+    assert metrics["codewords"]["classes"] == ["ant", "bee"]  # the unseen class was never taught
+    assert len(metrics["sample"]["codes"]) == 24
+    assert artifact.verify(out) == []
+    assert "never saw" in (tmp_path / "out/report.html").read_text()

@@ -22,7 +22,7 @@ from hashray.codes import BIT_ORDER, Codes, binarize
 from hashray.config import Config
 from hashray.data.corpus import Corpus, feature_matrix, open_corpus
 from hashray.data.images import Pixels
-from hashray.data.units import BadRow, UnitWorker, clear_progress, map_part, run_units, write_quarantine
+from hashray.data.units import BadRow, UnitWorker, already_made, clear_progress, map_part, run_units, write_quarantine
 from hashray.errors import MismatchError
 from hashray.model import load_model
 from hashray.progress import say
@@ -103,11 +103,9 @@ def encode(config: EncodeConfig) -> Manifest:
     num_bits = int(model.config["method"]["num_bits"])
     plan = sha256_hex(f"codes {parents} {config.split}".encode())[:16]
     store = open_store(config.out)
-    if artifact.is_finished(store):
-        manifest = artifact.load_manifest(store, "codes")
-        if manifest.info.get("plan") == plan:
-            say(f"{config.out} is finished already: {manifest.rows_out:,} codes")
-            return manifest
+    made = already_made(store, "codes", plan)
+    if made is not None:
+        return made
     connect()
     chosen = [record for record in source.parts if source.count_part(record, config.split)]
     units = [

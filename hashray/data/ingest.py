@@ -23,7 +23,7 @@ from hashray.data.corpus import CORPUS_SCHEMA
 from hashray.data.images import BadImage, decode
 from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
 from hashray.data.splits import Protocol, SplitConfig, assign_splits, order_key
-from hashray.data.units import BadRow, Part, UnitWorker, clear_progress, refuse_taken, run_units, write_quarantine
+from hashray.data.units import BadRow, Part, UnitWorker, already_made, clear_progress, run_units, write_quarantine
 from hashray.errors import InputError
 from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
@@ -120,13 +120,10 @@ def ingest(config: IngestConfig) -> Manifest:
     depends_on = {"config": result_of, "items": items, "classes": classes, "version": artifact.FORMAT_VERSION}
     plan = sha256_hex(canonical(depends_on))[:16]
     store = open_store(config.out)
-    if artifact.is_finished(store):
-        manifest = artifact.load_manifest(store, "corpus")
-        if manifest.info.get("plan") == plan:
-            clear_progress(store)
-            say(f"{config.out} is finished already: {manifest.rows_out:,} rows")
-            return manifest
-        refuse_taken(store, plan)
+    made = already_made(store, "corpus", plan)
+    if made is not None:
+        clear_progress(store)
+        return made
     connect()
     chunks = [items[i : i + config.rows_per_part] for i in range(0, len(items), config.rows_per_part)]
     units = [{"index": i, "rows": len(chunk), "items": chunk} for i, chunk in enumerate(chunks)]

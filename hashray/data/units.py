@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from hashray import artifact, errors
-from hashray.artifact import FileRecord
+from hashray.artifact import FileRecord, Manifest
 from hashray.data.corpus import QUARANTINE_SCHEMA, iterate_bytes, table_bytes
 from hashray.data.images import Pixels, Resize, decode_rows
 from hashray.errors import AlreadyExists, AuditError, HashrayError, InputError, TooManyBadRows
-from hashray.progress import Bar
+from hashray.progress import Bar, say
 from hashray.runtime import WorkersConfig, unwrap
 from hashray.storage import Store
 
@@ -185,6 +185,20 @@ def run_units(
 def part_name(plan: str, index: int) -> str:
     """Where a unit's part goes: with the plan in its name, so that no other run ever writes over it."""
     return f"parts/part-{index:05d}-{plan[:8]}.parquet"
+
+
+def already_made(store: Store, kind: str, plan: str, name: str = "plan") -> Manifest | None:
+    """The finished artifact of this very plan; None where nothing is finished yet.
+
+    Raises:
+        MismatchError: what is finished there is of another kind. AlreadyExists: it is another plan's.
+    """
+    if not artifact.is_finished(store):
+        return None
+    manifest = artifact.load_manifest(store, kind)
+    refuse_taken(store, plan, name)
+    say(f"{store.url} is finished already" + ("" if manifest.rows_out is None else f": {manifest.rows_out:,} rows"))
+    return manifest
 
 
 def refuse_taken(store: Store, plan: str, name: str = "plan") -> None:

@@ -16,7 +16,7 @@ from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.data.corpus import ROW_FIELDS, Corpus, open_corpus, read_table
 from hashray.data.images import Pixels
-from hashray.data.units import BadRow, UnitWorker, clear_progress, map_part, run_units, write_quarantine
+from hashray.data.units import BadRow, UnitWorker, already_made, clear_progress, map_part, run_units, write_quarantine
 from hashray.methods.backbone import (
     BackboneConfig,
     Trunk,
@@ -25,7 +25,6 @@ from hashray.methods.backbone import (
     with_absolute_weights,
 )
 from hashray.model import load_model
-from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import absolute, join, open_store
 
@@ -106,11 +105,8 @@ def compute_features(
     url = out or join(corpus_url, "features", fingerprint[:16])
     store = open_store(url)
     plan = sha256_hex(f"features {corpus.manifest.id} {fingerprint}".encode())[:16]
-    if artifact.is_finished(store):
-        manifest = artifact.load_manifest(store, "features")
-        if manifest.info.get("plan") == plan:
-            say(f"features of {backbone.name} are in {url} already")
-            return url
+    if already_made(store, "features", plan) is not None:
+        return url
     connect()
     units = [{"index": i, "rows": r.rows, "part": r.name} for i, r in enumerate(corpus.parts)]
     arguments = {

@@ -26,9 +26,9 @@ from hashray.data.selection import ACCEPTED, label_column, label_rows
 from hashray.data.units import (
     BadRow,
     UnitWorker,
+    already_made,
     clear_progress,
     map_part,
-    refuse_taken,
     run_units,
     write_quarantine,
 )
@@ -66,12 +66,9 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
         )
     store = open_store(out)
     run, parents = run_of(config, corpus)
-    if artifact.is_finished(store):
-        manifest = artifact.load_manifest(store, "model")
-        if manifest.info.get("run") == run:
-            say(f"{out} is finished already")
-            return manifest
-        refuse_taken(store, run, "run")
+    made = already_made(store, "model", run, "run")
+    if made is not None:
+        return made
     plain = config.model_copy(update={"self_training": None})
     at = join(out, "rounds", "0", "model")
     models = [(at, train(plain.model_copy(update={"out": at})))]
@@ -175,9 +172,9 @@ def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig
     settings = {**asked, **asdict(shape), "validation_rows": config.validation_rows, "seed": config.seed}
     plan = sha256_hex(canonical([model.manifest.id, corpus.manifest.id, settings]))[:16]
     store = open_store(out)
-    if artifact.is_finished(store):
-        refuse_taken(store, plan)
-        return artifact.load_manifest(store, "pseudo-labels")
+    made = already_made(store, "pseudo-labels", plan)
+    if made is not None:
+        return made
     key = f"progress/temperature-{plan}.json"
     if not store.exists(key):
         store.write(key, canonical(_temperature(model, source, config, rounds)))

@@ -25,7 +25,7 @@ from hashray.data.batches import EpochPlan, held_out
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.selection import Selection
 from hashray.data.stream import sweep_dataset, training_dataset
-from hashray.data.units import refuse_taken
+from hashray.data.units import already_made, refuse_taken
 from hashray.errors import InputError, MismatchError, RunError
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk, weights_identity, with_absolute_weights
@@ -54,12 +54,9 @@ def train(config: TrainConfig) -> Manifest:
     store = open_store(out)
     result_of = config.result_of()
     run, parents = run_of(config, corpus)
-    if artifact.is_finished(store):
-        manifest = artifact.load_manifest(store, "model")
-        if manifest.info.get("run") == run:
-            say(f"{out} is finished already")
-            return manifest
-        refuse_taken(store, run, "run")
+    made = already_made(store, "model", run, "run")
+    if made is not None:
+        return made
     places = {"corpus": url, "out": out, "backbone": with_absolute_weights(config.backbone)}
     places |= {
         name: path and storage.absolute(path)

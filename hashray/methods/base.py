@@ -121,6 +121,11 @@ class LabelTable:
         rows, counts = torch.unique(labels.to(torch.uint8), dim=0, return_counts=True)
         return LabelTable(rows, counts)
 
+    def repeated(self) -> LabelTable:
+        """Every training row by itself."""
+        rows = self.rows.repeat_interleave(self.counts.cpu(), 0)
+        return LabelTable(rows, torch.ones(len(rows), dtype=torch.int64))
+
     def index(self, labels: Tensor) -> Tensor:
         """Position int64 [n] in `rows` of the positive classes of each label row [n, c]; -1 where there is none."""
         keys = (labels == 1).to(torch.uint8).cpu().numpy()
@@ -141,6 +146,13 @@ class Crew(ABC):
         """Sums float64 [groups, width] of `outputs(inputs) [n, width]` over all training images, none augmented.
 
         `group(labels [n, c])` gives each row's group int64 [n]; a row of group -1 is left out.
+        """
+
+    @abstractmethod
+    def gather_rows(self, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """(`outputs(inputs)` [n, width], labels [n, c]) of all training images, none augmented; on the first worker.
+
+        In an order that does not depend on the number of workers; the others get nothing, [0, 0] and [0, c].
         """
 
     @abstractmethod

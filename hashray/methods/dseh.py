@@ -44,6 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_init_std": 0.01,
         "label_schedule": "step",
         "label_batch": 32,
+        "label_epochs": 30,
+        "label_max_steps": 1_000_000,
+        "bank": "per_sample",
         "clip_gradients": 1.0,
     },
     # The paper's text: a = 1, beta = 0.005, FC 4096, linear label head.
@@ -94,6 +97,9 @@ class DSEHConfig(MethodConfig):
     label_max_steps: int = Field(16_000, ge=1, description="bound on the steps of a round's LabNet training")
     # Measured: 3e-3 merged 5 of 100 one-hot classes and 2e-3 some; 1e-3 kept all of them apart for every seed.
     label_lr: float = Field(1e-3, gt=0, description="of LabNet's Adam")
+    bank: Literal["dedup", "per_sample"] = Field(
+        "dedup", description="LabNet on distinct label rows, or on every row with a bank of its own as released"
+    )
     label_schedule: Literal["one_cycle", "step"] = "one_cycle"
     clip_gradients: float | None = Field(None, gt=0, description="elementwise bound on LabNet's gradients")
     hash_reads: Literal["semantic", "activated"] = Field(
@@ -265,7 +271,7 @@ def fit_label_network(labels: Any, config: DSEHConfig, seed: int = 0) -> LabNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = LabNet(config, table.rows.shape[1])
-    train_label_network(net, table, config, seed)
+    train_label_network(net, table.repeated() if config.bank == "per_sample" else table, config, seed)
     return net
 
 
@@ -276,8 +282,8 @@ class DSEH(Method):
     Each phase is a round of Algorithm 1: LabNet first (in `begin_phase`, on the first worker), then ImgNet
     against LabNet's features of all distinct label rows and its codes of the batch.
 
-    Differs: in rounds >= 1 the banks hold, per distinct label row, the mean of ImgNet's features and the
-        majority bits of its codes (METHODS 1.7); LabNet's optimizer starts anew each round.
+    Differs: unless `bank` is per_sample, the banks of rounds >= 1 hold, per distinct label row, the mean of ImgNet's
+        features and the majority bits of its codes (METHODS 1.7); LabNet's optimizer starts anew each round.
     """
 
     kind = "dseh"
@@ -306,23 +312,19 @@ class DSEH(Method):
         return tuple(Phase("image", r, epochs, lr_factor=10 ** (-0.5 * r)) for r in range(rounds))
 
     def begin_phase(self, phase: Phase, table: LabelTable, seed: int, crew: Crew) -> dict[str, float]:
-        device = self.hash.weight.device
-        banks = None
-        if phase.round > 0:
-            was_training = self.training
-            self.eval()  # batch statistics would make the banks depend on how a sweep is cut into batches
-            sums = crew.sum_by_group(self._bank_outputs, table.index, len(table.rows)).to(device)
-            self.train(was_training)
-            means = sums / table.counts.to(device)[:, None]
-            feature, code = means.split([self.config.semantic_dim, self.config.num_bits], dim=1)
-            dtype = self.hash.weight.dtype
-            banks = feature.to(dtype), torch.where(code >= 0, 1.0, -1.0).to(dtype)
+        found = self._image_banks(table, crew) if phase.round > 0 else None
 
         def train() -> dict[str, float]:
+            rows, banks = table.repeated() if self.config.bank == "per_sample" else table, None
+            if found is not None:
+                rows, outputs = found
+                sizes = [self.config.semantic_dim, self.config.num_bits]
+                feature, code = outputs.to(self.hash.weight).split(sizes, dim=1)
+                banks = feature, torch.where(code >= 0, 1.0, -1.0).to(code)
             self.label_net.present.copy_(table.rows.any(0))
             self.label_net.requires_grad_(True)
             try:
-                terms = train_label_network(self.label_net, table, self.config, seed + phase.round, phase.round, banks)
+                terms = train_label_network(self.label_net, rows, self.config, seed + phase.round, phase.round, banks)
             finally:
                 self.label_net.requires_grad_(False)
             return terms | label_scores(self.label_net, table)
@@ -330,6 +332,19 @@ class DSEH(Method):
         notes = crew.lead(self.label_net, train)
         self.bind(table)
         return notes
+
+    def _image_banks(self, table: LabelTable, crew: Crew) -> tuple[LabelTable, Tensor]:
+        """The rows LabNet goes on with, and ImgNet's feature and code for each: of every row, or their means."""
+        was_training = self.training
+        self.eval()  # batch statistics would make the banks depend on how a sweep is cut into batches
+        if self.config.bank == "per_sample":
+            outputs, labels = crew.gather_rows(self._bank_outputs)
+            rows = LabelTable((labels == 1).to(torch.uint8), torch.ones(len(labels), dtype=torch.int64))
+        else:
+            rows, sums = table, crew.sum_by_group(self._bank_outputs, table.index, len(table.rows))
+            outputs = sums / table.counts.cpu()[:, None]
+        self.train(was_training)
+        return rows, outputs
 
     def bind(self, table: LabelTable) -> None:
         """Compute the constant side of Eq. 12, LabNet's features of all distinct label rows; also after a resume."""

@@ -45,6 +45,7 @@ class OptimConfig(Config):
     )
     warmup_share: float = Field(0.1, ge=0, lt=1, description="cosine: share of a phase's steps that warm up")
     clip_norm: float | None = Field(None, gt=0, description="bound on the norm of the gradient")
+    clip_value: float | None = Field(None, gt=0, description="bound on each entry of the gradient")
 
 
 class SelfTrainingConfig(Config):

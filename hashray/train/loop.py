@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -53,6 +54,25 @@ class TorchCrew(Crew):
         if sums is None:
             sums = torch.zeros(groups, int(width), dtype=torch.float64)
         return self.agree(sums, dist.ReduceOp.SUM)
+
+    def gather_rows(self, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        pieces: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            for inputs, labels in self.source.sweep():
+                if len(inputs):
+                    values = outputs(torch.as_tensor(inputs, device=self.device)).cpu()
+                    pieces.append((values, torch.as_tensor(labels)))
+        own = tuple(torch.cat(parts) for parts in zip(*pieces, strict=True)) if pieces else None
+        boxes: list[Any] = [own]
+        if self.world > 1:
+            boxes = [None] * self.world if self.rank == 0 else []
+            dist.gather_object(own, boxes if self.rank == 0 else None)
+        found = [box for box in boxes if box is not None]
+        if not found:
+            return torch.zeros(0, 0), torch.zeros(0, self.table.rows.shape[1], dtype=torch.int8)
+        rows, of = (torch.cat([box[i] for box in found]) for i in (0, 1))
+        order = torch.as_tensor(np.lexsort([*rows.numpy().T[::-1], *of.numpy().T[::-1]]))
+        return rows[order], of[order]
 
     def lead(self, module: nn.Module, action: Callable[[], dict[str, float]]) -> dict[str, float]:
         box: list[Any] = [action() if self.rank == 0 else None]
@@ -223,6 +243,8 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         parts = [term.total * (self.crew.world / masses[name]) for name, term in terms.items() if term.in_loss]
         torch.stack(parts).sum().backward()
+        if self.config.optim.clip_value is not None:
+            nn.utils.clip_grad_value_(self.method.parameters(), self.config.optim.clip_value)
         if self.config.optim.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip_norm)
         for group in self.optimizer.param_groups:

@@ -130,6 +130,33 @@ def test_label_matrices_that_cannot_be_used() -> None:
             fit_label_network(labels, small())
 
 
+def test_per_sample_banks_hold_every_row_s_own_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashray.methods.dseh as module
+
+    seen: list[tuple[LabelTable, Any]] = []
+    real = module.train_label_network
+
+    def spy(net: Any, table: Any, config: Any, seed: int, round: int = 0, banks: Any = None) -> Any:
+        seen.append((table, banks))
+        return real(net, table, config, seed, round, banks)
+
+    monkeypatch.setattr(module, "train_label_network", spy)
+    _, loop = run_loop(config_of(epochs=1, method={"rounds": 2, "bank": "per_sample", "label_epochs": 2}), 80)
+    (first, none), (second, banks) = seen
+    assert none is None and len(first.rows) == len(second.rows) == 80 and bool((second.counts == 1).all())
+    _, labels, _ = make_rows(80)
+    assert sorted(map(tuple, second.rows.tolist())) == sorted(map(tuple, labels.tolist()))
+    assert banks[0].shape == (80, 16) and set(banks[1].unique().tolist()) == {-1.0, 1.0}
+    assert len(torch.unique(banks[0], dim=0)) == 80  # not the mean of a label row
+    method = loop.method
+    assert isinstance(method, DSEH)
+    values, of = loop.crew.gather_rows(method.eval()._bank_outputs)
+    features, _, _ = make_rows(80)
+    expected = method._bank_outputs(torch.as_tensor(features)).detach()
+    torch.testing.assert_close(values[values.argsort(0)[:, 0]], expected[expected.argsort(0)[:, 0]])
+    assert of.shape == (80, 4)
+
+
 def test_rounds_after_the_first_start_from_imgnet_s_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     import hashray.methods.dseh as module
 

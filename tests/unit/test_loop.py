@@ -25,11 +25,14 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
 # One step of plain SGD: the difference of the weights is the gradient. Rows of one and of two classes, so that the
 # two workers' halves of 44 rows differ in what their terms are means over.
 GRADIENT: dict[str, Any] = {"epochs": 1, "batch_size": 44, "optim": {"name": "sgd", "lr": 0.5, "momentum": 0.0}}
+PER_SAMPLE = {"rounds": 2, "bank": "per_sample", "label_epochs": 3}
 SGD = {"name": "sgd", "lr": 0.05}
 TWO_WORKERS = {
     # 300 rows in batches of 128: 128, 128, 44 and, of two workers with slices of 64, 44 + 0 in the last.
     "uneven": (config_of(epochs=1, batch_size=128, method={"rounds": 2}), 300),
     "five steps": (config_of(epochs=1, batch_size=128, method={"rounds": 1}, optim=SGD), 600),
+    # In the second round the banks come from the images of both workers.
+    "per sample": (config_of(epochs=1, batch_size=64, method=PER_SAMPLE, optim={"clip_value": 1e-3}), 64),
     **{kind: (config_of(**GRADIENT, method={"kind": kind}), 44) for kind in sorted(known_methods())},
 }
 
@@ -43,11 +46,11 @@ def two_workers() -> list[dict[str, dict[str, torch.Tensor]]]:
 def test_two_workers_take_the_steps_of_one(name: str, two_workers: list[dict[str, dict[str, torch.Tensor]]]) -> None:
     alone, loop = run_loop(*TWO_WORKERS[name])
     plan = loop.source.plan
-    steps = {"uneven": (3, 44), "five steps": (5, 88)}.get(name, (1, 44))
+    steps = {"uneven": (3, 44), "five steps": (5, 88), "per sample": (1, 64)}.get(name, (1, 44))
     assert (plan.steps, plan.batch_rows(plan.steps - 1)) == steps
     first, second = (worker[name] for worker in two_workers)
     assert largest_difference(first, second) == 0
-    assert largest_difference(alone, first) < (1e-6 if plan.steps == 1 else 1e-5)
+    assert largest_difference(alone, first) < (1e-6 if name in known_methods() else 1e-5)
 
 
 @pytest.mark.parametrize("place", [(0, 0, 0), (0, 1, 0), (0, 1, 2), (1, 0, 0), (1, 1, 0)])
@@ -94,3 +97,13 @@ def test_learning_rates() -> None:
     cosine = OptimConfig(lr=1.0, warmup_share=0.5)
     rates = [learning_rate(cosine, phase, at, 10) for at in range(10)]
     assert rates[4] == pytest.approx(phase.lr_factor) and rates[0] < rates[1] and rates[9] < rates[6]
+
+
+def test_clipping_bounds_each_entry_of_the_step() -> None:
+    plain = {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "warmup_share": 0.0}
+    run = {"epochs": 1, "batch_size": 64, "method": {"rounds": 1}}
+    start = run_loop(config_of(**run, optim=plain | {"lr": 1e-30}), 64)[0]
+    for clip in (1e-4, None):
+        moved = run_loop(config_of(**run, optim=plain | {"clip_value": clip}), 64)[0]
+        largest = max(float((moved[n] - start[n]).abs().max()) for n in ("hash.weight", "semantic.weight"))
+        assert largest <= 1e-4 + 1e-12 if clip else largest > 1e-3

@@ -70,7 +70,7 @@ def test_all_faults_of_a_file_are_listed_at_once() -> None:
     assert "method.num_bits: num_bits = 12 is not a positive multiple of 8; use 8 or 16 (found 12)" in text
     assert "method.rounds: Input should be greater than or equal to 1 (found 0)" in text
     assert "method.num_bit: unknown key, perhaps you meant 'num_bits'? Known here: " in text
-    assert "optim.nam: unknown key, perhaps you meant 'name'? Known here: clip_norm, lr, " in text
+    assert "optim.nam: unknown key, perhaps you meant 'name'? Known here: clip_norm, clip_value, lr, " in text
     assert "  epoch: unknown key, perhaps you meant 'epochs'? Known here: augment, backbone, " in text
     assert "  zzzzz: unknown key. Known here: augment" in text
     assert "optim.lr: Input should be greater than 0 (found -1)" in text

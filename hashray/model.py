@@ -6,7 +6,7 @@ model/  model.safetensors · model.json (method, backbone, classes, num_bits) ·
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,12 +46,23 @@ class Model:
 
     def logits(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         """Logits float32 [n, num_bits] of pixels uint8 [n, 3, s, s] or cached trunk features float32 [n, d]."""
+        return self._in_batches(self.method.logits, inputs, self.num_bits)
+
+    def class_scores(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """Scores float32 [n, c] of each class, the higher the better, of pixels or features as `logits` takes them.
+
+        Raises:
+            InputError: the method has no scores of classes.
+        """
+        return self._in_batches(self.method.class_scores, inputs, self.method.num_classes)
+
+    def _in_batches(self, compute: Callable[[Tensor], Tensor], inputs: NDArray[Any], width: int) -> NDArray[np.float32]:
         device = self.method.trunk.mean.device
         chunks = [inputs[i : i + ENCODE_BATCH] for i in range(0, len(inputs), ENCODE_BATCH)]
         if not chunks:
-            return np.zeros((0, self.num_bits), dtype=np.float32)
+            return np.zeros((0, width), dtype=np.float32)
         with torch.inference_mode():
-            rows = [self.method.logits(torch.as_tensor(chunk, device=device)).float().cpu() for chunk in chunks]
+            rows = [compute(torch.as_tensor(chunk, device=device)).float().cpu() for chunk in chunks]
         return torch.cat(rows).numpy()
 
     def encode(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> StampedCodes:

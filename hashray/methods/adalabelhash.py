@@ -18,13 +18,10 @@ from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, Paramet
 from hashray.methods.codewords import CodewordInit, Codewords
 from hashray.methods.losses import Quantization, adaptive_margin, full_precision, quantization, weighted_mean
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "hashray": {},
-    # The paper's text: margin 1, no quantisation term; SGD with Nesterov momentum, rates searched (optim.*).
-    "paper": {"margin_ratio": None, "codeword_lr_factor": 1.0, "codeword_init": "uniform", "quantization": "none"},
-    # METHODS 2.4 [C]: the authors' Keras code, the same loss; Adam at 1e-5 (optim.*).
-    "released": {"margin_ratio": None, "codeword_lr_factor": 1.0, "codeword_init": "uniform", "quantization": "none"},
-}
+AS_WRITTEN = {"margin_ratio": None, "codeword_lr_factor": 1.0, "codeword_init": "uniform", "quantization": "none"}
+# The paper's text and the authors' Keras code (METHODS 2.4 [C]) have the same loss; they differ in optim.*: SGD with
+# Nesterov momentum and rates that were searched, Adam at 1e-5.
+PRESETS: dict[str, dict[str, Any]] = {"hashray": {}, "paper": AS_WRITTEN, "released": AS_WRITTEN}
 
 
 class AdaLabelHashConfig(MethodConfig):

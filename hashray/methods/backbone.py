@@ -178,7 +178,7 @@ def _normalisation(config: BackboneConfig) -> tuple[Sequence[float], Sequence[fl
 def without_place(config: BackboneConfig) -> BackboneConfig:
     """The config to keep beside trained weights: a file's path becomes "file", a trained model's "model"; names stay,
     for their normalisation."""
-    if config.weights in (None, "file", "model", *_weight_names(config.name)):
+    if _has_no_place(config) or config.weights in ("file", "model"):
         return config
     trained = artifact.is_finished(storage.open_store(str(config.weights)))
     return config.model_copy(update={"weights": "model" if trained else "file"})
@@ -186,9 +186,9 @@ def without_place(config: BackboneConfig) -> BackboneConfig:
 
 def with_absolute_weights(config: BackboneConfig) -> BackboneConfig:
     """The config with a weights file named so that workers in other folders find it."""
-    if config.weights is None or config.weights in _weight_names(config.name):
+    if _has_no_place(config):
         return config
-    return config.model_copy(update={"weights": storage.absolute(config.weights)})
+    return config.model_copy(update={"weights": storage.absolute(str(config.weights))})
 
 
 def weights_identity(config: BackboneConfig) -> str | None:
@@ -197,7 +197,7 @@ def weights_identity(config: BackboneConfig) -> str | None:
     Raises:
         InputError: there is no such file.
     """
-    if config.weights is None or config.weights in _weight_names(config.name):
+    if _has_no_place(config):
         return config.weights
     return hashlib.sha256(_read_weights(config)).hexdigest()
 
@@ -211,6 +211,11 @@ def _download(config: BackboneConfig) -> Mapping[str, Tensor]:
             f"weights = {config.weights!r} of {config.name} could not be fetched from {found.url}: {error}; "
             "without a network give weights = PATH, a state-dict file"
         ) from error
+
+
+def _has_no_place(config: BackboneConfig) -> bool:
+    """Whether the weights are no file: unset, or a name of torchvision's."""
+    return config.weights is None or config.weights in _weight_names(config.name)
 
 
 def _weight_names(name: str) -> list[str]:

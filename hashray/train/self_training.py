@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
 from hashray import __version__, artifact, storage
 from hashray.artifact import Manifest, canonical, sha256_hex
@@ -128,12 +127,10 @@ class _ProposalWorker(UnitWorker):
         table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]), "unlabelled")
         bad: list[BadRow] = []
         if "feature" in table.column_names:
-            rows, scores = table, class_scores(self.model, feature_matrix(table.column("feature")))
+            rows, scores = table, self.model.class_scores(feature_matrix(table.column("feature")))
         else:
             trunk = self.model.backbone
-            rows, scores, bad = map_part(
-                table, trunk.image_size, trunk.resize, lambda pixels: class_scores(self.model, pixels), BATCH_ROWS
-            )
+            rows, scores, bad = map_part(table, trunk.image_size, trunk.resize, self.model.class_scores, BATCH_ROWS)
         found = propose(scores.reshape(len(rows), self.corpus.num_classes), self.temperature, self.shape)
         hidden = self.corpus.label_matrix(rows)
         columns = {
@@ -144,16 +141,6 @@ class _ProposalWorker(UnitWorker):
             "hidden": label_column(hidden.astype(np.int8)),
         }
         return pa.table(columns), bad, {}, {}
-
-
-@torch.inference_mode()
-def class_scores(model: Model, inputs: NDArray[Any]) -> NDArray[np.float32]:
-    """Class scores float32 [n, c] of images or cached features."""
-    device = model.method.trunk.mean.device
-    chunks = [torch.as_tensor(inputs[i : i + BATCH_ROWS], device=device) for i in range(0, len(inputs), BATCH_ROWS)]
-    if not chunks:
-        return np.zeros((0, model.method.num_classes), dtype=np.float32)
-    return torch.cat([model.method.class_scores(chunk).float().cpu() for chunk in chunks]).numpy()
 
 
 def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig, out: str) -> Manifest:
@@ -231,4 +218,4 @@ def _temperature(model: Model, source: Corpus, config: TrainConfig, rounds: Self
     given, count = config.validation(source.count("validation"), len(train_ids))
     wanted = None if given else held_out(train_ids, count, config.seed)
     inputs, labels = load_rows(source, wanted, config, "validation" if given else "train")
-    return fit_temperature(class_scores(model, inputs), labels)
+    return fit_temperature(model.class_scores(inputs), labels)

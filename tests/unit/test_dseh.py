@@ -130,19 +130,25 @@ def test_label_matrices_that_cannot_be_used() -> None:
             fit_label_network(labels, small())
 
 
-def test_per_sample_banks_hold_every_row_s_own_output(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, LabelTable, Any]]:
+    """(round, table, banks) of every training of LabNet from here on."""
     import hashray.methods.dseh as module
 
-    seen: list[tuple[LabelTable, Any]] = []
+    seen: list[tuple[int, LabelTable, Any]] = []
     real = module.train_label_network
 
     def spy(net: Any, table: Any, config: Any, seed: int, round: int = 0, banks: Any = None) -> Any:
-        seen.append((table, banks))
+        seen.append((round, table, banks))
         return real(net, table, config, seed, round, banks)
 
     monkeypatch.setattr(module, "train_label_network", spy)
+    return seen
+
+
+def test_per_sample_banks_hold_every_row_s_own_output(trainings: list[tuple[int, LabelTable, Any]]) -> None:
     _, loop = run_loop(config_of(epochs=1, method={"rounds": 2, "bank": "per_sample", "label_epochs": 2}), 80)
-    (first, none), (second, banks) = seen
+    (_, first, none), (_, second, banks) = trainings
     assert none is None and len(first.rows) == len(second.rows) == 80 and bool((second.counts == 1).all())
     _, labels, _ = make_rows(80)
     assert sorted(map(tuple, second.rows.tolist())) == sorted(map(tuple, labels.tolist()))
@@ -157,17 +163,7 @@ def test_per_sample_banks_hold_every_row_s_own_output(monkeypatch: pytest.Monkey
     assert of.shape == (80, 4)
 
 
-def test_rounds_after_the_first_start_from_imgnet_s_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hashray.methods.dseh as module
-
-    seen: list[tuple[int, Any]] = []
-    real = module.train_label_network
-
-    def spy(net: Any, table: Any, config: Any, seed: int, round: int = 0, banks: Any = None) -> Any:
-        seen.append((round, banks))
-        return real(net, table, config, seed, round, banks)
-
-    monkeypatch.setattr(module, "train_label_network", spy)
+def test_rounds_after_the_first_start_from_imgnet_s_outputs(trainings: list[tuple[int, LabelTable, Any]]) -> None:
     saved: dict[str, Any] = {}
     config = config_of(epochs=1, method={"rounds": 2})
 
@@ -177,7 +173,8 @@ def test_rounds_after_the_first_start_from_imgnet_s_outputs(monkeypatch: pytest.
         return 0.5
 
     run_loop(config, 80, validate=keep)
-    assert [entry[0] for entry in seen] == [0, 1] and seen[0][1] is None
+    assert [entry[0] for entry in trainings] == [0, 1] and trainings[0][2] is None
+    banks = trainings[1][2]
     features, labels, _ = make_rows(80)
     method = run_loop(config_of(epochs=1, method={"rounds": 1}), 80)[1].method
     assert isinstance(method, DSEH)
@@ -190,6 +187,6 @@ def test_rounds_after_the_first_start_from_imgnet_s_outputs(monkeypatch: pytest.
     index = table.index(torch.as_tensor(labels))
     for row in range(len(table.rows)):
         mine = index == row
-        assert torch.allclose(seen[1][1][0][row], feature[mine].mean(0), atol=1e-9)
+        assert torch.allclose(banks[0][row], feature[mine].mean(0), atol=1e-9)
         majority = torch.where(bits[mine].mean(0) >= 0, 1.0, -1.0).double()
-        assert torch.equal(seen[1][1][1][row], majority)
+        assert torch.equal(banks[1][row], majority)

@@ -76,7 +76,7 @@ def trunk_fingerprint(trunk: Trunk) -> str:
 
 
 def _settings(trunk: Trunk) -> dict[str, Any]:
-    return trunk.config.model_dump(mode="json", exclude={"weights"})
+    return trunk.config.model_dump(mode="json", exclude={"weights", "frozen_norms"})
 
 
 def _load_trunk(backbone: BackboneConfig, trunk_of_model: str | None) -> Trunk:

@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> Manifest:
         ):
             raise InputError(f"init = {config.init!r} has another frozen trunk than backbone.* describes")
     survey = _survey(config, corpus, data)
-    if config.workers > 1 and not config.gpu and not config.backbone.frozen:
+    if config.workers > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
         say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
     job = {
         "config": config.model_dump(mode="json"), "source": source_url, "num_classes": corpus.num_classes,

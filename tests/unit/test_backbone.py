@@ -98,6 +98,18 @@ def test_a_frozen_trunk_stays_in_evaluation_mode() -> None:
     assert all(module.training for module in build().train().modules())
 
 
+def test_frozen_norms_keep_their_statistics_while_every_weight_learns() -> None:
+    trunk = build(frozen_norms=True)
+    before = {name: tensor.clone() for name, tensor in trunk.named_buffers()}
+    nn.Sequential(trunk).train()
+    trunk(images(4, 32)).sum().backward()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trunk.named_buffers())
+    assert all(p.grad is not None for p in trunk.parameters())
+    moved = build()
+    moved.train()(images(4, 32))
+    assert any(not torch.equal(before[name], tensor) for name, tensor in moved.named_buffers())
+
+
 def test_bfloat16_gives_float32_features_near_those_of_float32() -> None:
     trunk = build().eval()
     plain = trunk(images(4, 32))

@@ -93,7 +93,7 @@ class Trunk(nn.Module):
             self.train(training)
 
     def train(self, mode: bool = True) -> Trunk:
-        """A frozen trunk stays in evaluation mode: and with `frozen_norms` its batch norms do.
+        """A frozen trunk stays in evaluation mode; with `frozen_norms` its batch norms do.
 
         Statistics of small, enlarged images are not those of the weights: with each batch's own, MobileNetV2 began to
         fine-tune on CIFAR-10 from features that fitted a trained head no more (.40 against .78 mAP after 8,000 images).

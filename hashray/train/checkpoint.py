@@ -9,6 +9,7 @@ need no file of their own.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from hashray.storage import open_store
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 @dataclass
@@ -48,6 +53,12 @@ class Checkpoint:
         """The best weights so far, if a validation has chosen any."""
         return self.under("best") or None
 
+    def save(self, folder: Path) -> None:
+        """Write it into a folder."""
+        save_file(self.tensors, folder / TENSORS)
+        state = {"position": asdict(self.position), "optimizer": self.optimizer}
+        (folder / STATE).write_text(json.dumps(state))
+
     def optimizer_state(self) -> dict[str, Any] | None:
         """A state dict for the optimiser, or None where there was none yet."""
         if self.optimizer is None:
@@ -77,11 +88,32 @@ def save_checkpoint(
         for index, entries in data["state"].items():
             scalars["state"][str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
             tensors.update({f"optimizer/{index}/{k}": v for k, v in entries.items() if isinstance(v, Tensor)})
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "tensors.safetensors")
-    (folder / "state.json").write_text(json.dumps({"position": asdict(position), "optimizer": scalars}))
+    kept = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    Checkpoint(position, kept, scalars).save(folder)
+
+
+def keep_checkpoint(url: str, folder: Path) -> None:
+    """Upload a checkpoint folder, over an older one; state.json goes last, and says that all of it is there."""
+    store = open_store(url)
+    store.delete(STATE)
+    for name in (TENSORS, STATE):
+        store.upload(name, folder / name)
+
+
+def read_checkpoint(url: str) -> Checkpoint:
+    """Read a checkpoint that `keep_checkpoint` put somewhere.
+
+    Raises:
+        InputError: there is none.
+    """
+    store = open_store(url)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (TENSORS, STATE):
+            store.download(name, Path(folder) / name)
+        return load_checkpoint(Path(folder))
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder."""
-    state = json.loads((folder / "state.json").read_text())
-    return Checkpoint(Position(**state["position"]), load_file(folder / "tensors.safetensors"), state["optimizer"])
+    state = json.loads((folder / STATE).read_text())
+    return Checkpoint(Position(**state["position"]), load_file(folder / TENSORS), state["optimizer"])

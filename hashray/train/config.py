@@ -94,6 +94,9 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the trunk; losses stay fp32")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the weights; it is what is saved")
     validation_rows: int = Field(500, ge=0, description="train rows held out for model selection, at most a fifth")
+    select_by: Literal["map", "harmonic"] = Field(
+        "map", description="score of a validation; harmonic: mean of mAP and of mAP within pseudo-unseen classes"
+    )
     validation_every: int = Field(5, ge=1, description="epochs between two validations")
     checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between two checkpoints inside an epoch")

@@ -144,15 +144,26 @@ class Loop:
         self.optimizer: torch.optim.Optimizer | None = None
         method.trunk.amp = config.precision == "bf16"
 
-    def run(self, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]:
-        """Train from a checkpoint or from the start; return the chosen weights (the same on every worker)."""
+    def run(self, checkpoint: Checkpoint | None = None, until: int | None = None) -> dict[str, Tensor]:
+        """Train from a checkpoint or from the start, to the end or for `until` passes in all.
+
+        Returns the chosen weights, the same on every worker. The checkpoint that is reported with the last pass is
+        one that a later call goes on from.
+        """
         if checkpoint is not None:
             self._resume(checkpoint)
-        while self.position.phase < len(self.phases):
-            self._run_phase(self.phases[self.position.phase])
+        while self.position.phase < len(self.phases) and not self._reached(until):
+            phase = self.phases[self.position.phase]
+            self._run_phase(phase, until)
+            if self.position.epoch < phase.epochs:
+                break
             self.position.phase += 1
             self.position.epoch, self.position.step, self.position.phase_begun = 0, 0, False
         return self.best if self.best is not None else self._current()
+
+    def _reached(self, until: int | None) -> bool:
+        passes = sum(phase.epochs for phase in self.phases[: self.position.phase]) + self.position.epoch
+        return until is not None and passes >= until
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.position, self.best = checkpoint.position, checkpoint.best()
@@ -167,7 +178,7 @@ class Loop:
             self.optimizer = build_optimizer(self.config.optim, self.method.trained(phase))
             self.optimizer.load_state_dict(state)
 
-    def _run_phase(self, phase: Phase) -> None:
+    def _run_phase(self, phase: Phase, until: int | None) -> None:
         if not self.position.phase_begun:
             seed = self.config.seed * 1000 + self.position.phase
             notes = self.method.begin_phase(phase, self.table, seed, self.crew)
@@ -184,10 +195,10 @@ class Loop:
                 self.method, device_ids=[self.device.index] if self.device.type == "cuda" else None
             )
         self.method.train()
-        while self.position.epoch < phase.epochs:
-            self._run_epoch(phase, wrapped)
+        while self.position.epoch < phase.epochs and not self._reached(until):
+            self._run_epoch(phase, wrapped, until)
 
-    def _run_epoch(self, phase: Phase, wrapped: nn.Module) -> None:
+    def _run_epoch(self, phase: Phase, wrapped: nn.Module, until: int | None) -> None:
         position, plan = self.position, self.source.plan
         number = sum(p.epochs for p in self.phases[: position.phase]) + position.epoch
         sums: dict[str, float] = position.notes.pop("sums", {})
@@ -211,10 +222,10 @@ class Loop:
         position.epoch, position.step = position.epoch + 1, 0
         line = {"event": "epoch", "pass": number + 1, "phase": phase.name, "round": phase.round,
                 "epoch": position.epoch, "lr": rate, "loss": loss, **means}  # fmt: skip
-        last = position.epoch == phase.epochs
-        wanted = self.validate is not None and phase.selectable
-        if wanted and (last or position.epoch % self.config.validation_every == 0):
-            line["validation_map"] = self._select(f"phase {position.phase}, epoch {position.epoch}")
+        last = position.epoch == phase.epochs or self._reached(until)
+        if self.validate is not None and (last or position.epoch % self.config.validation_every == 0):
+            place = f"phase {position.phase}, epoch {position.epoch}" if phase.selectable else None
+            line["validation_map"] = self._select(place)
         position.notes.setdefault("history", []).append(line)
         self._report(line, save=last or position.epoch % self.config.checkpoint_every == 0)
 
@@ -289,8 +300,8 @@ class Loop:
         source = self.average if self.average is not None else self.method.state_dict()
         return {name: tensor.detach().clone() for name, tensor in source.items()}
 
-    def _select(self, place: str) -> float:
-        """Validate on the first worker; keep the weights when they are the best so far."""
+    def _select(self, place: str | None) -> float:
+        """Validate on the first worker; keep the weights when they are the best so far and have a `place`."""
         chosen = self._current()
         box: list[Any] = [None]
         if self.crew.rank == 0:
@@ -302,7 +313,7 @@ class Loop:
         if self.crew.world > 1:
             torch.distributed.broadcast_object_list(box, src=0)
         score = float(box[0])
-        if self.position.best_score is None or score > self.position.best_score:
+        if place is not None and (self.position.best_score is None or score > self.position.best_score):
             self.position.best_score, self.position.best_at, self.best = score, place, chosen
         return score
 

@@ -8,9 +8,9 @@ from the last one, and the same command run again goes on from it. The model is 
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -35,10 +35,12 @@ from hashray.progress import Bar, say
 from hashray.runtime import WorkersConfig, connect, quicken_on_one_machine, unwrap
 from hashray.storage import join, open_store
 from hashray.storage_s3 import arrow_filesystem
-from hashray.train.checkpoint import load_checkpoint
+from hashray.train.checkpoint import Checkpoint, load_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.features import compute_features, trunk_fingerprint
-from hashray.train.workers import Board, run_worker, stream_spec
+from hashray.train.workers import PSEUDO_SPLITS, Board, run_worker, stream_spec
+
+AnyTrainConfig = TypeVar("AnyTrainConfig", bound=TrainConfig)
 
 
 def train(config: TrainConfig) -> Manifest:
@@ -48,8 +50,8 @@ def train(config: TrainConfig) -> Manifest:
         InputError: no corpus, no train rows, weights that do not fit. RunError: the loss is not finite.
         AlreadyExists: `out` holds a model of another config or corpus.
     """
-    url, out = (storage.absolute(require_path(p, f)) for p, f in ((config.corpus, "--corpus"), (config.out, "--out")))
-    corpus = open_corpus(url)
+    out = storage.absolute(require_path(config.out, "--out"))
+    corpus = open_corpus(storage.absolute(require_path(config.corpus, "--corpus")))
     corpus.require("train", "training")
     store = open_store(out)
     result_of = config.result_of()
@@ -57,38 +59,21 @@ def train(config: TrainConfig) -> Manifest:
     made = already_made(store, "model", run, "run")
     if made is not None:
         return made
-    places = {"corpus": url, "out": out, "backbone": with_absolute_weights(config.backbone)}
-    places |= {
-        name: path and storage.absolute(path)
-        for name, path in (("init", config.init), ("pseudo_labels", config.pseudo_labels))
-    }
-    config = config.model_copy(update=places)
     connect()
-    source_url, data = url, corpus
-    if config.backbone.frozen:
-        pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu))
-        source_url = compute_features(url, config.backbone, config.features, pool, config.max_bad)
-        data = open_corpus(source_url, "features")
-        if config.init is not None and data.manifest.fingerprint != trunk_fingerprint(
-            load_model(config.init, device="cpu").method.trunk
-        ):
-            raise InputError(f"init = {config.init!r} has another frozen trunk than backbone.* describes")
-    survey = _survey(config, corpus, data)
+    config = placed(config)
+    data = training_data(config, corpus)
     if config.workers > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
         say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
-    job = {
-        "config": config.model_dump(mode="json"), "source": source_url, "num_classes": corpus.num_classes,
-        "validation": sorted(survey.validation), "validation_given": survey.validation_given,
-        "rows": survey.table.rows.tolist(), "counts": survey.table.counts.tolist(),
-        "plan": asdict(survey.plan), "checkpoints": join(out, "checkpoints"), "run": run,
-    }  # fmt: skip
-    tensors, history, position = _fit(config, job)
+    job = plan_job(config, corpus, data) | {"checkpoints": join(out, "checkpoints"), "run": run}
+    final = fit(config, job)
+    position = final.position
+    tensors, history = final.best() or final.under("average") or final.under("method"), position.notes["history"]
     chosen = {"best_at": position.best_at, "validation_map": position.best_score} if position.best_at else {}
     method = build_method(config.method, build_trunk(config.backbone, load_weights=False), corpus.num_classes)
     info = {
         "run": run,
-        "train_rows": survey.plan.rows,
-        "labelled_rows": int(survey.table.counts.sum()),
+        "train_rows": EpochPlan.from_json(job["plan"]).rows,
+        "labelled_rows": sum(job["counts"]),
         "phases": position.notes.get("phases", []),
         **chosen,
     }
@@ -101,17 +86,38 @@ def train(config: TrainConfig) -> Manifest:
     return manifest
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """The training rows, from their labels and splits alone."""
-
-    validation: set[str]
-    validation_given: bool
-    table: LabelTable
-    plan: EpochPlan
+def placed(config: AnyTrainConfig) -> AnyTrainConfig:
+    """The config with every path such that a worker in another folder finds it."""
+    paths = {name: getattr(config, name) for name in ("corpus", "out", "init", "pseudo_labels")}
+    update = {name: path and storage.absolute(path) for name, path in paths.items()}
+    return config.model_copy(update={**update, "backbone": with_absolute_weights(config.backbone)})
 
 
-def _survey(config: TrainConfig, corpus: Corpus, data: Corpus) -> _Survey:
+def training_data(config: TrainConfig, corpus: Corpus) -> Corpus:
+    """What is trained on: the corpus, or where the trunk is frozen its features, computed or found.
+
+    Raises:
+        InputError: `init` has another trunk than the features were made with.
+    """
+    if not config.backbone.frozen:
+        return corpus
+    pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu))
+    url = compute_features(corpus.store.url, config.backbone, config.features, pool, config.max_bad)
+    data = open_corpus(url, "features")
+    if config.init is not None and data.manifest.fingerprint != trunk_fingerprint(
+        load_model(config.init, device="cpu").method.trunk
+    ):
+        raise InputError(f"init = {config.init!r} has another frozen trunk than backbone.* describes")
+    return data
+
+
+def plan_job(config: TrainConfig, corpus: Corpus, data: Corpus) -> dict[str, Any]:
+    """What every worker of a training needs to know, JSON-able, from labels and splits alone.
+
+    Raises:
+        InputError: a train row without a label, no unlabelled rows where the config wants them, or no pseudo-unseen
+            classes.
+    """
     train = data.rows("train")
     without = int((train.labels.sum(1) == 0).sum())
     if without:
@@ -121,6 +127,9 @@ def _survey(config: TrainConfig, corpus: Corpus, data: Corpus) -> _Survey:
         )
     if config.unlabelled and not data.count("unlabelled"):
         raise InputError(f"unlabelled = true, and {corpus.store.url} has no unlabelled rows")
+    if config.select_by == "harmonic":
+        for name in PSEUDO_SPLITS:
+            data.require(name, 'select_by = "harmonic" (hashray ingest --pseudo-unseen-classes N)')
     given, wanted = config.validation(data.count("validation"), len(train.ids))
     validation = held_out(train.ids, wanted, config.seed)
     selection = Selection(frozenset(validation), config.pseudo_labels, config.unlabelled)
@@ -132,7 +141,12 @@ def _survey(config: TrainConfig, corpus: Corpus, data: Corpus) -> _Survey:
     known = np.concatenate(labels) == 1
     table = LabelTable.of(torch.as_tensor(known[known.any(1)].astype(np.uint8)))
     plan = EpochPlan(tuple(counts), config.batch_size, config.shuffle_window, config.seed)
-    return _Survey(validation, given, table, plan)
+    return {
+        "config": config.model_dump(mode="json"), "source": data.store.url, "num_classes": corpus.num_classes,
+        "validation": sorted(validation), "validation_given": given,
+        "rows": table.rows.tolist(), "counts": table.counts.tolist(), "plan": asdict(plan),
+        "memory": _fits_memory(config, plan.rows),
+    }  # fmt: skip
 
 
 def run_of(config: TrainConfig, corpus: Corpus) -> tuple[str, dict[str, str]]:
@@ -169,9 +183,9 @@ def _fits_memory(config: TrainConfig, rows: int) -> bool:
     return config.input == "memory" or (config.input == "auto" and auto)
 
 
-def _fit(config: TrainConfig, job: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
+def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
+    """Run a job on Ray Train, with its checkpoints in job["checkpoints"]; return the last one."""
     plan = EpochPlan.from_json(job["plan"])
-    job["memory"] = _fits_memory(config, plan.rows)
     datasets: dict[str, Any] = {}
     method = build_method(config.method, build_trunk(config.backbone, load_weights=False), job["num_classes"])
     epochs = sum(phase.epochs for phase in method.phases(config.epochs))
@@ -207,9 +221,7 @@ def _fit(config: TrainConfig, job: dict[str, Any]) -> tuple[dict[str, Any], list
     if result.checkpoint is None:
         raise RunError(f"the training run {job['run']} ended without a checkpoint; delete {job['checkpoints']}")
     with result.checkpoint.as_directory() as folder:
-        final = load_checkpoint(Path(folder))
-    tensors = final.best() or final.under("average") or final.under("method")
-    return tensors, final.position.notes["history"], final.position
+        return load_checkpoint(Path(folder))
 
 
 class _Watch:

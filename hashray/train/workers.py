@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from hashray.methods.backbone import build_trunk
 from hashray.methods.base import LabelTable, Method
 from hashray.model import load_model
 from hashray.storage import join, open_store
-from hashray.train.checkpoint import Position, load_checkpoint
+from hashray.train.checkpoint import Position, load_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.loop import Loop
+from hashray.train.loop import Loop, Report
 
 VALIDATION_DATABASE = 5000
+PSEUDO_SPLITS = ("query-pseudo", "database-pseudo")
 ENCODE_ROWS = 256
 
 
@@ -50,11 +52,44 @@ class Board:
 
 def run_worker(job: dict[str, Any]) -> None:
     """The train function of every worker. `job` is JSON-able but for the board."""
-    config = TrainConfig.model_validate(job["config"])
     context = rt.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device()
     assert isinstance(device, torch.device)
+    shards = None if job["memory"] else (rt.get_dataset_shard("train"), rt.get_dataset_shard("sweep"))
+
+    def report(metrics: dict[str, Any], write: Any) -> None:
+        if rank == 0:
+            job["board"].put.remote(metrics)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if rank == 0 and write is not None:
+                write(Path(folder))
+                checkpoint = rt.Checkpoint.from_directory(folder)
+            rt.report(metrics, checkpoint=checkpoint)
+
+    loop = build_loop(job, rank, world, device, report, shards)
+    checkpoint, found = None, rt.get_checkpoint()
+    if found is not None:
+        with found.as_directory() as folder:
+            checkpoint = load_checkpoint(Path(folder))
+    elif job.get("start"):
+        checkpoint = read_checkpoint(job["start"])
+    if rank == 0 and not job["memory"]:
+        # Where this group begins, before it asks for data: a checkpoint that was written but that Ray had not
+        # registered when the run was killed is not the one a rerun starts from.
+        at = Position() if checkpoint is None else checkpoint.position
+        number = sum(phase.epochs for phase in loop.phases[: at.phase]) + at.epoch
+        position = json.dumps({"pass": number, "step": at.step}).encode()
+        open_store(join(job["checkpoints"], job["run"])).write(POSITION_FILE, position)
+    loop.run(checkpoint, job.get("until"))
+
+
+def build_loop(
+    job: dict[str, Any], rank: int, world: int, device: torch.device, report: Report, shards: tuple[Any, Any] | None
+) -> Loop:
+    """One worker's side of a job: the method, its rows from memory or from `shards`, its validation."""
+    config = TrainConfig.model_validate(job["config"])
     torch.manual_seed(config.seed)  # the same initial weights on every worker
     trunk = build_trunk(config.backbone)
     method = build_method(config.method, trunk, job["num_classes"])
@@ -68,42 +103,21 @@ def run_worker(job: dict[str, Any]) -> None:
     plan = EpochPlan.from_json(job["plan"])
     data, selection = open_corpus(job["source"], None), selection_of(config, job)
     source: SliceSource
-    if job["memory"]:
+    if shards is None:
         source = MemorySlices(plan, *training_rows(data, selection, config), config.augment, rank, world)
     else:
-        shards = rt.get_dataset_shard("train"), rt.get_dataset_shard("sweep")
         source = StreamSlices(stream_spec(job, config, plan), *shards, job["num_classes"])
     validation = _Validation(data, job, config) if job["validation"] or job["validation_given"] else None
     if validation is not None and rank == 0:
         validation.load()
-
-    def report(metrics: dict[str, Any], write: Any) -> None:
-        if rank == 0:
-            job["board"].put.remote(metrics)
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if rank == 0 and write is not None:
-                write(Path(folder))
-                checkpoint = rt.Checkpoint.from_directory(folder)
-            rt.report(metrics, checkpoint=checkpoint)
-
-    loop = Loop(method, config, table, source, report, validation, device)
-    checkpoint, found = None, rt.get_checkpoint()
-    if found is not None:
-        with found.as_directory() as folder:
-            checkpoint = load_checkpoint(Path(folder))
-    if rank == 0 and not job["memory"]:
-        # Where this group begins, before it asks for data: a checkpoint that was written but that Ray had not
-        # registered when the run was killed is not the one a rerun starts from.
-        at = Position() if checkpoint is None else checkpoint.position
-        number = sum(phase.epochs for phase in loop.phases[: at.phase]) + at.epoch
-        position = json.dumps({"pass": number, "step": at.step}).encode()
-        open_store(join(job["checkpoints"], job["run"])).write(POSITION_FILE, position)
-    loop.run(checkpoint)
+    return Loop(method, config, table, source, report, validation, device)
 
 
 class _Validation:
-    """mAP of the held-out (or given) validation rows against a draw of the other train rows."""
+    """mAP of the held-out (or given) validation rows against a draw of the other train rows.
+
+    With `select_by` harmonic: the harmonic mean of that and of the mAP within the pseudo-unseen classes.
+    """
 
     def __init__(self, data: Corpus, job: dict[str, Any], config: TrainConfig) -> None:
         self.data, self.config = data, config
@@ -112,15 +126,21 @@ class _Validation:
     def load(self) -> None:
         """Read both sides; on the worker that validates."""
         split = "validation" if self.given else "train"
-        self.query = load_rows(self.data, None if self.given else self.held, self.config, split)
+        query = load_rows(self.data, None if self.given else self.held, self.config, split)
         # Drawn, not the first: rows of a Parquet or tar source may stand class by class.
         others = sorted({*self.data.rows("train").ids} - self.held)
         drawn = held_out(others, VALIDATION_DATABASE, self.config.seed)
-        self.database = load_rows(self.data, drawn, self.config, "train")
+        self.sides = [(query, load_rows(self.data, drawn, self.config, "train"))]
+        if self.config.select_by == "harmonic":
+            queries, database = (load_rows(self.data, None, self.config, name) for name in PSEUDO_SPLITS)
+            self.sides.append((queries, database))
 
     def __call__(self, method: Method) -> float:
-        (query, query_labels), (database, database_labels) = self.query, self.database
-        return mean_average_precision(_codes(method, query), query_labels, _codes(method, database), database_labels)
+        found = [
+            mean_average_precision(_codes(method, query), query_labels, _codes(method, database), database_labels)
+            for (query, query_labels), (database, database_labels) in self.sides
+        ]
+        return statistics.harmonic_mean(found)
 
 
 def selection_of(config: TrainConfig, job: dict[str, Any]) -> Selection:

@@ -16,7 +16,7 @@ import tyro
 from pydantic import Field
 
 from hashray import __version__
-from hashray.config import Config, override, parse_flags, validate
+from hashray.config import Config, ConfigT, override, parse_flags, validate
 from hashray.errors import HashrayError, InputError, perhaps
 from hashray.progress import say, show_table
 
@@ -25,6 +25,7 @@ STAGES: dict[str, tuple[str, str, str | None, str]] = {
     "demo": ("hashray.demo", "demo", "DemoConfig", "real images, the whole pipeline, a page at the end"),
     "ingest": ("hashray.data.ingest", "ingest", "IngestConfig", "images -> corpus"),
     "train": ("hashray.cli", "train_command", None, "CONFIG.toml [--corpus C] [--out MODEL] [--any.field value]"),
+    "tune": ("hashray.cli", "tune_command", None, "SWEEP.toml [--corpus C] [--out SWEEP] [--search.trials N]"),
     "encode": ("hashray.encode", "encode", "EncodeConfig", "model + corpus -> packed codes"),
     "index build": ("hashray.index.build", "build_index", "IndexConfig", "codes -> sharded FAISS index, published"),
     "search": ("hashray.cli", "search_command", "SearchConfig", "query images -> nearest rows of an index"),
@@ -63,15 +64,31 @@ def train_command(arguments: Sequence[str]) -> None:
     from hashray.train.config import TrainConfig, read_training_config
     from hashray.train.self_training import train_model
 
+    train_model(_from_file("train", TrainConfig, read_training_config, arguments))
+
+
+def tune_command(arguments: Sequence[str]) -> None:
+    """Search from a TOML file, overridden by flags."""
+    from hashray.sweep import tune
+    from hashray.tune.space import SweepConfig, check_sweep, read_sweep
+
+    config = _from_file("tune", SweepConfig, read_sweep, arguments)
+    check_sweep(config, "the command line")
+    tune(config)
+
+
+def _from_file(
+    stage: str, config_class: type[ConfigT], read: Callable[[str], ConfigT], arguments: Sequence[str]
+) -> ConfigT:
+    """The config of a stage whose first argument is a TOML file and whose flags override it."""
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
-            print("usage: hashray train CONFIG.toml [--corpus C] [--out MODEL] [--any.field value]\n")
+            print(f"usage: hashray {stage} CONFIG.toml [--corpus C] [--out OUT] [--any.field value]\n")
             print("All fields, with the defaults of method.kind = dseh:\n")
-            override(validate(TrainConfig, {"method": {"kind": "dseh"}}, "defaults"), ["--help"], "hashray train")
-        raise InputError("hashray train needs a config first: hashray train CONFIG.toml [--any.field value]")
+            override(validate(config_class, {"method": {"kind": "dseh"}}, "defaults"), ["--help"], f"hashray {stage}")
+        raise InputError(f"hashray {stage} needs a config first: hashray {stage} CONFIG.toml [--any.field value]")
     path, *flags = arguments
-    config = override(read_training_config(path), list(flags), f"hashray train {path}")
-    train_model(config)
+    return override(read(path), list(flags), f"hashray {stage} {path}")
 
 
 def search_command(config: SearchConfig) -> None:

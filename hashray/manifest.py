@@ -58,7 +58,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = FORMAT_VERSION
-    kind: Literal["corpus", "features", "model", "pseudo-labels", "codes", "index", "evaluation"]
+    kind: Literal["corpus", "features", "model", "pseudo-labels", "sweep", "codes", "index", "evaluation"]
     project_version: str
     config: Plain
     parents: dict[str, str]

@@ -37,7 +37,8 @@ def color(name: str) -> str:
     return OTHERS.get(name, OURS)
 
 
-def _axes(title: str, x: str, y: str, tall: bool = False) -> tuple[Figure, Axes]:
+def new_axes(title: str, x: str, y: str, tall: bool = False) -> tuple[Figure, Axes]:
+    """An empty figure in the style of all of them."""
     size = (SIZE_INCHES[0], SIZE_INCHES[0]) if tall else SIZE_INCHES
     figure = Figure(figsize=size, dpi=DPI, facecolor=PAPER, layout="constrained")
     axes = figure.add_subplot()
@@ -72,7 +73,7 @@ def _legend_beside(axes: Axes) -> None:
 
 def precision_recall(results: Sequence[Mapping[str, Any]]) -> Figure:
     """Mean precision over mean recall, a point for each Hamming radius."""
-    figure, axes = _axes("Precision and recall by Hamming radius", "recall", "precision")
+    figure, axes = new_axes("Precision and recall by Hamming radius", "recall", "precision")
     for result in results:
         if "pr_curve" in result:
             curve = result["pr_curve"]
@@ -86,7 +87,7 @@ def precision_recall(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 def precision_at(results: Sequence[Mapping[str, Any]]) -> Figure:
     """Precision among the N nearest, N on a logarithmic axis."""
-    figure, axes = _axes("Precision among the nearest N", "N", "precision@N")
+    figure, axes = new_axes("Precision among the nearest N", "N", "precision@N")
     for result in results:
         if "precision_at" in result:
             pairs = sorted((int(n), value) for n, value in result["precision_at"].items())
@@ -101,7 +102,7 @@ def scores(results: Sequence[Mapping[str, Any]]) -> Figure:
     """mAP of every method as bars, best at the top."""
     ordered = sorted(results, key=lambda result: result["mAP"])
     top_k = ordered[-1].get("top_k")
-    figure, axes = _axes("mean average precision" + (f" @{top_k}" if top_k else ""), "mAP", "")
+    figure, axes = new_axes("mean average precision" + (f" @{top_k}" if top_k else ""), "mAP", "")
     names = [f"{label(r)} ({r['num_bits']} bits)" if r["num_bits"] else r["name"] for r in ordered]
     values = [result["mAP"] for result in ordered]
     axes.barh(names, values, color=[color(result["name"]) for result in ordered], height=0.66)
@@ -114,7 +115,7 @@ def scores(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 def distances(shares: Mapping[str, Sequence[float]], name: str) -> Figure:
     """How Hamming distances of relevant pairs lie apart from those of the others."""
-    figure, axes = _axes(f"Hamming distances of {name} codes", "distance in bits", "share of pairs")
+    figure, axes = new_axes(f"Hamming distances of {name} codes", "distance in bits", "share of pairs")
     places = range(len(shares["relevant"]))
     axes.bar(places, shares["other"], width=1.0, color=OTHERS["random"], label="no class in common")
     axes.bar(places, shares["relevant"], width=1.0, color=OURS, alpha=0.75, label="a class in common")
@@ -127,7 +128,7 @@ def codeword_distances(analysis: Mapping[str, Any]) -> Figure:
     names = [name for group in analysis["communities"] for name in group]
     order = [analysis["classes"].index(name) for name in names]
     matrix = np.array(analysis["distances"])[np.ix_(order, order)]
-    figure, axes = _axes(f"Distances between codewords of {analysis['num_bits']} bits", "", "", tall=True)
+    figure, axes = new_axes(f"Distances between codewords of {analysis['num_bits']} bits", "", "", tall=True)
     picture = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(1, int(matrix.max())))
     few = len(names) <= 40
     axes.set_xticks(range(len(names)) if few else [], names if few else [], rotation=90)
@@ -144,7 +145,7 @@ def codeword_distances(analysis: Mapping[str, Any]) -> Figure:
 
 def codeword_graph(analysis: Mapping[str, Any]) -> Figure:
     """Each class joined to those of the nearest codewords, thicker where nearer; a colour for each community."""
-    figure, axes = _axes("Relations between codewords", "", "", tall=True)
+    figure, axes = new_axes("Relations between codewords", "", "", tall=True)
     places = layout(dict(analysis))
     group = {name: i for i, names in enumerate(analysis["communities"]) for name in names}
     widest = max((weight for _, _, weight in analysis["edges"]), default=1) or 1
@@ -178,7 +179,7 @@ def codeword_graph(analysis: Mapping[str, Any]) -> Figure:
 
 def code_map(points: NDArray[np.floating], labels: Sequence[int], classes: Sequence[str], title: str) -> Figure:
     """A map of codes: points [n, 2] of the t-SNE, coloured by their class (-1: none)."""
-    figure, axes = _axes(title, "", "", tall=True)
+    figure, axes = new_axes(title, "", "", tall=True)
     found = sorted(set(labels))
     shades = colormaps["tab20"] if len(found) <= 20 else colormaps["gist_ncar"]
     for place, wanted in enumerate(found):

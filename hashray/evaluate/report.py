@@ -19,6 +19,9 @@ CAPTIONS = {
     "precision_at": "Averaged over all orders of rows at the same distance.",
     "codeword_distances": "Each class has a codeword; the rows are ordered by community.",
     "codeword_graph": "Each class and its three nearest; thicker lines are nearer, colours are communities.",
+    "learning_curves": "Validation after every pass; a cross ends a trial that was stopped early.",
+    "parallel_coordinates": "A line for each trial through its values; the darker, the better its score.",
+    "importance": "Share of the score's variance, at the first report that all trials made.",
     "distances": "The further the two hills lie apart, the better the codes separate.",
 }
 STYLE = """
@@ -69,22 +72,43 @@ def page(metrics: Mapping[str, Any], figures: Mapping[str, bytes], images: Mappi
         f"{protocol['queries']:,} queries against {protocol['database']:,} rows, {protocol['classes']} classes; "
         f"{depth} over {'all orders of ties' if ours['ties'] == 'expected' else ours['ties'] + ' ties'}"
     )
-    pictures = "".join(
+    return document(
+        title, lead,
+        f"{_tiles(metrics, depth)}"
+        f"<h2>Beside the baselines</h2>{_tables(metrics, depth)}"
+        f'<h2>Curves</h2><div class="figures">{pictures(figures)}</div>'
+        f"<h2>Queries and their nearest rows</h2>{_gallery(metrics, images)}"
+        f"{_rounds(metrics.get('training', {}))}"
+        f"<h2>Code health</h2>{_facts(ours.get('code_health', {}))}"
+        f"<h2>How this was made</h2>{_facts({**protocol, **metrics['environment']})}",
+    )  # fmt: skip
+
+
+def document(title: str, lead: str, body: str) -> str:
+    """A page of ours: heading, one line below it, and the body's HTML."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)} - hashray</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>{body}</body></html>'
+    )
+
+
+def pictures(figures: Mapping[str, bytes]) -> str:
+    """PNG bytes by name, each with its caption."""
+    return "".join(
         f'<figure><img alt="{html.escape(name)}" src="{_uri(data, "png")}">'
         f"<figcaption>{html.escape(CAPTIONS.get(name, name))}</figcaption></figure>"
         for name, data in figures.items()
     )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)} - hashray</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>{_tiles(metrics, depth)}'
-        f"<h2>Beside the baselines</h2>{_tables(metrics, depth)}"
-        f'<h2>Curves</h2><div class="figures">{pictures}</div>'
-        f"<h2>Queries and their nearest rows</h2>{_gallery(metrics, images)}"
-        f"{_rounds(metrics.get('training', {}))}"
-        f"<h2>Code health</h2>{_facts(ours.get('code_health', {}))}"
-        f"<h2>How this was made</h2>{_facts({**protocol, **metrics['environment']})}</body></html>"
-    )
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], ours: int | None = None) -> str:
+    """A table of text; row `ours` is marked."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    marked = [' class="ours"' if i == ours else "" for i in range(len(lines))]
+    body = "".join(f"<tr{mark}>{line}</tr>" for mark, line in zip(marked, lines, strict=True))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _rounds(training: Mapping[str, Any]) -> str:

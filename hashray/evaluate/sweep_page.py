@@ -1,0 +1,149 @@
+"""The page of a sweep: leaderboard, learning curves, parallel coordinates, importance, winner beside default."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from hashray.evaluate.figures import INK, OURS, new_axes
+from hashray.evaluate.report import document, grid, pictures
+from hashray.tune.leaderboard import Trial, ranked
+
+SHOWN = 20
+
+
+def draw(trials: Sequence[Trial], summary: Mapping[str, Any]) -> dict[str, Figure]:
+    """Every figure of a sweep, by name."""
+    found = {"learning_curves": learning_curves(trials), "parallel_coordinates": parallel_coordinates(trials)}
+    if summary["importance"]:
+        found["importance"] = importance_bars(summary["importance"])
+    return found
+
+
+def learning_curves(trials: Sequence[Trial]) -> Figure:
+    """Best validation so far over passes; the best trial and the default stand out."""
+    figure, axes = new_axes("Learning curves", "passes over the images", "best validation so far")
+    best = ranked(trials)[0].number
+    for trial in trials:
+        if not trial.lines:
+            continue
+        passes = [line["pass"] for line in trial.lines]
+        scores = [line["validation_map"] for line in trial.lines]
+        top = [max(scores[: i + 1]) for i in range(len(scores))]
+        shown = {best: (OURS, 2.4, f"trial {best}, the best"), 0: (INK, 1.8, "trial 0, the default")}
+        tint, width, label = shown.get(trial.number, ("#9aa3b5", 0.9, None))
+        axes.plot(passes, top, color=tint, linewidth=width, label=label, zorder=2 + width)
+        axes.plot(passes[-1:], top[-1:], marker="x" if trial.state == "stopped" else "o", color=tint, markersize=5)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def parallel_coordinates(trials: Sequence[Trial]) -> Figure:
+    """One vertical axis a dimension, each from its lowest to its highest value tried (log where all lie above 0)."""
+    scored = [trial for trial in reversed(ranked(trials)) if trial.score is not None]
+    names = list(dict.fromkeys(name for trial in scored for name in trial.point))
+    figure, axes = new_axes("Parallel coordinates", "", "")
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    columns = {name: _places([trial.point.get(name) for trial in scored]) for name in names}
+    columns["score"] = _places([trial.score for trial in scored], log=False)
+    for rank, _ in enumerate(scored):
+        points = [(x, places[0][rank]) for x, places in enumerate(columns.values())]
+        kept = [(x, y) for x, y in points if y is not None]
+        share = (rank + 1) / len(scored)
+        tint = OURS if rank == len(scored) - 1 else colormaps["Greys"](0.15 + 0.6 * share)
+        axes.plot(
+            [x for x, _ in kept], [y for _, y in kept], color=tint, linewidth=0.8 + 1.4 * share**4, zorder=1 + rank
+        )
+    for x, (_, low, high) in enumerate(columns.values()):
+        axes.axvline(x, color=INK, linewidth=0.8, zorder=0)
+        axes.text(x, -0.04, low, ha="center", va="top", fontsize=7, color=INK)
+        axes.text(x, 1.04, high, ha="center", va="bottom", fontsize=7, color=INK)
+    axes.set_xticks(range(len(columns)), [name.rpartition(".")[2] for name in columns], rotation=20)
+    axes.set_ylim(-0.12, 1.14)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def _places(values: Sequence[Any], log: bool = True) -> tuple[list[float | None], str, str]:
+    """Where each value stands between the lowest (0) and the highest (1), and what those two are called."""
+    present = [value for value in values if value is not None]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
+        scale = math.log if log and min(present) > 0 else float
+        low, high = scale(min(present)), scale(max(present))
+        span = (high - low) or 1.0
+        return (
+            [None if v is None else (scale(v) - low) / span for v in values],
+            _short(min(present)),
+            _short(max(present)),
+        )
+    names = sorted({str(value) for value in present})
+    span = max(1, len(names) - 1)
+    places = [None if v is None else names.index(str(v)) / span for v in values]
+    return places, names[0], names[-1]
+
+
+def importance_bars(found: Mapping[str, Any]) -> Figure:
+    """A bar for each dimension, by method where there are several."""
+    bars = [
+        (name if len(found) == 1 else f"{name} ({kind})", share)
+        for kind, own in found.items()
+        for name, share in own["shares"].items()
+    ]
+    bars.sort(key=lambda bar: bar[1])
+    figure, axes = new_axes("Importance", "share of the score's variance", "")
+    axes.barh([name for name, _ in bars], [share for _, share in bars], color=OURS, height=0.6)
+    axes.set_xlim(0, 1)
+    return figure
+
+
+def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
+    """The page, one HTML file with everything inside."""
+    order = ranked(trials)
+    names = list(dict.fromkeys(name for trial in trials for name in trial.point))
+    rows = [
+        [str(rank), str(t.number), _score(t.score), f"{t.passes}/{t.total}", t.state,
+         *[_short(t.point.get(name, "")) for name in names]]
+        for rank, t in enumerate(order[:SHOWN], 1)
+    ]  # fmt: skip
+    share = summary["passes"] / summary["passes_of_full_grid"]
+    lead = (
+        f"{summary['trials']} trials, {summary['stopped']} stopped early, {len(summary['failed'])} failed; "
+        f"{summary['passes']:,} of {summary['passes_of_full_grid']:,} passes trained ({share:.0%})"
+    )
+    columns = ["rank", "trial", "score", "passes", "state", *[name.rpartition(".")[2] for name in names]]
+    failed = [[str(t.number), t.reason] for t in trials if t.state == "failed"]
+    body = (
+        f"<h2>Leaderboard</h2>{grid(columns, rows, ours=0)}"
+        f"{_compared(summary['compared'])}"
+        f'<h2>Trials</h2><div class="figures">{pictures(figures)}</div>'
+        + (f"<h2>Failed trials</h2>{grid(['trial', 'reason'], failed)}" if failed else "")
+    )
+    return document("Sweep", lead, body)
+
+
+def _compared(found: Mapping[str, Any]) -> str:
+    if not found:
+        return ""
+    names = list(next(iter(found.values()))["mean"])
+    rows = [
+        [who, str(own["trial"]), ", ".join(str(line["seed"]) for line in own["seeds"]),
+         *[f"{own['mean'][name]:.4f} ± {own['std'][name]:.4f}" for name in names]]
+        for who, own in found.items()
+    ]  # fmt: skip
+    title = "The winner beside the default" if len(rows) > 1 else "The default was the best"
+    note = "<p>Trained anew with each seed; the queries were read here for the first time.</p>"
+    return f"<h2>{title}</h2>{note}{grid(['config', 'trial', 'seeds', *[n.replace('_', ' ') for n in names]], rows, 0)}"
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,140 @@
+"""[Ray] `hashray tune`: search a space of training configs, then train the winner and the default anew and score both.
+
+sweep/  leaderboard.parquet · passes.parquet · best.toml · sweep.json · report.html · figures/ · trials/<run>/ ·
+        models/<winner or default>-<seed>/ · evaluations/<winner or default>-<seed>/ · manifest.json
+
+Trials are compared by validation rows alone. The query split is read once, at the end: by the winner and the
+config's own values, each trained with the same seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from hashray import __version__, artifact, storage
+from hashray.artifact import Manifest, canonical, sha256_hex
+from hashray.config import require_path
+from hashray.data.corpus import Corpus, open_corpus, table_bytes
+from hashray.data.units import already_made, refuse_taken
+from hashray.evaluate.figures import png
+from hashray.evaluate.run import EvaluateConfig, evaluate
+from hashray.evaluate.sweep_page import draw, sweep_page
+from hashray.progress import say
+from hashray.runtime import WorkersConfig, connect
+from hashray.storage import Store, join, open_store
+from hashray.train.self_training import train_model
+from hashray.train.trainer import placed, run_of
+from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
+from hashray.tune.search import search
+from hashray.tune.space import SweepConfig
+
+WINNER, DEFAULT = "winner", "default"
+
+
+def tune(config: SweepConfig) -> Manifest:
+    """Run the stage; return the sweep's manifest. Rerun = resume, trial by trial and pass by pass.
+
+    Raises:
+        InputError: no corpus, or nothing in it to train on or to compare trials by. RunError: every trial failed.
+        AlreadyExists: `out` holds another sweep.
+    """
+    out = storage.absolute(require_path(config.out, "--out"))
+    corpus = open_corpus(storage.absolute(require_path(config.corpus, "--corpus")))
+    corpus.require("train", "a sweep")
+    store = open_store(out)
+    asked = {
+        "base": config.base.result_of(), "space": {n: d.model_dump(mode="json") for n, d in config.space.items()},
+        "search": config.search.model_dump(mode="json"), "corpus": corpus.manifest.id,
+        "start": run_of(placed(config.base), corpus)[0],
+    }  # fmt: skip
+    plan = sha256_hex(canonical(asked))[:16]
+    made = already_made(store, "sweep", plan)
+    if made is not None:
+        return made
+    connect()
+    trials = search(config, corpus, out, plan)
+    best = ranked(trials)[0]
+    say(f"best of {len(trials)}: trial {best.number}, validation {best.score:.4f}, the default {_default(trials)}")
+    compared = _compare(config, corpus, best, trials[0], out)
+    spent, full = sum(trial.passes for trial in trials), sum(trial.total for trial in trials)
+    summary = {
+        "trials": len(trials), "best_trial": best.number, "best_score": best.score, "default_score": trials[0].score,
+        "stopped": sum(trial.state == "stopped" for trial in trials),
+        "failed": [trial.number for trial in trials if trial.state == "failed"],
+        "passes": spent, "passes_of_full_grid": full, "importance": importance(trials, config, config.search.seed),
+        "compared": compared,
+    }  # fmt: skip
+    files = _write(store, trials, best, summary)
+    refuse_taken(store, plan)
+    manifest = artifact.publish(
+        store,
+        Manifest(
+            kind="sweep", project_version=__version__, config=asked, parents={"corpus": corpus.manifest.id},
+            files=files, info={"plan": plan, **summary},
+        ),
+    )  # fmt: skip
+    for key, _ in list(store.list("progress/")):
+        store.delete(key)
+    say(f"{out}: {spent:,} of {full:,} passes trained ({spent / full:.0%}); hashray train {join(out, 'best.toml')}")
+    return manifest
+
+
+def _default(trials: list[Trial]) -> str:
+    return f"{trials[0].score:.4f}" if trials[0].score is not None else f"failed ({trials[0].reason})"
+
+
+def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial, out: str) -> dict[str, Any]:
+    """Train the winner and the default with every report seed; validation and query mAP of each."""
+    found: dict[str, Any] = {}
+    sides = [(WINNER, best)] + (
+        [(DEFAULT, default)] if default.number != best.number and default.state != "failed" else []
+    )
+    for who, trial in sides:
+        lines = []
+        for seed in config.search.report_seeds:
+            name = f"{who}-{seed}"
+            model, at = join(out, "models", name), join(out, "evaluations", name)
+            places = {"corpus": corpus.store.url, "out": model, "seed": seed, "features": config.features}
+            assert trial.config is not None
+            made = train_model(trial.config.model_copy(update=places))
+            lines.append(
+                {"seed": seed, "validation": made.info["validation_map"], **_query_score(config, model, at, corpus)}
+            )
+        found[who] = {"trial": trial.number, "seeds": lines, **_spread(lines)}
+    if not config.search.report_seeds:
+        return {}
+    return found
+
+
+def _query_score(config: SweepConfig, model: str, at: str, corpus: Corpus) -> dict[str, float]:
+    if not corpus.count("query") or not corpus.count("database"):
+        return {}
+    pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu))
+    metrics = evaluate(
+        EvaluateConfig(model=model, corpus=corpus.store.url, out=at, baselines=False, gallery=0, pool=pool)
+    )
+    ours = metrics["results"][0]["name"]
+    scores = {f"query_{r.get('scenario', 'mAP')}": r["mAP"] for r in metrics["results"] if r["name"] == ours}
+    mean = metrics.get("harmonic_mean", {}).get(ours)
+    return scores if mean is None else {**scores, "query_harmonic": mean}
+
+
+def _spread(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    names = [name for name in lines[0] if name != "seed"] if lines else []
+    values = {name: [line[name] for line in lines] for name in names}
+    return {
+        "mean": {name: statistics.fmean(own) for name, own in values.items()},
+        "std": {name: statistics.stdev(own) if len(own) > 1 else 0.0 for name, own in values.items()},
+    }
+
+
+def _write(store: Store, trials: list[Trial], best: Trial, summary: dict[str, Any]) -> tuple[artifact.FileRecord, ...]:
+    figures = {name: png(figure) for name, figure in draw(trials, summary).items()}
+    tables = {"leaderboard.parquet": leaderboard(trials), "passes.parquet": passes_table(trials)}
+    files = [artifact.write_file(store, name, table_bytes(table), len(table)) for name, table in tables.items()]
+    files.append(artifact.write_file(store, "best.toml", best_toml(best)))
+    files.append(artifact.write_file(store, "sweep.json", canonical(summary)))
+    files += [artifact.write_file(store, f"figures/{name}.png", data) for name, data in figures.items()]
+    files.append(artifact.write_file(store, "report.html", sweep_page(trials, summary, figures).encode()))
+    return tuple(files)

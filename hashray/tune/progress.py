@@ -1,0 +1,90 @@
+"""A sweep while it runs: a live table of the best trials, or JSON lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table
+
+from hashray.progress import console
+from hashray.tune.space import NUMBER
+
+SHOWN = 8
+
+
+class Watch:
+    """What the trials have reported so far."""
+
+    def __init__(self, trials: int, passes: int) -> None:
+        self.trials, self.passes = trials, passes
+        self.start_s = time.monotonic()
+        self.points: dict[int, dict[str, Any]] = {}
+        self.at: dict[int, tuple[int, float]] = {}
+        self.over: dict[int, str] = {}
+        self.live: Live | None = None
+
+    def __enter__(self) -> Watch:
+        if console.is_terminal:
+            self.live = Live(self._table(), console=console, refresh_per_second=2)
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def reported(self, point: dict[str, Any], passes: int, score: float) -> None:
+        """The trial at this point has reported."""
+        trial = point[NUMBER]
+        self.points[trial] = {name: value for name, value in point.items() if name != NUMBER}
+        self.at[trial] = passes, score
+        self._show(trial)
+
+    def ended(self, point: dict[str, Any], why: str) -> None:
+        """The trial at this point reports no more."""
+        trial = point[NUMBER]
+        passes = self.at.get(trial, (0, 0.0))[0]
+        self.over[trial] = why or ("finished" if passes >= self.passes else "stopped")
+        self._show(trial)
+
+    def eta_s(self) -> float | None:
+        """Seconds to go, if the trials that are left take as long as those that have ended."""
+        if not self.over:
+            return None
+        return (time.monotonic() - self.start_s) / len(self.over) * (self.trials - len(self.over))
+
+    def _show(self, trial: int) -> None:
+        if self.live is not None:
+            self.live.update(self._table())
+            return
+        passes, score = self.at.get(trial, (0, None))
+        eta = self.eta_s()
+        best = max((score for _, score in self.at.values()), default=None)
+        line = {
+            "stage": "tune", "done": len(self.over), "total": self.trials, "unit": "trials",
+            "eta_s": eta and round(eta, 1), "trial": trial, "state": self.over.get(trial, "running"),
+            "passes": passes, "score": score, "best": best,
+        }  # fmt: skip
+        print(json.dumps(line), file=sys.stderr, flush=True)
+
+    def _table(self) -> Table:
+        eta = self.eta_s()
+        left = "" if eta is None else f", about {eta / 60:.0f} min left"
+        table = Table(title=f"{len(self.over)} of {self.trials} trials{left}", title_justify="left")
+        for name in ("trial", "score", "passes", "state", "point"):
+            table.add_column(name, justify="left" if name in ("state", "point") else "right")
+        for trial in sorted(self.at, key=lambda name: -self.at[name][1])[:SHOWN]:
+            passes, score = self.at[trial]
+            point = "  ".join(f"{name.rpartition('.')[2]} {_short(v)}" for name, v in self.points[trial].items())
+            state = self.over.get(trial, "running")
+            table.add_row(str(trial), f"{score:.4f}", f"{passes}/{self.passes}", state, point)
+        return table
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,106 @@
+"""[Ray] A trial in segments: from one report to the next, each a function of the config and the state before it.
+
+What a segment ends with is kept under <out>/trials/<run>/<passes>/, where <run> is the hash of everything that the
+trial's weights depend on. A segment that is there is read, not trained: a sweep that was killed and is run again
+goes through the same reports in the same order, from these files, up to where it stopped, and on from there. So the
+searcher and the scheduler need no state of their own on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from hashray.methods import build_method
+from hashray.methods.backbone import build_trunk
+from hashray.storage import join, open_store
+from hashray.train.checkpoint import STATE, TENSORS, Position, keep_checkpoint, read_checkpoint
+from hashray.train.config import TrainConfig
+from hashray.train.trainer import fit
+from hashray.train.workers import build_loop
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One stretch of a trial whose files lie under `trial`: from `start` to `until`, in passes over the images."""
+
+    trial: str
+    start: int
+    until: int
+
+    def place(self, name: str) -> str:
+        """Where something of the trial lies."""
+        return join(self.trial, name)
+
+
+def total_passes(config: TrainConfig, num_classes: int) -> int:
+    """Passes over the images of a whole training."""
+    method = build_method(config.method, build_trunk(config.backbone, load_weights=False), num_classes)
+    return sum(phase.epochs for phase in method.phases(config.epochs))
+
+
+def ended_at(segment: Segment) -> Position | None:
+    """Where a segment ended, with the lines of every pass so far in its notes; None where it has not."""
+    store = open_store(segment.place(str(segment.until)))
+    return Position(**json.loads(store.read(STATE))["position"]) if store.exists(STATE) else None
+
+
+def score_of(position: Position) -> float:
+    """What trials are compared by: the best validation so far, the last one where none may be chosen from yet."""
+    if position.best_score is not None:
+        return position.best_score
+    return float(position.notes["history"][-1]["validation_map"])
+
+
+def train_here(job: dict[str, Any], segment: Segment) -> None:
+    """Train a segment in this process, from the state before it or from where it was interrupted.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
+    config = TrainConfig.model_validate(job["config"])
+    if not config.gpu:
+        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    partial = segment.place(f"{segment.until}-partial")
+
+    def report(metrics: dict[str, Any], write: Any) -> None:
+        if write is not None:
+            last = metrics.get("pass") == segment.until
+            with tempfile.TemporaryDirectory() as folder:
+                write(Path(folder))
+                keep_checkpoint(segment.place(str(segment.until)) if last else partial, Path(folder))
+
+    loop = build_loop(job, 0, 1, torch.device("cuda" if config.gpu else "cpu"), report, None)
+    begun = open_store(partial).exists(STATE)
+    before = partial if begun else segment.place(str(segment.start)) if segment.start else None
+    loop.run(None if before is None else read_checkpoint(before), segment.until)
+
+
+def train_by_ray_train(job: dict[str, Any], segment: Segment) -> None:
+    """Train a segment as a Ray Train run of its own: for several workers, or images that are streamed."""
+    config = TrainConfig.model_validate(job["config"])
+    start = segment.place(str(segment.start)) if segment.start else None
+    more = {"checkpoints": segment.place("train"), "run": str(segment.until), "until": segment.until, "start": start}
+    final = fit(config, job | more)
+    with tempfile.TemporaryDirectory() as folder:
+        final.save(Path(folder))
+        keep_checkpoint(segment.place(str(segment.until)), Path(folder))
+
+
+def forget_before(segment: Segment) -> None:
+    """Delete the weights that nothing goes on from any more; the lines of earlier segments are in the last one's."""
+    store = open_store(segment.trial)
+    for prefix in (f"{segment.until}-partial/", "train/"):
+        for key, _ in list(store.list(prefix)):
+            store.delete(key)
+    if segment.start:
+        store.delete(f"{segment.start}/{TENSORS}")
+
+
+train_segment = ray.remote(train_here)

@@ -1,0 +1,296 @@
+"""What a sweep tries: a training config plus a [space] table and a [search] table. No Ray.
+
+    [space]
+    optim.lr = { log = [1e-4, 1e-2] }
+    method.margin = { linear = [0.1, 1.0] }
+    method.rounds = { integer = [1, 3] }
+    method.priority = { choice = ["project", "sum"], when = "lcgh" }
+
+A point of the space is a table {"optim.lr": 3e-3, …} of the dimensions that its method has; the config of the
+file itself is the first point of every sweep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import optuna
+import tyro
+from pydantic import Field, field_validator, model_validator
+
+from hashray.config import Config, parse_toml, validate
+from hashray.errors import ConfigError, perhaps
+from hashray.methods import known_methods
+from hashray.storage import read_url
+from hashray.train.config import TrainConfig
+
+KIND, NUMBER = "method.kind", "trial"
+KINDS = ("log", "linear", "integer", "choice")
+# A trial's score must mean the same for all of them, and all find the same corpus.
+FIXED = {
+    "corpus", "out", "features", "init", "pseudo_labels", "self_training", "seed", "epochs", "input", "workers",
+    "cpus_per_worker", "gpu", "max_failures", "max_bad", "validation_rows", "validation_every", "select_by",
+    "checkpoint_every", "checkpoint_steps", "memory_limit_mib", "tensorboard", "unlabelled",
+}  # fmt: skip
+Point = dict[str, Any]
+
+
+class Dimension(Config):
+    """One range or list of values: exactly one of log, linear, integer and choice."""
+
+    log: tuple[float, float] | None = None
+    linear: tuple[float, float] | None = None
+    integer: tuple[int, int] | None = None
+    choice: tuple[Any, ...] | None = None
+    when: str | None = Field(None, description="only where method.kind is this")
+
+    @model_validator(mode="after")
+    def _one_range(self) -> Dimension:
+        given = [name for name in KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(KINDS)}; found {', '.join(given) or 'none'}")
+        if self.choice is not None:
+            if len(self.choice) < 2:
+                raise ValueError("a choice needs two values or more")
+            return self
+        low, high = self.ends
+        if not low < high or not all(math.isfinite(end) for end in (low, high)):
+            raise ValueError(f"the range [{low:g}, {high:g}] is empty or not finite")
+        if self.log is not None and low <= 0:
+            raise ValueError(f"a log range begins above 0, this one at {low:g}")
+        return self
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """Both ends of a range, or every value of a choice."""
+        return next(ends for name in KINDS if (ends := getattr(self, name)) is not None)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one that this dimension could draw."""
+        if self.choice is not None:
+            return value in self.choice
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and self.ends[0] <= value <= self.ends[1]
+
+    def draw(self, name: str, trial: Any) -> Any:
+        """A value for an Optuna trial."""
+        if self.choice is not None:
+            return trial.suggest_categorical(name, list(self.choice))
+        if self.integer is not None:
+            return trial.suggest_int(name, *self.integer)
+        low, high = self.ends
+        return trial.suggest_float(name, low, high, log=self.log is not None)
+
+    def distribution(self) -> optuna.distributions.BaseDistribution:
+        """What `draw` draws from."""
+        if self.choice is not None:
+            return optuna.distributions.CategoricalDistribution(list(self.choice))
+        if self.integer is not None:
+            return optuna.distributions.IntDistribution(*self.integer)
+        low, high = self.ends
+        return optuna.distributions.FloatDistribution(low, high, log=self.log is not None)
+
+
+class SearchConfig(Config):
+    """How the space is searched."""
+
+    trials: int = Field(32, ge=2)
+    algorithm: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random points")
+    scheduler: Literal["asha", "median", "none"] = Field("asha", description="which trials stop early")
+    grace_epochs: int | None = Field(None, ge=1, description="passes before a trial may stop; unset: a ninth of all")
+    reduction_factor: int = Field(3, ge=2, description="asha: one of so many trials goes on from a rung to the next")
+    at_once: int | None = Field(None, ge=1, description="trials in flight; unset: as many as the cluster can train")
+    seed: int = Field(0, ge=0, description="of the search; trials are trained with the config's own seed")
+    max_failures: int = Field(1, ge=0, description="times that a failed trial is tried again")
+    report_seeds: tuple[int, ...] = Field(
+        (0, 1, 2), description="seeds that the winner and the default are trained with, to be scored on the queries"
+    )
+
+    @field_validator("report_seeds")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("report_seeds holds a seed twice")
+        return value
+
+
+class SweepConfig(TrainConfig):
+    """A training config with what to try around it."""
+
+    search: SearchConfig = SearchConfig()
+    space: Annotated[dict[str, Dimension], tyro.conf.Suppress] = Field(default_factory=dict)
+
+    @cached_property
+    def base(self) -> TrainConfig:
+        """The training config of the file: trial 0 of the sweep."""
+        return self.at({})
+
+    def kinds(self) -> tuple[str, ...]:
+        """The methods that the sweep trains."""
+        dimension = self.space.get(KIND)
+        return (self.method.kind,) if dimension is None else tuple(str(kind) for kind in dimension.ends)
+
+    def active(self, kind: str) -> dict[str, Dimension]:
+        """The dimensions of a method, without method.kind itself."""
+        return {name: d for name, d in self.space.items() if name != KIND and d.when in (None, kind)}
+
+    def default(self) -> Point:
+        """The point of the file's own config."""
+        table = self.base.model_dump(mode="json")
+        point = {name: _look_up(table, name) for name in self.active(self.method.kind)}
+        return ({KIND: self.method.kind} if KIND in self.space else {}) | point
+
+    def draw(self, trial: Any) -> dict[str, int]:
+        """Ask an Optuna trial for a value of every dimension of its method; return its number, as part of the point."""
+        kind = self.space[KIND].draw(KIND, trial) if KIND in self.space else self.method.kind
+        for name, dimension in self.active(kind).items():
+            dimension.draw(name, trial)
+        return {NUMBER: trial.number}
+
+    def at(self, point: Mapping[str, Any]) -> TrainConfig:
+        """The training config of a point, scored after every pass.
+
+        Raises:
+            ConfigError: this point's values are not a training config.
+        """
+        table = self.model_dump(mode="json", exclude_unset=True, exclude={"search", "space"})
+        kind = point.get(KIND, self.method.kind)
+        if kind != self.method.kind and kind in known_methods():
+            fields = known_methods()[kind][0].model_fields
+            kept = {name: value for name, value in table["method"].items() if name in fields and name != "preset"}
+            table["method"] = {**kept, "kind": kind}
+        values = {name: value for name, value in point.items() if name != NUMBER}
+        for name, value in values.items():
+            *parents, last = name.split(".")
+            inner = table
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[last] = value
+        table |= {"validation_every": 1, "checkpoint_every": 1, "checkpoint_steps": None, "tensorboard": False}
+        return validate(TrainConfig, table, ", ".join(f"{n} = {v!r}" for n, v in values.items()) or "the config")
+
+    def corners(self) -> list[Point]:
+        """The default, and it with one dimension after another at each of its ends."""
+        return [self.default(), *[point for name in self.space for point in self.ends_of(name)]]
+
+    def ends_of(self, name: str) -> list[Point]:
+        """A dimension at each of its ends, for every method that has it."""
+        dimension = self.space[name]
+        kinds = (dimension.when,) if dimension.when else self.kinds()
+        own: list[Point] = [{KIND: kind} for kind in kinds] if KIND in self.space and name != KIND else [{}]
+        return [{**point, name: end} for point in own for end in dimension.ends]
+
+
+def read_sweep(url: str) -> SweepConfig:
+    """Read a sweep, TOML, local or on S3; check every end of every range against the training config.
+
+    Raises:
+        InputError: no such file. ConfigError: every fault at once.
+    """
+    table = parse_toml(read_url(url), url)
+    space = table.pop("space", None)
+    if not isinstance(space, dict) or not space:
+        raise ConfigError(
+            f"{url} has no [space] table: name what to try, such as optim.lr = {{ log = [1e-4, 1e-2] }}; "
+            "`hashray train` is for a config without one"
+        )
+    config = validate(SweepConfig, {**table, "space": _flat(space)}, url)
+    check_sweep(config, url)
+    return config
+
+
+def check_sweep(config: SweepConfig, where: str) -> None:
+    """Refuse a sweep that would fail at some point of its space, or that has nothing to compare trials by.
+
+    Raises:
+        ConfigError: every fault at once.
+    """
+    faults = [fault for name, dimension in config.space.items() for fault in _faults(config, name, dimension)]
+    if not config.validation_rows:
+        faults.append("validation_rows: 0 leaves nothing to compare trials by (the query split is never used for it)")
+    if config.self_training is not None:
+        faults.append("self_training: sweep the first training, then train the winner with rounds")
+    if not faults:
+        outside = [name for name, value in config.default().items() if not config.space[name].holds(value)]
+        faults += [
+            f"space.{name}: the config's own value {config.default()[name]!r} is not in the range, and it is the first "
+            "trial of every sweep; widen the range, or set the value in the config"
+            for name in outside
+        ]
+    if faults:
+        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise ConfigError(f"{where}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def _faults(config: SweepConfig, name: str, dimension: Dimension) -> list[str]:
+    top = name.partition(".")[0]
+    known = sorted(TrainConfig.model_fields)
+    if top not in known:
+        return [f"space.{name}: unknown key{perhaps(top, known) or '.'} Known here: {', '.join(known)}"]
+    if name in FIXED or (top == "backbone" and config.backbone.frozen) or name in ("method", "optim", "augment"):
+        return [f"space.{name}: this is the same for all trials of a sweep"]
+    if dimension.when is not None and dimension.when not in config.kinds():
+        trained = ", ".join(config.kinds())
+        return [f"space.{name}: when = {dimension.when!r}, and the sweep trains {trained} only"]
+    faults = []
+    for point in config.ends_of(name):
+        try:
+            config.at(point)
+        except ConfigError as error:
+            lines = [line.strip() for line in str(error).splitlines()[1:]]
+            faults += [f"space.{name}: {line}" for line in lines]
+    return list(dict.fromkeys(faults))
+
+
+def _flat(space: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names of nested tables: a dimension is a table that names a kind of range, or holds no table."""
+    found: dict[str, Any] = {}
+    for name, value in space.items():
+        inner = (
+            isinstance(value, dict)
+            and not set(value) & {*KINDS, "when"}
+            and any(isinstance(own, dict) for own in value.values())
+        )
+        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
+
+
+def _look_up(table: Mapping[str, Any], name: str) -> Any:
+    value: Any = table
+    for part in name.split("."):
+        value = value[part]
+    return value
+
+
+def milestones(search: SearchConfig, most: int, passes: int) -> list[int]:
+    """After how many passes a trial reports, and may be stopped: asha's rungs, or every grace_epochs, and its end.
+
+    Args:
+        most: passes of the longest trial, by which the rungs are laid for all.
+        passes: this trial's own.
+
+    >>> milestones(SearchConfig(grace_epochs=2, reduction_factor=3), 20, 20)
+    [2, 6, 18, 20]
+    >>> milestones(SearchConfig(grace_epochs=2, reduction_factor=3), 20, 10)
+    [2, 6, 10]
+    >>> milestones(SearchConfig(scheduler="median", grace_epochs=3), 8, 8)
+    [3, 6, 8]
+    """
+    grace = grace_epochs(search, most)
+    if search.scheduler == "none":
+        return [passes]
+    if search.scheduler == "asha":
+        found = [
+            grace * search.reduction_factor**k for k in range(passes) if grace * search.reduction_factor**k < passes
+        ]
+    else:
+        found = list(range(grace, passes, grace))
+    return [*found, passes]
+
+
+def grace_epochs(search: SearchConfig, passes: int) -> int:
+    """Passes before a trial may stop."""
+    return search.grace_epochs or max(1, passes // 9)

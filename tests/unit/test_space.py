@@ -1,0 +1,189 @@
+"""Sweeps: what a point of the space is, and every fault of a sweep before its first trial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hashray.cli import main
+from hashray.errors import ConfigError
+from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
+from hashray.tune.space import KIND, SearchConfig, SweepConfig, milestones, read_sweep
+
+ROOT = Path(__file__).parents[2]
+BASE: dict[str, Any] = {"method": {"kind": "adalabelhash", "num_bits": 16}, "optim": {"lr": 1e-3}, "epochs": 9}
+
+
+def written(tmp_path: Path, **tables: Any) -> str:
+    path = tmp_path / "sweep.toml"
+    path.write_bytes(tomli_w.dumps({**BASE, **tables}).encode())
+    return str(path)
+
+
+def sweep(tmp_path: Path, space: dict[str, Any], **tables: Any) -> SweepConfig:
+    return read_sweep(written(tmp_path, space=space, **tables))
+
+
+def faults(tmp_path: Path, space: dict[str, Any], **tables: Any) -> str:
+    with pytest.raises(ConfigError) as found:
+        sweep(tmp_path, space, **tables)
+    return str(found.value)
+
+
+def test_points_reach_the_training_config_and_the_files_own_values_are_the_first(tmp_path: Path) -> None:
+    config = sweep(
+        tmp_path,
+        {"optim": {"lr": {"log": [1e-4, 1e-2]}}, "method.margin_ratio": {"linear": [0.1, 1.0]}},
+        method={**BASE["method"], "margin_ratio": 0.5},
+    )
+    assert config.default() == {"optim.lr": 1e-3, "method.margin_ratio": 0.5}
+    chosen = config.at({"optim.lr": 3e-3, "method.margin_ratio": 0.25})
+    assert (chosen.optim.lr, chosen.method.margin_ratio) == (3e-3, 0.25)  # type: ignore[attr-defined]
+    assert (chosen.epochs, chosen.validation_every) == (9, 1)
+    assert config.base.optim.lr == 1e-3
+
+
+def test_a_preset_still_fills_what_a_point_leaves(tmp_path: Path) -> None:
+    method = {"kind": "dseh", "num_bits": 16, "preset": "paper", "beta": 0.01}
+    config = sweep(tmp_path, {"method.beta": {"log": [1e-6, 1e-1]}}, method=method)
+    chosen = config.at({"method.beta": 0.02})
+    assert (chosen.method.beta, chosen.method.label_hidden) == (0.02, 4096)  # type: ignore[attr-defined]
+
+
+def test_dimensions_of_another_method_wait_for_it(tmp_path: Path) -> None:
+    space = {
+        KIND: {"choice": ["adalabelhash", "lcgh"]},
+        "method.margin": {"linear": [0.1, 1.0], "when": "lcgh"},
+        "method.codeword_lr_factor": {"log": [1.0, 100.0]},
+    }
+    config = sweep(tmp_path, space)
+    assert config.default() == {KIND: "adalabelhash", "method.codeword_lr_factor": 10.0}
+    chosen = config.at({KIND: "lcgh", "method.margin": 0.7, "method.codeword_lr_factor": 2.0})
+    assert chosen.method.kind == "lcgh" and chosen.method.num_bits == 16
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = []
+    for _ in range(12):
+        trial = study.ask()
+        number = config.draw(trial)
+        drawn.append(trial.params)
+        config.at({**trial.params, **number})
+    assert {point[KIND] for point in drawn} == {"adalabelhash", "lcgh"}
+    assert all(("method.margin" in point) == (point[KIND] == "lcgh") for point in drawn)
+
+
+def test_every_fault_of_a_space_is_listed_with_what_was_perhaps_meant(tmp_path: Path) -> None:
+    text = faults(
+        tmp_path,
+        {
+            "optim.lr": {"log": [1e-4, 1e-2]},
+            "optim.momentum": {"linear": [0.0, 1.0]},
+            "method.margin_ration": {"linear": [0.1, 1.0]},
+            "epochs": {"integer": [1, 5]},
+            "optin.lr": {"log": [1e-4, 1e-2]},
+            "method.margin": {"linear": [0.1, 1.0], "when": "lcgh"},
+        },
+    )
+    assert text.count("space.") == 5
+    assert "space.optim.momentum: optim.momentum: Input should be less than 1 (found 1.0)" in text
+    assert "margin_ratio" in text and "perhaps" in text.lower()
+    assert "space.epochs: this is the same for all trials" in text
+    assert "when = 'lcgh', and the sweep trains adalabelhash only" in text
+
+
+@pytest.mark.parametrize(
+    ("space", "text"),
+    [
+        ({"optim.lr": {"log": [0.0, 1.0]}}, "a log range begins above 0"),
+        ({"optim.lr": {"linear": [1.0, 0.1]}}, "is empty or not finite"),
+        ({"optim.lr": {"log": [1e-4, 1e-2], "linear": [0.1, 1.0]}}, "exactly one of"),
+        ({"optim.lr": {"logg": [1e-4, 1e-2]}}, "logg"),
+        ({"optim.name": {"choice": ["sgd"]}}, "two values or more"),
+        ({"optim.lr": {"log": [1e-2, 1e-1]}}, "the config's own value 0.001 is not in the range"),
+    ],
+)
+def test_a_range_that_cannot_be_searched_is_refused(tmp_path: Path, space: dict[str, Any], text: str) -> None:
+    assert text in faults(tmp_path, space)
+
+
+def test_a_sweep_needs_a_space_and_rows_to_compare_trials_by(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(ConfigError, match=r"no \[space\] table"):
+        read_sweep(written(tmp_path))
+    assert "validation_rows" in faults(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}}, validation_rows=0)
+    path = written(tmp_path, space={"optim.lrr": {"log": [1e-4, 1e-2]}})
+    assert main(["tune", path, "--corpus", "nowhere", "--out", str(tmp_path / "out")]) == 2
+    assert "lr" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shipped_sweeps_are_whole() -> None:
+    found = sorted((ROOT / "jobs/sweeps").glob("*.toml"))
+    assert {read_sweep(str(path)).method.kind for path in found} == {"dseh", "adalabelhash", "lcgh"}
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(2, 5), st.sampled_from(["asha", "median", "none"]))
+def test_trials_report_in_order_and_at_the_end(passes: int, grace: int, factor: int, scheduler: Any) -> None:
+    found = milestones(SearchConfig(scheduler=scheduler, grace_epochs=grace, reduction_factor=factor), passes, passes)
+    assert found == sorted(set(found)) and found[-1] == passes
+    assert all(later >= grace for later in found[:-1])
+
+
+def trial(config: SweepConfig, number: int, point: dict[str, Any], scores: list[float], total: int = 4) -> Trial:
+    lines = [
+        {"pass": i + 1, "phase": "image", "loss": 1.0 / (i + 1), "validation_map": score, "epoch": i + 1}
+        for i, score in enumerate(scores)
+    ]
+    state = "failed" if not scores else "finished" if len(scores) == total else "stopped"
+    best = max(scores, default=None)
+    reason = "" if scores else "the loss is not finite"
+    return Trial(number, point, f"{number:04d}-run", state, best, len(scores), total, reason, lines, config.at(point))
+
+
+def test_the_leaderboard_ranks_by_score_then_by_number_and_failures_come_last(tmp_path: Path) -> None:
+    config = sweep(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}})
+    points = [{"optim.lr": lr} for lr in (1e-3, 2e-3, 3e-3, 4e-3)]
+    trials = [
+        trial(config, i, p, s) for i, (p, s) in enumerate(zip(points, [[0.2], [], [0.4, 0.3], [0.4]], strict=True))
+    ]
+    assert [t.number for t in ranked(trials)] == [2, 3, 0, 1]
+    table = leaderboard(trials).to_pylist()
+    assert [row["state"] for row in table] == ["stopped", "stopped", "stopped", "failed"]
+    assert table[3]["reason"] == "the loss is not finite" and table[3]["score"] is None
+    assert not {name for name in leaderboard(trials).column_names if "time" in name or name.endswith("_s")}
+    lines = passes_table(trials).to_pylist()
+    assert [(line["trial"], line["pass"], line["validation_map"]) for line in lines] == [
+        (0, 1, 0.2), (2, 1, 0.4), (2, 2, 0.3), (3, 1, 0.4),
+    ]  # fmt: skip
+
+
+def test_importance_finds_the_dimension_that_matters_at_the_report_that_all_made(tmp_path: Path) -> None:
+    space = {"optim.lr": {"log": [1e-4, 1e-2]}, "optim.weight_decay": {"log": [1e-5, 1e-1]}}
+    config = sweep(tmp_path, space)
+    points = [
+        {"optim.lr": 10 ** (-4 + 2 * (i % 6) / 5), "optim.weight_decay": 10 ** (-5 + 4 * (i // 6) / 5)}
+        for i in range(36)
+    ]
+    trials = [trial(config, i, p, [p["optim.lr"], *([0.0] if i % 2 else [])]) for i, p in enumerate(points)]
+    found = importance(trials, config, seed=0)["adalabelhash"]
+    assert found["after_passes"] == 1 and found["trials"] == 36
+    assert found["shares"]["optim.lr"] > 0.9 > 0.1 > found["shares"]["optim.weight_decay"]
+    assert importance(trials[:3], config, seed=0) == {}
+
+
+def test_best_toml_comes_back_as_the_winners_config(tmp_path: Path) -> None:
+    config = sweep(
+        tmp_path,
+        {"optim.lr": {"log": [1e-4, 1e-2]}, "optim.clip_norm": {"log": [0.1, 10.0]}},
+        optim={"lr": 1e-3, "clip_norm": 1.0},
+    )
+    best = trial(config, 1, {"optim.lr": 0.00123456789012345, "optim.clip_norm": 0.3}, [0.5])
+    path = tmp_path / "best.toml"
+    path.write_bytes(best_toml(best))
+    from hashray.train.config import read_training_config
+
+    assert read_training_config(str(path)).result_of() == best.config.result_of()

@@ -1,0 +1,93 @@
+"""The order of reports: the same whichever trial is ready first, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hashray.tune.turns import Turns
+
+
+def told(seed: int, at_once: int, lengths: list[list[int]], fails: set[int]) -> list[tuple[str, int]]:
+    """Run trials that report after these many passes, at random speeds; return who reported what, in order.
+
+    A trial in `fails` dies once, at a random moment of its first stretch, and sets out again.
+    """
+    rng = random.Random(seed)
+    turns = Turns(at_once, len(lengths))
+    waiting, left = [str(i) for i in range(len(lengths))], {str(i): list(own) for i, own in enumerate(lengths)}
+    running: dict[str, bool] = {}  # in flight: whether it stands at the gate
+    to_fail = {str(i) for i in fails}
+    found: list[tuple[str, int]] = []
+
+    def begin(trial: str) -> None:
+        turns.enter(trial, int(trial), left[trial][0])
+        running[trial] = False
+
+    while waiting or running:
+        fresh = [waiting.pop(0) for _ in range(min(len(waiting), at_once - len(running)))]
+        for trial in rng.sample(fresh, len(fresh)):  # whichever process is up first
+            begin(trial)
+        on_the_way = sorted(trial for trial, there in running.items() if not there)
+        if on_the_way and rng.random() < 0.7:
+            trial = rng.choice(on_the_way)
+            if trial in to_fail:
+                to_fail.discard(trial)
+                begin(trial)
+            else:
+                turns.arrive(trial)
+                running[trial] = True
+        released = turns.next()
+        if released is None:
+            assert on_the_way, "everyone stands at the gate and nobody may pass"
+            continue
+        found.append((released, left[released].pop(0)))
+        if left[released]:
+            begin(released)
+        else:
+            del running[released]
+            turns.end(released)
+    return found
+
+
+@given(
+    st.integers(1, 5),
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=9),
+    st.sets(st.integers(0, 8)),
+)
+def test_reports_come_in_one_order_at_any_speed(at_once: int, lengths: list[list[int]], fails: set[int]) -> None:
+    first = told(0, at_once, lengths, set())
+    assert sorted(first) == sorted((str(i), n) for i, own in enumerate(lengths) for n in own)
+    for seed in range(1, 6):
+        assert told(seed, at_once, lengths, {i for i in fails if i < len(lengths)}) == first
+
+
+def test_of_two_that_are_due_together_the_one_that_was_drawn_first_reports_first() -> None:
+    turns = Turns(2, 2)
+    turns.enter("b", 1, 3)
+    turns.enter("a", 0, 3)
+    turns.arrive("b")
+    assert turns.next() is None
+    turns.arrive("a")
+    assert (turns.next(), turns.next()) == ("a", None)
+    turns.enter("a", 0, 3)
+    assert turns.next() == "b"
+
+
+def test_a_new_trial_begins_where_the_one_before_it_ended() -> None:
+    turns = Turns(2, 3)
+    turns.enter("a", 0, 2)
+    turns.enter("b", 1, 10)
+    turns.arrive("a")
+    assert turns.next() == "a"
+    turns.end("a")
+    assert turns.next() is None  # a third is to come
+    turns.enter("c", 2, 4)
+    turns.arrive("b")
+    assert turns.next() is None  # due at 10, c at 6
+    turns.arrive("c")
+    assert turns.next() == "c"
+    turns.end("c")
+    assert turns.next() == "b"

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hashray.evaluate.figures import INK, OURS, new_axes
 from hashray.evaluate.report import document, grid, pictures
@@ -38,6 +39,7 @@ def learning_curves(trials: Sequence[Trial]) -> Figure:
         tint, width, label = shown.get(trial.number, ("#9aa3b5", 0.9, None))
         axes.plot(passes, top, color=tint, linewidth=width, label=label, zorder=2 + width)
         axes.plot(passes[-1:], top[-1:], marker="x" if trial.state == "stopped" else "o", color=tint, markersize=5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 
@@ -60,7 +62,7 @@ def parallel_coordinates(trials: Sequence[Trial]) -> Figure:
             [x for x, _ in kept], [y for _, y in kept], color=tint, linewidth=0.8 + 1.4 * share**4, zorder=1 + rank
         )
     for x, (_, low, high) in enumerate(columns.values()):
-        axes.axvline(x, color=INK, linewidth=0.8, zorder=0)
+        axes.plot([x, x], [0, 1], color=INK, linewidth=0.8, zorder=0)
         axes.text(x, -0.04, low, ha="center", va="top", fontsize=7, color=INK)
         axes.text(x, 1.04, high, ha="center", va="bottom", fontsize=7, color=INK)
     axes.set_xticks(range(len(columns)), [name.rpartition(".")[2] for name in columns], rotation=20)

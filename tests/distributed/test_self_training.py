@@ -136,6 +136,7 @@ def test_a_start_that_does_not_fit_is_refused_before_training(corpus: str, tmp_p
     assert not (tmp_path / "m" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_no_row_accepted_ends_the_rounds_with_the_first_model(corpus: str, tmp_path: Path) -> None:
     self_training = CONFIG["self_training"] | {"threshold": 1.0, "temperature": 1e6}
     changes = {"self_training": self_training, "epochs": 1, "validation_every": 1}

@@ -102,6 +102,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_leaderboard_and_trains_not
     assert main(["tune", path, "--corpus", corpus, "--out", str(out), "--search.seed", "1"]) == 1
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_reported_with_its_reason_and_the_others_go_on(
     corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

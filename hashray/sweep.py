@@ -1,7 +1,8 @@
 """[Ray] `hashray tune`: search a space of training configs, then train the winner and the default anew and score both.
 
-sweep/  leaderboard.parquet · passes.parquet · best.toml · sweep.json · report.html · figures/ · trials/<run>/ ·
-        models/<winner or default>-<seed>/ · evaluations/<winner or default>-<seed>/ · manifest.json
+sweep/  leaderboard.parquet · passes.parquet · best.toml · sweep.json · report.html · figures/ · costs.json ·
+        trials/<number>-<run>/ · models/<winner or default>-<seed>/ · evaluations/<winner or default>-<seed>/ ·
+        manifest.json
 
 Trials are compared by validation rows alone. The query split is read once, at the end: by the winner and the
 config's own values, each trained with the same seeds.
@@ -86,6 +87,8 @@ def _default(trials: list[Trial]) -> str:
 
 def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial, out: str) -> dict[str, Any]:
     """Train the winner and the default with every report seed; validation and query mAP of each."""
+    if not config.search.report_seeds:
+        return {}
     found: dict[str, Any] = {}
     sides = [(WINNER, best)] + (
         [(DEFAULT, default)] if default.number != best.number and default.state != "failed" else []
@@ -102,8 +105,6 @@ def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial, o
                 {"seed": seed, "validation": made.info["validation_map"], **_query_score(config, model, at, corpus)}
             )
         found[who] = {"trial": trial.number, "seeds": lines, **_spread(lines)}
-    if not config.search.report_seeds:
-        return {}
     return found
 
 
@@ -121,7 +122,7 @@ def _query_score(config: SweepConfig, model: str, at: str, corpus: Corpus) -> di
 
 
 def _spread(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    names = [name for name in lines[0] if name != "seed"] if lines else []
+    names = [name for name in lines[0] if name != "seed"]
     values = {name: [line[name] for line in lines] for name in names}
     return {
         "mean": {name: statistics.fmean(own) for name, own in values.items()},

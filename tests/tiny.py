@@ -109,6 +109,21 @@ def write_tiny_model(url: str | Path, seed: int = 0, **method: Any) -> Manifest:
     return write_model(open_store(url), built, built.state_dict(), CLASSES, config, {}, [], {})
 
 
+def write_trunk(path: Path) -> None:
+    """Weights for a frozen trunk."""
+    torch.manual_seed(1)
+    torch.save(build_trunk(BackboneConfig.model_validate(BACKBONE)).net.state_dict(), path)
+
+
+def head_config(weights: Path) -> dict[str, Any]:
+    """A training of a head on the trunk with these weights."""
+    return {
+        "method": {"kind": "adalabelhash", "num_bits": 16},
+        "backbone": {**BACKBONE, "frozen": True, "weights": str(weights)},
+        "optim": {"lr": 3e-3}, "epochs": 4, "batch_size": 8, "cpus_per_worker": 0.5,
+    }  # fmt: skip
+
+
 def write_toml(path: Path, config: Mapping[str, Any]) -> str:
     """Write a training config as the file that `hashray train` reads."""
     path.write_text(tomli_w.dumps(config))

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from hashray.evaluate.figures import INK, OURS, new_axes
 from hashray.evaluate.report import document, grid, pictures
 from hashray.tune.leaderboard import Trial, ranked
+from hashray.tune.progress import short
 
 SHOWN = 20
 
@@ -81,8 +82,8 @@ def _places(values: Sequence[Any], log: bool = True) -> tuple[list[float | None]
         span = (high - low) or 1.0
         return (
             [None if v is None else (scale(v) - low) / span for v in values],
-            _short(min(present)),
-            _short(max(present)),
+            short(min(present)),
+            short(max(present)),
         )
     names = sorted({str(value) for value in present})
     span = max(1, len(names) - 1)
@@ -110,7 +111,7 @@ def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Map
     names = list(dict.fromkeys(name for trial in trials for name in trial.point))
     rows = [
         [str(rank), str(t.number), _score(t.score), f"{t.passes}/{t.total}", t.state,
-         *[_short(t.point.get(name, "")) for name in names]]
+         *[short(t.point.get(name, "")) for name in names]]
         for rank, t in enumerate(order[:SHOWN], 1)
     ]  # fmt: skip
     share = summary["passes"] / summary["passes_of_full_grid"]
@@ -145,7 +146,3 @@ def _compared(found: Mapping[str, Any]) -> str:
 
 def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

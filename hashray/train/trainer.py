@@ -183,12 +183,17 @@ def _fits_memory(config: TrainConfig, rows: int) -> bool:
     return config.input == "memory" or (config.input == "auto" and auto)
 
 
+def total_passes(config: TrainConfig, num_classes: int) -> int:
+    """Passes over the images of a whole training."""
+    method = build_method(config.method, build_trunk(config.backbone, load_weights=False), num_classes)
+    return sum(phase.epochs for phase in method.phases(config.epochs))
+
+
 def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
     """Run a job on Ray Train, with its checkpoints in job["checkpoints"]; return the last one."""
     plan = EpochPlan.from_json(job["plan"])
     datasets: dict[str, Any] = {}
-    method = build_method(config.method, build_trunk(config.backbone, load_weights=False), job["num_classes"])
-    epochs = sum(phase.epochs for phase in method.phases(config.epochs))
+    epochs = total_passes(config, job["num_classes"])
     if not job["memory"]:
         spec = stream_spec(job, config, plan)
         datasets = {"train": training_dataset(spec, epochs), "sweep": sweep_dataset(spec)}

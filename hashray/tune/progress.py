@@ -80,11 +80,12 @@ class Watch:
             table.add_column(name, justify="left" if name in ("state", "point") else "right")
         for trial in sorted(self.at, key=lambda name: -self.at[name][1])[:SHOWN]:
             passes, score = self.at[trial]
-            point = "  ".join(f"{name.rpartition('.')[2]} {_short(v)}" for name, v in self.points[trial].items())
+            point = "  ".join(f"{name.rpartition('.')[2]} {short(v)}" for name, v in self.points[trial].items())
             state = self.over.get(trial, "running")
             table.add_row(str(trial), f"{score:.4f}", f"{passes}/{self.passes}", state, point)
         return table
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value of a point, for a table."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -29,7 +29,7 @@ from hashray.errors import HashrayError, RunError
 from hashray.runtime import WorkersConfig, unwrap
 from hashray.storage import Store, join, open_store
 from hashray.train.config import TrainConfig
-from hashray.train.trainer import placed, plan_job, run_of, training_data
+from hashray.train.trainer import placed, plan_job, run_of, total_passes, training_data
 from hashray.tune.leaderboard import Trial
 from hashray.tune.progress import Watch
 from hashray.tune.segments import (
@@ -37,7 +37,6 @@ from hashray.tune.segments import (
     ended_at,
     forget_before,
     score_of,
-    total_passes,
     train_by_ray_train,
     train_segment,
 )

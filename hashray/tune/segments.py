@@ -1,7 +1,7 @@
 """[Ray] A trial in segments: from one report to the next, each a function of the config and the state before it.
 
-What a segment ends with is kept under <out>/trials/<run>/<passes>/, where <run> is the hash of everything that the
-trial's weights depend on. A segment that is there is read, not trained: a sweep that was killed and is run again
+What a segment ends with is kept under <out>/trials/<number>-<run>/<passes>/, where <run> is the hash of all that
+the trial's weights depend on. A segment that is there is read, not trained: a sweep that was killed and is run again
 goes through the same reports in the same order, from these files, up to where it stopped, and on from there. So the
 searcher and the scheduler need no state of their own on disk.
 """
@@ -17,8 +17,6 @@ from typing import Any
 import ray
 import torch
 
-from hashray.methods import build_method
-from hashray.methods.backbone import build_trunk
 from hashray.storage import join, open_store
 from hashray.train.checkpoint import STATE, TENSORS, Position, keep_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
@@ -37,12 +35,6 @@ class Segment:
     def place(self, name: str) -> str:
         """Where something of the trial lies."""
         return join(self.trial, name)
-
-
-def total_passes(config: TrainConfig, num_classes: int) -> int:
-    """Passes over the images of a whole training."""
-    method = build_method(config.method, build_trunk(config.backbone, load_weights=False), num_classes)
-    return sum(phase.epochs for phase in method.phases(config.epochs))
 
 
 def ended_at(segment: Segment) -> Position | None:

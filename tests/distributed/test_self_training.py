@@ -14,14 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load, load_file
-from tiny import BACKBONE, files_of, write_corpus, write_tiny_model, write_toml
+from tiny import BACKBONE, files_of, head_config, write_corpus, write_tiny_model, write_toml, write_trunk
 
 from hashray import artifact
 from hashray.artifact import Manifest
 from hashray.cli import main
 from hashray.config import validate
 from hashray.errors import AlreadyExists, ConfigError, InputError, MismatchError
-from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.storage import open_store
 from hashray.train.config import TrainConfig
 from hashray.train.self_training import train_model
@@ -30,14 +29,9 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 ROWS, LABELLED = 72, 24
 WEIGHTS = Path(tempfile.gettempdir()) / f"trunk-{os.getpid()}.pth"
 CONFIG: dict[str, Any] = {
-    "method": {"kind": "adalabelhash", "num_bits": 16},
-    "backbone": {**BACKBONE, "frozen": True, "weights": str(WEIGHTS)},
-    "optim": {"lr": 3e-3},
-    "epochs": 4,
-    "batch_size": 8,
+    **head_config(WEIGHTS),
     "validation_rows": 4,
     "validation_every": 4,
-    "cpus_per_worker": 0.5,
     "tensorboard": False,
     "self_training": {"rounds": 1, "threshold": 0.0, "epochs": 2, "temperature": "fitted", "most_falls": 9},
 }
@@ -47,8 +41,7 @@ CONFIG: dict[str, Any] = {
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     url = str(tmp_path_factory.mktemp("semi") / "corpus")
     write_corpus(url, ROWS, 25, split_of=lambda i: "database+train" if i < LABELLED else "database+unlabelled")
-    torch.manual_seed(1)
-    torch.save(build_trunk(BackboneConfig.model_validate(BACKBONE)).net.state_dict(), WEIGHTS)
+    write_trunk(WEIGHTS)
     yield url
     WEIGHTS.unlink()
 

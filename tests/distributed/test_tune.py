@@ -12,23 +12,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import tomli_w
-import torch
-from tiny import BACKBONE, kill_command_when, write_corpus
+from tiny import head_config, kill_command_when, write_corpus, write_trunk
 
 from hashray import artifact
 from hashray.cli import main
-from hashray.methods.backbone import BackboneConfig, build_trunk
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 WEIGHTS = Path(tempfile.gettempdir()) / f"tune-trunk-{os.getpid()}.pth"
 CONFIG: dict[str, Any] = {
-    "method": {"kind": "adalabelhash", "num_bits": 16},
-    "backbone": {**BACKBONE, "frozen": True, "weights": str(WEIGHTS)},
-    "optim": {"lr": 3e-3},
-    "epochs": 4,
-    "batch_size": 8,
+    **head_config(WEIGHTS),
     "validation_rows": 8,
-    "cpus_per_worker": 0.5,
     "space": {"optim.lr": {"log": [1e-4, 1e-1]}, "method.margin_ratio": {"linear": [0.05, 1.0]}},
     "search": {"trials": 6, "grace_epochs": 1, "reduction_factor": 2, "at_once": 2, "report_seeds": []},
 }
@@ -38,8 +31,7 @@ CONFIG: dict[str, Any] = {
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     url = str(tmp_path_factory.mktemp("sweep") / "corpus")
     write_corpus(url, 60, 25, split_of=lambda i: "query" if i % 5 == 4 else "database+train")
-    torch.manual_seed(1)
-    torch.save(build_trunk(BackboneConfig.model_validate(BACKBONE)).net.state_dict(), WEIGHTS)
+    write_trunk(WEIGHTS)
     yield url
     WEIGHTS.unlink()
 

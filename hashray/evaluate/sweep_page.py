@@ -14,6 +14,7 @@ from hashray.evaluate.figures import INK, OURS, new_axes
 from hashray.evaluate.report import document, grid, pictures
 from hashray.tune.leaderboard import Trial, ranked
 from hashray.tune.progress import short
+from hashray.tune.space import look_up
 
 SHOWN = 20
 
@@ -123,11 +124,23 @@ def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Map
     failed = [[str(t.number), t.reason] for t in trials if t.state == "failed"]
     body = (
         f"<h2>Leaderboard</h2>{grid(columns, rows, ours=0)}"
-        f"{_compared(summary['compared'])}"
+        f"{_changes(order[0])}{_compared(summary['compared'])}"
         f'<h2>Trials</h2><div class="figures">{pictures(figures)}</div>'
         + (f"<h2>Failed trials</h2>{grid(['trial', 'reason'], failed)}" if failed else "")
     )
     return document("Sweep", lead, body)
+
+
+def _changes(best: Trial) -> str:
+    if best.config is None or not best.config.changes:
+        return ""
+    changes = best.config.stretches()
+    names = list(best.point)
+    rows = [
+        [str(after), *[short(look_up(own.model_dump(mode="json"), name)) for name in names]] for after, own in changes
+    ]
+    title = "<h2>The schedule of the best</h2><p>Values from so many passes on, as best.toml has them.</p>"
+    return title + grid(["passes", *[name.rpartition(".")[2] for name in names]], rows)
 
 
 def _compared(found: Mapping[str, Any]) -> str:

@@ -59,15 +59,15 @@ class Checkpoint:
         state = {"position": asdict(self.position), "optimizer": self.optimizer}
         (folder / STATE).write_text(json.dumps(state))
 
-    def optimizer_state(self) -> dict[str, Any] | None:
-        """A state dict for the optimiser, or None where there was none yet."""
+    def moments(self) -> dict[int, dict[str, Any]] | None:
+        """What the optimiser remembers of each parameter, or None where there was no optimiser yet."""
         if self.optimizer is None:
             return None
-        entries: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in self.optimizer["state"].items()}
+        entries: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in self.optimizer.items()}
         for key, value in self.under("optimizer").items():
             index, _, name = key.partition("/")
             entries.setdefault(int(index), {})[name] = value
-        return {"param_groups": self.optimizer["param_groups"], "state": entries}
+        return entries
 
 
 def save_checkpoint(
@@ -83,10 +83,9 @@ def save_checkpoint(
     tensors = {f"{name}/{key}": value for name, group in sets.items() for key, value in group.items()}
     scalars: dict[str, Any] | None = None
     if optimizer is not None:
-        data = optimizer.state_dict()
-        scalars = {"param_groups": data["param_groups"], "state": {}}
-        for index, entries in data["state"].items():
-            scalars["state"][str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+        scalars = {}
+        for index, entries in optimizer.state_dict()["state"].items():
+            scalars[str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
             tensors.update({f"optimizer/{index}/{k}": v for k, v in entries.items() if isinstance(v, Tensor)})
     kept = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     Checkpoint(position, kept, scalars).save(folder)

@@ -6,6 +6,7 @@ import operator
 from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from hashray.config import Config, parse_toml, validate
@@ -75,6 +76,33 @@ class SelfTrainingConfig(Config):
         return value
 
 
+class ChangeConfig(Config):
+    """Values that take the place of others from some pass on, such as after = 4 and optim.lr = 1e-3.
+
+    A schedule that population-based training has found is a list of these (Jaderberg et al. 2017).
+    """
+
+    after: int = Field(ge=1, description="passes over the images, those of every phase counted")
+    method: dict[str, Any] = Field(default_factory=dict, description="weights of losses; the network stays as it is")
+    optim: dict[str, Any] = Field(default_factory=dict)
+    augment: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _something_that_can_change(self) -> ChangeConfig:
+        for name in (f"{table}.{key}" for table in CHANGEABLE for key in getattr(self, table)):
+            if not can_change(name):
+                raise ValueError(f"{name} is settled when a training begins")
+        return self
+
+
+CHANGEABLE = ("method", "optim", "augment")
+
+
+def can_change(name: str) -> bool:
+    """Whether a value, by its dotted name, may change while a model trains (the network must also stay as it is)."""
+    return name.partition(".")[0] in CHANGEABLE and name not in ("method.kind", "method.preset", "optim.name")
+
+
 class TrainConfig(Config):
     """Train a hashing method on a corpus (or on its cached trunk features)."""
 
@@ -85,6 +113,7 @@ class TrainConfig(Config):
     augment: AugmentConfig = Field(default_factory=lambda: AugmentConfig())
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
     self_training: SelfTrainingConfig | None = Field(None, description="a table: learn from the unlabelled split")
+    changes: Annotated[tuple[ChangeConfig, ...], tyro.conf.Suppress] = ()
     init: str | None = Field(None, description="a trained model of the same method, bits and trunk to go on from")
     pseudo_labels: str | None = Field(None, description="pseudo-labels whose accepted rows are trained on as well")
     unlabelled: bool = Field(False, description="train on the unlabelled split too, where the method can use it")
@@ -130,6 +159,29 @@ class TrainConfig(Config):
             raise ValueError(f"{self.method.kind} learns nothing from rows without labels; unlabelled is for {able}")
         return self
 
+    @model_validator(mode="after")
+    def _changes_are_in_order(self) -> TrainConfig:
+        after = [change.after for change in self.changes]
+        if after != sorted(set(after)):
+            raise ValueError(f"changes: after = {after}; each comes later than the one before")
+        if self.changes and self.self_training is not None:
+            raise ValueError("changes are of one training, and self_training is several: give one of the two")
+        self.stretches()
+        return self
+
+    def stretches(self) -> list[tuple[int, TrainConfig]]:
+        """The config of each stretch between two changes, and after how many passes it begins.
+
+        Raises:
+            ConfigError: with its changes this is not a config.
+        """
+        found = [(0, self.model_copy(update={"changes": ()}))]
+        table = self.model_dump(mode="json", exclude={"changes"})
+        for change in self.changes:
+            table |= {name: {**table[name], **getattr(change, name)} for name in CHANGEABLE}
+            found.append((change.after, validate(type(self), table, f"changes, after {change.after} passes")))
+        return found
+
     def validation(self, given: int, train: int) -> tuple[bool, int]:
         """Whether the corpus's own validation rows (`given` many) choose the model, else how many train rows do."""
         if not self.validation_rows:
@@ -141,7 +193,7 @@ class TrainConfig(Config):
         places = {"corpus", "out", "features", "workers", "cpus_per_worker", "gpu", "max_failures", "max_bad"}
         places |= {"init", "pseudo_labels"}  # by what they hold, not by where they are
         pace = {"checkpoint_every", "checkpoint_steps", "memory_limit_mib", "tensorboard", "input"}
-        return self.model_dump(mode="json", exclude=places | pace)
+        return self.model_dump(mode="json", exclude=places | pace | (set() if self.changes else {"changes"}))
 
 
 def read_training_config(url: str) -> TrainConfig:

@@ -172,11 +172,12 @@ class Loop:
             self.average = checkpoint.under("average") or None
         if self.position.phase_begun:
             self.method.bind(self.table)
-        state = checkpoint.optimizer_state()
+        state = checkpoint.moments()
         if state is not None:
             phase = self.phases[min(self.position.phase, len(self.phases) - 1)]
             self.optimizer = build_optimizer(self.config.optim, self.method.trained(phase))
-            self.optimizer.load_state_dict(state)
+            # Its moments, not its rates and decays: those are the config's, and may have changed.
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def _run_phase(self, phase: Phase, until: int | None) -> None:
         if not self.position.phase_begun:

@@ -7,8 +7,10 @@ from the last one, and the same command run again goes on from it. The model is 
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +28,7 @@ from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.selection import Selection
 from hashray.data.stream import sweep_dataset, training_dataset
 from hashray.data.units import already_made, refuse_taken
-from hashray.errors import InputError, MismatchError, RunError
+from hashray.errors import ConfigError, InputError, MismatchError, RunError
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk, weights_identity, with_absolute_weights
 from hashray.methods.base import LabelTable
@@ -35,7 +37,7 @@ from hashray.progress import Bar, say
 from hashray.runtime import WorkersConfig, connect, quicken_on_one_machine, unwrap
 from hashray.storage import join, open_store
 from hashray.storage_s3 import arrow_filesystem
-from hashray.train.checkpoint import Checkpoint, load_checkpoint
+from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, load_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.features import compute_features, trunk_fingerprint
 from hashray.train.workers import PSEUDO_SPLITS, Board, run_worker, stream_spec
@@ -65,7 +67,7 @@ def train(config: TrainConfig) -> Manifest:
     if config.workers > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
         say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
     job = plan_job(config, corpus, data) | {"checkpoints": join(out, "checkpoints"), "run": run}
-    final = fit(config, job)
+    final = _through(config, job)
     position = final.position
     tensors, history = final.best() or final.under("average") or final.under("method"), position.notes["history"]
     chosen = {"best_at": position.best_at, "validation_map": position.best_score} if position.best_at else {}
@@ -116,8 +118,9 @@ def plan_job(config: TrainConfig, corpus: Corpus, data: Corpus) -> dict[str, Any
 
     Raises:
         InputError: a train row without a label, no unlabelled rows where the config wants them, or no pseudo-unseen
-            classes.
+            classes. ConfigError: a change gives another network or other phases.
     """
+    require_one_network(config, corpus.num_classes)
     train = data.rows("train")
     without = int((train.labels.sum(1) == 0).sum())
     if without:
@@ -187,6 +190,50 @@ def total_passes(config: TrainConfig, num_classes: int) -> int:
     """Passes over the images of a whole training."""
     method = build_method(config.method, build_trunk(config.backbone, load_weights=False), num_classes)
     return sum(phase.epochs for phase in method.phases(config.epochs))
+
+
+def require_one_network(config: TrainConfig, num_classes: int) -> None:
+    """Refuse changes after which the weights so far would not fit.
+
+    Raises:
+        ConfigError: another network, other phases, or a change after the end.
+    """
+    if not config.changes:
+        return
+    total, found = total_passes(config, num_classes), []
+    for _, own in config.stretches():
+        method = build_method(own.method, build_trunk(own.backbone, load_weights=False), num_classes)
+        phases = [(phase.name, phase.round, phase.epochs) for phase in method.phases(own.epochs)]
+        found.append((phases, {name: tensor.shape for name, tensor in method.state_dict().items()}))
+    for change, own_shape in zip(config.changes, found[1:], strict=True):
+        if change.after >= total:
+            raise ConfigError(f"changes: after = {change.after}, and the training ends after {total} passes")
+        if own_shape != found[0]:
+            raise ConfigError(
+                f"changes, after {change.after} passes: {', '.join(change.method)} would give another network or other "
+                "phases; weights and rates can change while a model trains"
+            )
+
+
+def _through(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
+    """Fit one stretch after another, each from where the one before ended; return the end. Rerun = resume."""
+    stretches, start = config.stretches(), None
+    for (_, own), (until, _) in pairwise(stretches):
+        end = join(job["checkpoints"], f"{job['run']}-{until}")
+        if not open_store(end).exists(STATE):
+            fit_until(own, job, start, until, end)
+        start = end
+    own = stretches[-1][1]
+    return fit(own, job | {"config": own.model_dump(mode="json"), "start": start})
+
+
+def fit_until(config: TrainConfig, job: dict[str, Any], start: str | None, until: int, end: str) -> None:
+    """Fit from the checkpoint at `start`, or from the beginning, for `until` passes in all; keep the last at `end`."""
+    more = {"config": config.model_dump(mode="json"), "start": start, "until": until}
+    final = fit(config, job | more | {"checkpoints": f"{end}-fit", "run": "run"})
+    with tempfile.TemporaryDirectory() as folder:
+        final.save(Path(folder))
+        keep_checkpoint(end, Path(folder))
 
 
 def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:

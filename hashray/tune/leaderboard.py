@@ -80,6 +80,8 @@ def importance(trials: Sequence[Trial], config: SweepConfig, seed: int) -> dict[
     Trials are compared at the first report that all of them made: a trial that was stopped early is no worse for it.
     """
     found: dict[str, Any] = {}
+    if config.search.scheduler == "pbt":  # whose values change while a trial trains: no score is of one point
+        return found
     for kind in config.kinds():
         own = [t for t in trials if t.point.get(KIND, config.method.kind) == kind and t.lines]
         names = list(config.active(kind))

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from hashray.progress import console
-from hashray.tune.space import NUMBER
+from hashray.tune.space import NUMBER, values_of
 
 SHOWN = 8
 
@@ -41,7 +41,7 @@ class Watch:
     def reported(self, point: dict[str, Any], passes: int, score: float) -> None:
         """The trial at this point has reported."""
         trial = point[NUMBER]
-        self.points[trial] = {name: value for name, value in point.items() if name != NUMBER}
+        self.points[trial] = values_of(point)
         self.at[trial] = passes, score
         self._show(trial)
 

@@ -1,163 +1,55 @@
 """[Ray] The search itself: Ray Tune with Optuna, over trials whose segments are kept.
 
-Tune's trials are light: they wait for their turn, have their next segment trained by a Ray task (or a Ray Train run)
-that takes the CPUs and GPUs, and report. How many are in flight is fixed when a sweep begins, so a cluster that
-shrinks or grows makes it slower or faster and changes no decision.
+How many trials are in flight is fixed when a sweep begins, so a cluster that shrinks or grows makes it slower or
+faster and changes no decision.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
 import tempfile
-import time
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import optuna
 import ray
 from ray import tune
-from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from hashray.artifact import canonical
-from hashray.data.corpus import Corpus, open_corpus
+from hashray.data.corpus import Corpus
 from hashray.errors import HashrayError, RunError
-from hashray.runtime import WorkersConfig, unwrap
-from hashray.storage import Store, join, open_store
-from hashray.train.config import TrainConfig
-from hashray.train.trainer import placed, plan_job, run_of, total_passes, training_data
+from hashray.runtime import WorkersConfig
+from hashray.storage import Store, open_store
+from hashray.train.checkpoint import TENSORS
+from hashray.train.trainer import placed, plan_job, require_one_network, total_passes, training_data
 from hashray.tune.leaderboard import Trial
+from hashray.tune.population import Population, first_points
 from hashray.tune.progress import Watch
 from hashray.tune.segments import (
     Segment,
     ended_at,
-    forget_before,
     score_of,
-    train_by_ray_train,
-    train_segment,
 )
-from hashray.tune.space import NUMBER, SweepConfig, grace_epochs, milestones
-from hashray.tune.turns import Turns
-
-SCORE, PASSES = "score", "passes"
-FAILED, SECONDS = "failed.json", "seconds.json"
-
-
-@ray.remote(num_cpus=0)
-class TurnsActor:
-    """`Turns`, for trials to wait at."""
-
-    def __init__(self, at_once: int, trials: int) -> None:
-        self.turns = Turns(at_once, trials)
-        self.gates: dict[str, asyncio.Event] = {}
-
-    async def enter(self, trial: str, number: int, passes: int) -> None:
-        """Set out for the next report."""
-        self.turns.enter(trial, number, passes)
-        self._release()
-
-    async def turn(self, trial: str) -> None:
-        """Wait until this trial may report."""
-        gate = self.gates[trial] = asyncio.Event()
-        self.turns.arrive(trial)
-        self._release()
-        await gate.wait()
-
-    async def end(self, trial: str) -> None:
-        """This trial reports no more."""
-        self.turns.end(trial)
-        self._release()
-
-    def _release(self) -> None:
-        trial = self.turns.next()
-        if trial is not None:
-            self.gates[trial].set()
-
-
-def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
-    """One trial of the sweep, as Tune runs it: segment after segment, each followed by a report.
-
-    A segment that fails is tried again here, as often as the sweep says, and the last failure is kept beside the
-    segments: only what is final is told, and in its turn, for what follows depends on when it is known.
-    """
-    # Tune reuses this process and gives the trial before it two seconds to leave, else it drops the new one unsaid.
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
-    config = SweepConfig.model_validate(sweep["config"])
-    me, done = tune.get_context().get_trial_id(), 0
-    checkpoint = tune.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            done = int((Path(folder) / PASSES).read_text())
-    try:
-        chosen = config.at(point)
-        corpus, data = open_corpus(sweep["corpus"]), open_corpus(sweep["source"], None)
-        own = total_passes(chosen, corpus.num_classes)
-        trial, job = _folder(sweep["out"], point, chosen, corpus), plan_job(chosen, corpus, data)
-    except HashrayError:
-        ray.get(turns.enter.remote(me, point[NUMBER], 1))
-        ray.get(turns.turn.remote(me))
-        raise
-    for until in milestones(config.search, sweep["most"], own):
-        if until <= done:
-            continue
-        ray.get(turns.enter.remote(me, point[NUMBER], until - done))
-        position = ended_at(Segment(trial, done, until))
-        if position is None:
-            reason = _train(config, chosen, job, Segment(trial, done, until))
-            if reason is not None:
-                ray.get(turns.turn.remote(me))
-                raise RunError(reason)
-            position = ended_at(Segment(trial, done, until))
-            assert position is not None
-        forget_before(Segment(trial, done, until))
-        ray.get(turns.turn.remote(me))
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / PASSES).write_text(str(until))
-            tune.report({SCORE: score_of(position), PASSES: until}, checkpoint=tune.Checkpoint.from_directory(folder))
-        done = until
-
-
-def _folder(out: str, point: dict[str, Any], chosen: TrainConfig, corpus: Corpus) -> str:
-    """Where a trial's segments are: two trials at one point do not share them."""
-    return join(out, "trials", f"{point[NUMBER]:04d}-{run_of(chosen, corpus)[0]}")
-
-
-def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segment: Segment) -> str | None:
-    """Train a segment; the reason why it could not be, where it has failed once too often."""
-    store = open_store(segment.trial)
-    if store.exists(FAILED):
-        return str(json.loads(store.read(FAILED)))
-    start, reason = time.monotonic(), ""
-    for _ in range(config.search.max_failures + 1):
-        try:
-            if chosen.workers > 1 or not job["memory"]:
-                train_by_ray_train(job, segment)
-            else:
-                # Not inside the trial's own placement group, which holds next to nothing.
-                takes = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
-                placed_anywhere = train_segment.options(**takes, scheduling_strategy="DEFAULT", max_retries=0)
-                ray.get(placed_anywhere.remote(job, segment))
-        except Exception as error:
-            found = unwrap(error)
-            reason = str(found.cause if isinstance(found, RayTaskError) else found).strip().partition("\n")[0]
-            reason = f"{type(found).__name__}: {reason}"
-        else:
-            before = json.loads(store.read(SECONDS)) if store.exists(SECONDS) else 0.0
-            store.write(SECONDS, canonical(before + time.monotonic() - start))
-            return None
-    store.write(FAILED, canonical(reason))
-    return reason
+from hashray.tune.space import (
+    NUMBER,
+    ORIGIN,
+    SweepConfig,
+    grace_epochs,
+    milestones,
+    values_of,
+)
+from hashray.tune.trial import FAILED, PASSES, SCORE, SECONDS, TurnsActor, folder_of, run_trial
 
 
 class _Callbacks(tune.Callback):
     """Tells the turns and the person who waits what became of each trial, and remembers it."""
 
-    def __init__(self, turns: Any, watch: Watch) -> None:
-        self.turns, self.watch = turns, watch
+    def __init__(self, turns: Any, watch: Watch, in_step: bool) -> None:
+        self.turns, self.watch, self.in_step = turns, watch, in_step
         self.ended: dict[int, tuple[dict[str, Any], int, bool]] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
@@ -167,6 +59,8 @@ class _Callbacks(tune.Callback):
         self._end(trial, failed=False)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self.in_step:  # the others would wait for it at the next exchange
+            raise RunError(f"the process of trial {trial.config[NUMBER]} was lost; run the same command again to go on")
         self._end(trial, failed=True)
 
     def _end(self, trial: Any, failed: bool) -> None:
@@ -185,7 +79,11 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
     there = placed(config)
     source = training_data(placed(config.base), corpus)
     most = max(total_passes(config.at(point), corpus.num_classes) for point in config.corners())
-    at_once = _at_once(there, corpus, source, open_store(out), plan)
+    population = config.search.scheduler == "pbt"
+    if population:  # all live at once, in step: none waits for one that has not set out
+        for point in config.corners():
+            require_one_network(config.at({**point, ORIGIN: [1, config.default()]}), corpus.num_classes)
+    at_once = 0 if population else _at_once(there, corpus, source, open_store(out), plan)
     # Beside the driver, with whose machine the sweep would end anyway: a lost node costs no more than its segments.
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
     turns = TurnsActor.options(resources=here).remote(at_once, config.search.trials)  # type: ignore[attr-defined]
@@ -194,12 +92,14 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
     _quiet()
     with tempfile.TemporaryDirectory() as folder, Watch(config.search.trials, most) as watch:
         trainable = tune.with_parameters(run_trial, sweep=sweep, turns=turns)
-        callbacks = _Callbacks(turns, watch)
+        callbacks = _Callbacks(turns, watch, population)
         tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory([here])),
+            param_space=first_points(config) if population else None,
             tune_config=tune.TuneConfig(
-                metric=SCORE, mode="max", num_samples=config.search.trials, max_concurrent_trials=at_once,
-                search_alg=_searcher(config), scheduler=_scheduler(config, most), reuse_actors=True,
+                metric=SCORE, mode="max", num_samples=1 if population else config.search.trials,
+                max_concurrent_trials=at_once or None, search_alg=None if population else _searcher(config),
+                scheduler=_scheduler(config, most), reuse_actors=True,
             ),
             run_config=tune.RunConfig(name="sweep", storage_path=folder, callbacks=[callbacks], verbose=0),
         ).fit()  # fmt: skip
@@ -209,30 +109,41 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
             f"the search was interrupted after {len(callbacks.ended)} of {config.search.trials} trials; "
             "run the same command again to go on"
         )
-    trials = [_trial(config, corpus, out, *callbacks.ended[number]) for number in sorted(callbacks.ended)]
+    trials = [_trial(config, corpus, out, most, *callbacks.ended[number]) for number in sorted(callbacks.ended)]
     _write_costs(trials, out)
     if all(trial.state == "failed" for trial in trials):
-        for trial in trials:  # so that they are tried again once the cause is mended
-            open_store(join(out, "trials", trial.folder)).delete(FAILED)
+        _delete(out, FAILED)  # so that they are tried again once the cause is mended
         raise RunError(f"all {len(trials)} trials failed; trial 0: {trials[0].reason}")
+    if population:
+        _delete(out, TENSORS, {f"trials/{trial.folder}/{trial.passes}/{TENSORS}" for trial in trials})
     return trials
 
 
-def _trial(config: SweepConfig, corpus: Corpus, out: str, point: dict[str, Any], done: int, failed: bool) -> Trial:
-    number = point[NUMBER]
-    values = {name: value for name, value in point.items() if name != NUMBER}
+def _delete(out: str, name: str, but: Collection[str] = ()) -> None:
+    store = open_store(out)
+    for key, _ in list(store.list("trials/")):
+        if key.endswith(f"/{name}") and key not in but:
+            store.delete(key)
+
+
+def _trial(
+    config: SweepConfig, corpus: Corpus, out: str, most: int, point: dict[str, Any], done: int, failed: bool
+) -> Trial:
+    number, values = point[NUMBER], values_of(point)
     try:
         chosen = config.at(point)
-        total, folder = total_passes(chosen, corpus.num_classes), _folder(out, point, chosen, corpus)
+        total, folder = total_passes(chosen, corpus.num_classes), folder_of(out, point, chosen, corpus)
     except HashrayError as error:
         return Trial(number, values, "", "failed", None, 0, 0, " ".join(str(error).split()), [], None)
     lines: list[dict[str, Any]] = []
     score = None
-    if done:
-        position = ended_at(Segment(folder, 0, done))
-        assert position is not None
+    reported = [until for until in milestones(config.search, most, total) if until <= done]
+    done = max((until for until in reported if ended_at(Segment(folder, None, until))), default=0)
+    position = ended_at(Segment(folder, None, done))
+    if position is not None:
         lines, score = position.notes["history"], score_of(position)
     store, reason = open_store(folder), ""
+    failed = failed or store.exists(FAILED)
     if failed:
         reason = json.loads(store.read(FAILED)) if store.exists(FAILED) else "the process that waited for it was lost"
     state = "failed" if failed else "finished" if done == total else "stopped"
@@ -241,12 +152,12 @@ def _trial(config: SweepConfig, corpus: Corpus, out: str, point: dict[str, Any],
 
 def _write_costs(trials: list[Trial], out: str) -> None:
     """Seconds that each trial's segments took where they were trained: measured, so no part of what is compared."""
-    costs = {}
-    for trial in trials:
-        store = open_store(join(out, "trials", trial.folder)) if trial.folder else None
-        seconds = json.loads(store.read(SECONDS)) if store is not None and store.exists(SECONDS) else 0.0
-        costs[str(trial.number)] = {"passes": trial.passes, "seconds": seconds}
-    open_store(out).write("costs.json", canonical(costs))
+    store = open_store(out)
+    costs = {trial.number: {"passes": trial.passes, "seconds": 0.0} for trial in trials}
+    for key, _ in store.list("trials/"):
+        if key.endswith(f"/{SECONDS}"):  # a member of a population has a folder for each of its origins
+            costs[int(key.split("/")[1][:4])]["seconds"] += json.loads(store.read(key))
+    store.write("costs.json", canonical({str(number): cost for number, cost in costs.items()}))
 
 
 def _at_once(config: SweepConfig, corpus: Corpus, source: Corpus, store: Store, plan: str) -> int:
@@ -277,6 +188,8 @@ def _scheduler(config: SweepConfig, most: int) -> TrialScheduler:
         return ASHAScheduler(
             time_attr=PASSES, max_t=most, grace_period=grace, reduction_factor=config.search.reduction_factor
         )
+    if config.search.scheduler == "pbt":
+        return Population(config, most, PASSES)
     if config.search.scheduler == "median":
         return MedianStoppingRule(time_attr=PASSES, grace_period=grace, min_samples_required=3)
     return FIFOScheduler()

@@ -20,26 +20,30 @@ import torch
 from hashray.storage import join, open_store
 from hashray.train.checkpoint import STATE, TENSORS, Position, keep_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.trainer import fit
+from hashray.train.trainer import fit_until
 from hashray.train.workers import build_loop
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One stretch of a trial whose files lie under `trial`: from `start` to `until`, in passes over the images."""
+    """One stretch of a trial: from the checkpoint at `start`, or the beginning, for `until` passes in all.
+
+    Its files lie under `trial`, where `start` does too, unless these are another's weights (tune/population.py).
+    """
 
     trial: str
-    start: int
+    start: str | None
     until: int
 
-    def place(self, name: str) -> str:
-        """Where something of the trial lies."""
-        return join(self.trial, name)
+    @property
+    def end(self) -> str:
+        """Where the checkpoint that it ends with lies."""
+        return join(self.trial, str(self.until))
 
 
 def ended_at(segment: Segment) -> Position | None:
     """Where a segment ended, with the lines of every pass so far in its notes; None where it has not."""
-    store = open_store(segment.place(str(segment.until)))
+    store = open_store(segment.end)
     return Position(**json.loads(store.read(STATE))["position"]) if store.exists(STATE) else None
 
 
@@ -59,40 +63,35 @@ def train_here(job: dict[str, Any], segment: Segment) -> None:
     config = TrainConfig.model_validate(job["config"])
     if not config.gpu:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-    partial = segment.place(f"{segment.until}-partial")
+    partial = f"{segment.end}-partial"
 
     def report(metrics: dict[str, Any], write: Any) -> None:
         if write is not None:
             last = metrics.get("pass") == segment.until
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder))
-                keep_checkpoint(segment.place(str(segment.until)) if last else partial, Path(folder))
+                keep_checkpoint(segment.end if last else partial, Path(folder))
 
     loop = build_loop(job, 0, 1, torch.device("cuda" if config.gpu else "cpu"), report, None)
     begun = open_store(partial).exists(STATE)
-    before = partial if begun else segment.place(str(segment.start)) if segment.start else None
+    before = partial if begun else segment.start
     loop.run(None if before is None else read_checkpoint(before), segment.until)
 
 
 def train_by_ray_train(job: dict[str, Any], segment: Segment) -> None:
     """Train a segment as a Ray Train run of its own: for several workers, or images that are streamed."""
     config = TrainConfig.model_validate(job["config"])
-    start = segment.place(str(segment.start)) if segment.start else None
-    more = {"checkpoints": segment.place("train"), "run": str(segment.until), "until": segment.until, "start": start}
-    final = fit(config, job | more)
-    with tempfile.TemporaryDirectory() as folder:
-        final.save(Path(folder))
-        keep_checkpoint(segment.place(str(segment.until)), Path(folder))
+    fit_until(config, job, segment.start, segment.until, segment.end)
 
 
-def forget_before(segment: Segment) -> None:
-    """Delete the weights that nothing goes on from any more; the lines of earlier segments are in the last one's."""
+def forget_before(segment: Segment, start_too: bool) -> None:
+    """Delete what nothing goes on from any more; the lines of earlier segments are in the last one's."""
     store = open_store(segment.trial)
-    for prefix in (f"{segment.until}-partial/", "train/"):
-        for key, _ in list(store.list(prefix)):
+    for name in ("partial", "fit"):
+        for key, _ in list(store.list(f"{segment.until}-{name}/")):
             store.delete(key)
-    if segment.start:
-        store.delete(f"{segment.start}/{TENSORS}")
+    if segment.start and start_too:
+        open_store(segment.start).delete(TENSORS)
 
 
 train_segment = ray.remote(train_here)

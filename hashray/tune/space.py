@@ -7,7 +7,8 @@
     method.priority = { choice = ["project", "sum"], when = "lcgh" }
 
 A point of the space is a table {"optim.lr": 3e-3, …} of the dimensions that its method has; the config of the
-file itself is the first point of every sweep.
+file itself is the first point of every sweep. Beside its values a point may hold the number of its trial, and of a
+member of a population after how many passes it went on from which other member's point.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from hashray.config import Config, parse_toml, validate
 from hashray.errors import ConfigError, perhaps
 from hashray.methods import known_methods
 from hashray.storage import read_url
-from hashray.train.config import TrainConfig
+from hashray.train.config import TrainConfig, can_change
 
-KIND, NUMBER = "method.kind", "trial"
+KIND, NUMBER, ORIGIN = "method.kind", "trial", "origin"
 KINDS = ("log", "linear", "integer", "choice")
 # A trial's score must mean the same for all of them, and all find the same corpus.
 FIXED = {
-    "corpus", "out", "features", "init", "pseudo_labels", "self_training", "seed", "epochs", "input", "workers",
-    "cpus_per_worker", "gpu", "max_failures", "max_bad", "validation_rows", "validation_every", "select_by",
+    "corpus", "out", "features", "init", "pseudo_labels", "self_training", "changes", "seed", "epochs", "input",
+    "workers", "cpus_per_worker", "gpu", "max_failures", "max_bad", "validation_rows", "validation_every", "select_by",
     "checkpoint_every", "checkpoint_steps", "memory_limit_mib", "tensorboard", "unlabelled",
 }  # fmt: skip
 Point = dict[str, Any]
@@ -75,6 +76,13 @@ class Dimension(Config):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and self.ends[0] <= value <= self.ends[1]
 
+    def within(self, value: Any) -> Any:
+        """The nearest value that this dimension could draw."""
+        if self.choice is not None:
+            return value
+        nearest = min(max(value, self.ends[0]), self.ends[1])
+        return int(nearest) if self.integer is not None else float(nearest)
+
     def draw(self, name: str, trial: Any) -> Any:
         """A value for an Optuna trial."""
         if self.choice is not None:
@@ -99,8 +107,12 @@ class SearchConfig(Config):
 
     trials: int = Field(32, ge=2)
     algorithm: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random points")
-    scheduler: Literal["asha", "median", "none"] = Field("asha", description="which trials stop early")
-    grace_epochs: int | None = Field(None, ge=1, description="passes before a trial may stop; unset: a ninth of all")
+    scheduler: Literal["asha", "median", "pbt", "none"] = Field(
+        "asha", description="which trials stop early; pbt: none, but the worst go on from the best, changed a little"
+    )
+    grace_epochs: int | None = Field(
+        None, ge=1, description="passes before a trial may stop, or between two exchanges; unset: a ninth of all"
+    )
     reduction_factor: int = Field(3, ge=2, description="asha: one of so many trials goes on from a rung to the next")
     at_once: int | None = Field(None, ge=1, description="trials in flight; unset: as many as the cluster can train")
     seed: int = Field(0, ge=0, description="of the search; trials are trained with the config's own seed")
@@ -115,6 +127,12 @@ class SearchConfig(Config):
         if len(set(value)) < len(value):
             raise ValueError("report_seeds holds a seed twice")
         return value
+
+    @model_validator(mode="after")
+    def _one_searches(self) -> SearchConfig:
+        if self.scheduler == "pbt" and self.algorithm != "random":
+            raise ValueError('scheduler = "pbt" searches by itself, from random points: set algorithm = "random"')
+        return self
 
 
 class SweepConfig(TrainConfig):
@@ -140,7 +158,7 @@ class SweepConfig(TrainConfig):
     def default(self) -> Point:
         """The point of the file's own config."""
         table = self.base.model_dump(mode="json")
-        point = {name: _look_up(table, name) for name in self.active(self.method.kind)}
+        point = {name: look_up(table, name) for name in self.active(self.method.kind)}
         return ({KIND: self.method.kind} if KIND in self.space else {}) | point
 
     def draw(self, trial: Any) -> dict[str, int]:
@@ -162,13 +180,19 @@ class SweepConfig(TrainConfig):
             fields = known_methods()[kind][0].model_fields
             kept = {name: value for name, value in table["method"].items() if name in fields and name != "preset"}
             table["method"] = {**kept, "kind": kind}
-        values = {name: value for name, value in point.items() if name != NUMBER}
+        (_, values), *later = _lineage(point)
         for name, value in values.items():
-            *parents, last = name.split(".")
-            inner = table
-            for parent in parents:
-                inner = inner.setdefault(parent, {})
-            inner[last] = value
+            _put(table, name, value)
+        changes, held = [], values
+        for after, own in later:
+            change: dict[str, Any] = {}
+            for name in own:
+                if own[name] != held[name]:
+                    _put(change, name, own[name])
+            changes += [{"after": after, **change}] if change else []
+            held = own
+        if changes:
+            table["changes"] = changes
         table |= {"validation_every": 1, "checkpoint_every": 1, "checkpoint_steps": None, "tensorboard": False}
         return validate(TrainConfig, table, ", ".join(f"{n} = {v!r}" for n, v in values.items()) or "the config")
 
@@ -211,6 +235,8 @@ def check_sweep(config: SweepConfig, where: str) -> None:
     faults = [fault for name, dimension in config.space.items() for fault in _faults(config, name, dimension)]
     if not config.validation_rows:
         faults.append("validation_rows: 0 leaves nothing to compare trials by (the query split is never used for it)")
+    if config.changes:
+        faults.append('changes: values are searched that hold all along, or scheduler = "pbt" finds the changes')
     if config.self_training is not None:
         faults.append("self_training: sweep the first training, then train the winner with rounds")
     if not faults:
@@ -232,6 +258,8 @@ def _faults(config: SweepConfig, name: str, dimension: Dimension) -> list[str]:
         return [f"space.{name}: unknown key{perhaps(top, known) or '.'} Known here: {', '.join(known)}"]
     if name in FIXED or (top == "backbone" and config.backbone.frozen) or name in ("method", "optim", "augment"):
         return [f"space.{name}: this is the same for all trials of a sweep"]
+    if config.search.scheduler == "pbt" and not can_change(name):
+        return [f'space.{name}: scheduler = "pbt" changes values while a trial trains, and this is settled before']
     if dimension.when is not None and dimension.when not in config.kinds():
         trained = ", ".join(config.kinds())
         return [f"space.{name}: when = {dimension.when!r}, and the sweep trains {trained} only"]
@@ -258,11 +286,36 @@ def _flat(space: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _look_up(table: Mapping[str, Any], name: str) -> Any:
+def _put(table: dict[str, Any], name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+    table[last] = value
+
+
+def values_of(point: Mapping[str, Any]) -> Point:
+    """A point's values, without what else is kept with it."""
+    return {name: value for name, value in point.items() if name not in (NUMBER, ORIGIN)}
+
+
+def look_up(table: Mapping[str, Any], name: str) -> Any:
+    """The value of a dotted name in nested tables."""
     value: Any = table
     for part in name.split("."):
         value = value[part]
     return value
+
+
+def _lineage(point: Mapping[str, Any]) -> list[tuple[int, Point]]:
+    """The values that a member's weights were trained with, and after how many passes each set of them began."""
+    origin = donor_of(point)
+    return [(0, values_of(point))] if origin is None else [*_lineage(origin[1]), (origin[0], values_of(point))]
+
+
+def donor_of(point: Mapping[str, Any]) -> tuple[int, Point] | None:
+    """After how many passes a member went on from another's weights, and that one's point; None if it never did."""
+    passes, donor = point.get(ORIGIN) or (0, None)
+    return None if donor is None else (int(passes), donor)
 
 
 def milestones(search: SearchConfig, most: int, passes: int) -> list[int]:

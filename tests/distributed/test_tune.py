@@ -131,6 +131,33 @@ def test_the_winner_trains_to_its_score_and_is_scored_beside_the_default(corpus:
 
 
 @pytest.mark.slow
+def test_a_population_exchanges_weights_and_its_best_schedule_trains_again_to_its_score(
+    corpus: str, tmp_path: Path
+) -> None:
+    search = {**CONFIG["search"], "scheduler": "pbt", "algorithm": "random", "trials": 4}
+    out, model = tmp_path / "sweep", tmp_path / "model"
+    path = written(tmp_path, search=search)
+    assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
+    rows, first = board(out), artifact.load_manifest(out, "sweep")
+    assert {row["state"] for row in rows} == {"finished"} and first.info["passes"] == 16
+    configs = [json.loads(row["config"]) for row in rows]
+    # One of four is the worst at each of three exchanges; who has never been it has no changes.
+    assert 0 < sum("changes" in config for config in configs) <= 3
+    assert main(["train", str(out / "best.toml"), "--corpus", corpus, "--out", str(model)]) == 0
+    assert artifact.load_manifest(model, "model").info["validation_map"] == rows[0]["score"]
+    changed = next(row for row, config in zip(rows, configs, strict=True) if "changes" in config)
+    for change in json.loads(changed["config"])["changes"]:
+        assert 1e-4 <= change["optim"].get("lr", 1e-3) <= 1e-1
+    # As if it had been killed in the last stretch: the same exchanges, and nothing else is trained again.
+    told = (out / "leaderboard.parquet").read_bytes(), (out / "passes.parquet").read_bytes()
+    (out / "manifest.json").unlink()
+    before = ends(out)
+    assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
+    assert ends(out) == before and artifact.load_manifest(out, "sweep").id == first.id
+    assert ((out / "leaderboard.parquet").read_bytes(), (out / "passes.parquet").read_bytes()) == told
+
+
+@pytest.mark.slow
 def test_trials_of_two_workers_are_ray_train_runs(corpus: str, tmp_path: Path) -> None:
     search = {**CONFIG["search"], "trials": 2, "grace_epochs": 2}
     out = tmp_path / "sweep"

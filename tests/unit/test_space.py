@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hashray.cli import main
+from hashray.config import parse_toml, validate
 from hashray.errors import ConfigError
+from hashray.train.config import TrainConfig
 from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
-from hashray.tune.space import KIND, SearchConfig, SweepConfig, milestones, read_sweep
+from hashray.tune.space import KIND, NUMBER, ORIGIN, SearchConfig, SweepConfig, milestones, read_sweep, values_of
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {"method": {"kind": "adalabelhash", "num_bits": 16}, "optim": {"lr": 1e-3}, "epochs": 9}
@@ -77,6 +79,33 @@ def test_dimensions_of_another_method_wait_for_it(tmp_path: Path) -> None:
     assert all(("method.margin" in point) == (point[KIND] == "lcgh") for point in drawn)
 
 
+POPULATION: dict[str, Any] = {"scheduler": "pbt", "algorithm": "random"}
+
+
+def test_a_member_of_a_population_is_a_config_with_changes(tmp_path: Path) -> None:
+    space = {"optim.lr": {"log": [1e-4, 1e-2]}, "method.margin_ratio": {"linear": [0.1, 1.0]}}
+    config = sweep(tmp_path, space, search=POPULATION)
+    first = {NUMBER: 4, "optim.lr": 1e-3, "method.margin_ratio": 0.5}
+    second = {NUMBER: 2, "optim.lr": 2e-3, "method.margin_ratio": 0.5, ORIGIN: [2, first]}
+    third = {NUMBER: 1, "optim.lr": 2e-3, "method.margin_ratio": 0.5, ORIGIN: [4, second]}
+    fourth = {NUMBER: 0, "optim.lr": 2e-3, "method.margin_ratio": 0.4, ORIGIN: [6, third]}
+    chosen = config.at(fourth)
+    assert chosen.optim.lr == 1e-3 and [change.after for change in chosen.changes] == [2, 6]
+    stretches = [(after, own.optim.lr, own.method.margin_ratio) for after, own in chosen.stretches()]  # type: ignore[attr-defined]
+    assert stretches == [(0, 1e-3, 0.5), (2, 2e-3, 0.5), (6, 2e-3, 0.4)]
+    best = Trial(0, values_of(fourth), "", "finished", 0.5, 9, 9, "", [], chosen)
+    assert validate(TrainConfig, parse_toml(best_toml(best), "best"), "best").result_of() == chosen.result_of()
+
+
+def test_a_population_changes_only_what_can_change_while_a_model_trains(tmp_path: Path) -> None:
+    space = {"optim.name": {"choice": ["adamw", "sgd"]}, "batch_size": {"integer": [32, 256]}}
+    text = faults(tmp_path, space, search=POPULATION)
+    assert text.count("changes values while a trial trains, and this is settled before") == 2
+    assert "from random points" in faults(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}}, search={"scheduler": "pbt"})
+    changes = [{"after": 2, "optim": {"lr": 1e-3}}]
+    assert "finds the changes" in faults(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}}, changes=changes)
+
+
 def test_every_fault_of_a_space_is_listed_with_what_was_perhaps_meant(tmp_path: Path) -> None:
     text = faults(
         tmp_path,
@@ -126,9 +155,10 @@ def test_shipped_sweeps_are_whole() -> None:
     assert {read_sweep(str(path)).method.kind for path in found} == {"dseh", "adalabelhash", "lcgh"}
 
 
-@given(st.integers(1, 60), st.integers(1, 12), st.integers(2, 5), st.sampled_from(["asha", "median", "none"]))
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(2, 5), st.sampled_from(["asha", "median", "pbt", "none"]))
 def test_trials_report_in_order_and_at_the_end(passes: int, grace: int, factor: int, scheduler: Any) -> None:
-    found = milestones(SearchConfig(scheduler=scheduler, grace_epochs=grace, reduction_factor=factor), passes, passes)
+    search = SearchConfig(scheduler=scheduler, algorithm="random", grace_epochs=grace, reduction_factor=factor)
+    found = milestones(search, passes, passes)
     assert found == sorted(set(found)) and found[-1] == passes
     assert all(later >= grace for later in found[:-1])
 

@@ -1,0 +1,86 @@
+"""[Ray] Population-based training: Ray's own, in step, with draws that come out again.
+
+After every `grace_epochs` passes the worst quarter of the population go on from the weights of members of the best
+quarter, at points a little off theirs (Jaderberg et al. 2017). Ray decides; what is added here is that its random
+numbers depend on the seed, the member and the pass alone, and that a member's point says where it came from: so a
+sweep that is run again goes through the same exchanges, and a member is a training config with changes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+from ray import tune
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
+
+from hashray.tune.space import NUMBER, ORIGIN, Dimension, SweepConfig, grace_epochs
+
+
+class Population(PopulationBasedTraining):
+    """Ray's scheduler for a sweep whose trials all train for `passes`."""
+
+    def __init__(self, config: SweepConfig, passes: int, time_attr: str) -> None:
+        self.dimensions = config.active(config.method.kind)
+        self.seed, self.passes = config.search.seed, passes
+        super().__init__(
+            time_attr=time_attr, perturbation_interval=grace_epochs(config.search, passes), synch=True,
+            hyperparam_mutations={name: _mutation(dimension) for name, dimension in self.dimensions.items()},
+            log_config=False,
+        )  # fmt: skip
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result[self._time_attr] >= self.passes:  # nothing is to be trained after an exchange at the very end
+            return TrialScheduler.CONTINUE
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return decision
+
+    def _checkpoint_or_exploit(
+        self, trial: Any, tune_controller: Any, upper_quantile: Any, lower_quantile: Any
+    ) -> None:
+        # The weights lie where the point says, so Tune has no checkpoint to save, to wait for or to miss.
+        if trial in lower_quantile:
+            before = random.getstate(), np.random.get_state()
+            time = self._trial_state[trial].last_train_time
+            random.seed(f"{self.seed} {trial.config[NUMBER]} {time}")
+            np.random.seed(random.getrandbits(32))
+            self._exploit(tune_controller, trial, random.choice(upper_quantile))
+            trial.run_metadata.checkpoint_manager._latest_checkpoint_result = None
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        donor = trial_to_clone.config
+        moved, operations = super()._get_new_config(trial, trial_to_clone)
+        values = {name: dimension.within(moved[name]) for name, dimension in self.dimensions.items()}
+        time = self._trial_state[trial_to_clone].last_train_time
+        return {NUMBER: trial.config[NUMBER], **values, ORIGIN: [time, donor]}, operations
+
+
+def _mutation(dimension: Dimension) -> Any:
+    if dimension.choice is not None:
+        return list(dimension.choice)
+    low, high = dimension.ends
+    if dimension.integer is not None:
+        return tune.randint(low, high + 1)
+    return tune.loguniform(low, high) if dimension.log is not None else tune.uniform(low, high)
+
+
+def first_points(config: SweepConfig) -> dict[str, Any]:
+    """Tune's space of the population's first members: the default, then points drawn at random."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=config.search.seed))
+    study.enqueue_trial(config.default())
+    points: list[Mapping[str, Any]] = []
+    for _ in range(config.search.trials):
+        asked = study.ask()
+        config.draw(asked)
+        points.append(asked.params)
+
+    def value(name: str) -> Any:
+        return tune.sample_from(lambda spec: points[spec["config"][NUMBER]][name])
+
+    names = config.active(config.method.kind)
+    return {NUMBER: tune.grid_search(list(range(len(points)))), **{name: value(name) for name in names}}

@@ -1,0 +1,147 @@
+"""[Ray] One trial as Tune runs it: segment after segment, each trained by Ray, and a report after each.
+
+A trial is light: it waits for its turn, has its next segment trained by a task (or a Ray Train run) that takes the
+CPUs and GPUs, and reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.exceptions import RayTaskError
+
+from hashray.artifact import canonical
+from hashray.data.corpus import Corpus, open_corpus
+from hashray.errors import HashrayError, RunError
+from hashray.runtime import unwrap
+from hashray.storage import join, open_store
+from hashray.train.config import TrainConfig
+from hashray.train.trainer import plan_job, run_of, total_passes
+from hashray.tune.segments import Segment, ended_at, forget_before, score_of, train_by_ray_train, train_segment
+from hashray.tune.space import NUMBER, SweepConfig, donor_of, milestones
+from hashray.tune.turns import Turns
+
+SCORE, PASSES = "score", "passes"
+WORST = -1.0  # of a member of a population that has failed, and goes on from another's weights
+FAILED, SECONDS = "failed.json", "seconds.json"
+
+
+@ray.remote(num_cpus=0)
+class TurnsActor:
+    """`Turns`, for trials to wait at."""
+
+    def __init__(self, at_once: int, trials: int) -> None:
+        self.turns = Turns(at_once, trials)
+        self.gates: dict[str, asyncio.Event] = {}
+
+    async def enter(self, trial: str, number: int, passes: int) -> None:
+        """Set out for the next report."""
+        self.turns.enter(trial, number, passes)
+        self._release()
+
+    async def turn(self, trial: str) -> None:
+        """Wait until this trial may report."""
+        gate = self.gates[trial] = asyncio.Event()
+        self.turns.arrive(trial)
+        self._release()
+        await gate.wait()
+
+    async def end(self, trial: str) -> None:
+        """This trial reports no more."""
+        self.turns.end(trial)
+        self._release()
+
+    def _release(self) -> None:
+        while (trial := self.turns.next()) is not None:
+            self.gates[trial].set()
+
+
+def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
+    """One trial of the sweep, as Tune runs it: segment after segment, each followed by a report.
+
+    A segment that fails is tried again here, as often as the sweep says, and the last failure is kept beside the
+    segments: only what is final is told, and in its turn, for what follows depends on when it is known.
+    """
+    # Tune reuses this process and gives the trial before it two seconds to leave, else it drops the new one unsaid.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
+    config = SweepConfig.model_validate(sweep["config"])
+    me, done, start = tune.get_context().get_trial_id(), 0, None
+    population = config.search.scheduler == "pbt"
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            done = int((Path(folder) / PASSES).read_text())
+    try:
+        chosen = config.at(point)
+        corpus, data = open_corpus(sweep["corpus"]), open_corpus(sweep["source"], None)
+        own = total_passes(chosen, corpus.num_classes)
+        trial, now = folder_of(sweep["out"], point, chosen, corpus), chosen.stretches()[-1][1]
+        job = plan_job(now, corpus, data)
+        origin = donor_of(point)
+        if origin is not None and origin[0] >= done:
+            done, donor = origin
+            start = join(folder_of(sweep["out"], donor, config.at(donor), corpus), str(done))
+        elif done:
+            start = join(trial, str(done))
+    except HashrayError:
+        ray.get(turns.enter.remote(me, point[NUMBER], 1))
+        ray.get(turns.turn.remote(me))
+        raise
+    for until in milestones(config.search, sweep["most"], own):
+        if until <= done:
+            continue
+        segment, reason = Segment(trial, start, until), None
+        ray.get(turns.enter.remote(me, point[NUMBER], until - done))
+        if ended_at(segment) is None:
+            reason = _train(config, now, job, segment)
+        if reason is None:
+            forget_before(segment, start_too=not population)
+        ray.get(turns.turn.remote(me))
+        if reason is not None and not population:
+            raise RunError(reason)
+        position = ended_at(segment)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / PASSES).write_text(str(until))
+            score = WORST if position is None else score_of(position)
+            tune.report({SCORE: score, PASSES: until}, checkpoint=tune.Checkpoint.from_directory(folder))
+        done, start = until, segment.end
+
+
+def folder_of(out: str, point: dict[str, Any], chosen: TrainConfig, corpus: Corpus) -> str:
+    """Where a trial's segments are: two trials at one point do not share them."""
+    return join(out, "trials", f"{point[NUMBER]:04d}-{run_of(chosen, corpus)[0]}")
+
+
+def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segment: Segment) -> str | None:
+    """Train a segment; the reason why it could not be, where it has failed once too often."""
+    store = open_store(segment.trial)
+    if store.exists(FAILED):
+        return str(json.loads(store.read(FAILED)))
+    start, reason = time.monotonic(), ""
+    for _ in range(config.search.max_failures + 1):
+        try:
+            if chosen.workers > 1 or not job["memory"]:
+                train_by_ray_train(job, segment)
+            else:
+                # Not inside the trial's own placement group, which holds next to nothing.
+                takes = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
+                placed_anywhere = train_segment.options(**takes, scheduling_strategy="DEFAULT", max_retries=0)
+                ray.get(placed_anywhere.remote(job, segment))
+        except Exception as error:
+            found = unwrap(error)
+            reason = str(found.cause if isinstance(found, RayTaskError) else found).strip().partition("\n")[0]
+            reason = f"{type(found).__name__}: {reason}"
+        else:
+            before = json.loads(store.read(SECONDS)) if store.exists(SECONDS) else 0.0
+            store.write(SECONDS, canonical(before + time.monotonic() - start))
+            return None
+    store.write(FAILED, canonical(reason))
+    return reason

@@ -64,6 +64,11 @@ class LCGHConfig(MethodConfig):
         " feature where the trunk is frozen or has weights"
     )  # fmt: skip
 
+    target_scale: Literal["dimension", "common"] = Field(
+        "dimension", description="a feature is rebuilt over the spread of each dimension, or over one for all: then the"
+        " decoder cares most for the directions in which features differ most"
+    )  # fmt: skip
+
     @model_validator(mode="after")
     def _dual_needs_a_plateau(self) -> LCGHConfig:
         if self.priority == "dual" and not self.warmup_share:
@@ -145,7 +150,10 @@ class LCGH(Method):
 
         sums = crew.sum_by_group(moments, lambda labels: torch.zeros(len(labels), dtype=torch.int64), 1)[0]
         mean, square = sums[:-1].div(sums[-1]).chunk(2)
-        std = (square - mean.square()).clamp_min(0).sqrt()
+        variance = (square - mean.square()).clamp_min(0)
+        if self.config.target_scale == "common":
+            variance = variance.mean().expand_as(variance)
+        std = variance.sqrt()
         self.target_mean.copy_(mean)
         self.target_std.copy_(std.clamp_min(max(FLAT * float(std.max()), 1e-12)))
         return {}

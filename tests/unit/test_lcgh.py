@@ -197,6 +197,13 @@ def test_the_target_is_standardised_over_all_training_rows_dead_dimensions_inclu
     assert bool(torch.isfinite(method._target(torch.as_tensor(features))).all())
 
 
+def test_one_scale_for_all_dimensions_keeps_their_proportions() -> None:
+    weights, _ = run_loop(config_of(method={**METHOD, "target_scale": "common"}, epochs=1), 100)
+    features, _, _ = make_rows(100)
+    expected = np.full(features.shape[1], np.sqrt(features.var(0).mean()))
+    torch.testing.assert_close(weights["target_std"].double(), torch.as_tensor(expected), atol=1e-6, rtol=0)
+
+
 def test_a_trained_trunk_rebuilds_pixels_or_the_features_it_started_from(tmp_path: Any) -> None:
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     fresh = build_method(LCGHConfig(), build_trunk(BackboneConfig(width=4)), 3)

@@ -49,6 +49,10 @@ class Bar:
                     "per_s": round(rate, 1), "eta_s": left and round(left, 1), **notes}  # fmt: skip
             print(json.dumps(line, default=str), file=sys.stderr, flush=True)
 
+    def resume_at(self, done: int) -> None:
+        """Go on from `done` units: what was done before is no part of the rate."""
+        self.done = self.start_done = done
+
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         if self._progress is not None:
             self._progress.stop()

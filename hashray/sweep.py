@@ -56,11 +56,14 @@ def tune(config: SweepConfig) -> Manifest:
     connect()
     trials = search(config, corpus, out, plan)
     best = ranked(trials)[0]
-    say(f"best of {len(trials)}: trial {best.number}, validation {best.score:.4f}, the default {_default(trials)}")
-    compared = _compare(config, corpus, best, trials[0], out)
+    default = _default(config, trials)
+    told = "is not among the trials" if default is None else _score(default)
+    say(f"best of {len(trials)}: trial {best.number}, validation {best.score:.4f}; the default {told}")
+    compared = _compare(config, corpus, best, default, out)
     spent, full = sum(trial.passes for trial in trials), sum(trial.total for trial in trials)
     summary = {
-        "trials": len(trials), "best_trial": best.number, "best_score": best.score, "default_score": trials[0].score,
+        "trials": len(trials), "best_trial": best.number, "best_score": best.score,
+        "default_score": default and default.score,
         "stopped": sum(trial.state == "stopped" for trial in trials),
         "failed": [trial.number for trial in trials if trial.state == "failed"],
         "passes": spent, "passes_of_full_grid": full, "importance": importance(trials, config, config.search.seed),
@@ -81,30 +84,36 @@ def tune(config: SweepConfig) -> Manifest:
     return manifest
 
 
-def _default(trials: list[Trial]) -> str:
-    return f"{trials[0].score:.4f}" if trials[0].score is not None else f"failed ({trials[0].reason})"
+def _default(config: SweepConfig, trials: list[Trial]) -> Trial | None:
+    """The trial of the file's own config; None where it went on from another member's weights."""
+    first = trials[0]
+    return first if first.config is not None and first.config.result_of() == config.base.result_of() else None
 
 
-def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial, out: str) -> dict[str, Any]:
+def _score(trial: Trial) -> str:
+    return f"{trial.score:.4f}" if trial.score is not None else f"failed ({trial.reason})"
+
+
+def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial | None, out: str) -> dict[str, Any]:
     """Train the winner and the default with every report seed; validation and query mAP of each."""
     if not config.search.report_seeds:
         return {}
+    assert best.config is not None
     found: dict[str, Any] = {}
-    sides = [(WINNER, best)] + (
-        [(DEFAULT, default)] if default.number != best.number and default.state != "failed" else []
-    )
-    for who, trial in sides:
+    sides = [(WINNER, best.number, best.config)]
+    if best is not default and (default is None or default.state != "failed"):
+        sides.append((DEFAULT, 0, config.base))
+    for who, number, chosen in sides:
         lines = []
         for seed in config.search.report_seeds:
             name = f"{who}-{seed}"
             model, at = join(out, "models", name), join(out, "evaluations", name)
             places = {"corpus": corpus.store.url, "out": model, "seed": seed, "features": config.features}
-            assert trial.config is not None
-            made = train_model(trial.config.model_copy(update=places))
+            made = train_model(chosen.model_copy(update=places))
             lines.append(
                 {"seed": seed, "validation": made.info["validation_map"], **_query_score(config, model, at, corpus)}
             )
-        found[who] = {"trial": trial.number, "seeds": lines, **_spread(lines)}
+        found[who] = {"trial": number, "seeds": lines, **_spread(lines)}
     return found
 
 

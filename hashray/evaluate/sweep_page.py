@@ -21,13 +21,13 @@ SHOWN = 20
 
 def draw(trials: Sequence[Trial], summary: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure of a sweep, by name."""
-    found = {"learning_curves": learning_curves(trials), "parallel_coordinates": parallel_coordinates(trials)}
+    found = {"learning_curves": learning_curves(trials, summary), "parallel_coordinates": parallel_coordinates(trials)}
     if summary["importance"]:
         found["importance"] = importance_bars(summary["importance"])
     return found
 
 
-def learning_curves(trials: Sequence[Trial]) -> Figure:
+def learning_curves(trials: Sequence[Trial], summary: Mapping[str, Any]) -> Figure:
     """Best validation so far over passes; the best trial and the default stand out."""
     figure, axes = new_axes("Learning curves", "passes over the images", "best validation so far")
     best = ranked(trials)[0].number
@@ -37,7 +37,9 @@ def learning_curves(trials: Sequence[Trial]) -> Figure:
         passes = [line["pass"] for line in trial.lines]
         scores = [line["validation_map"] for line in trial.lines]
         top = [max(scores[: i + 1]) for i in range(len(scores))]
-        shown = {best: (OURS, 2.4, f"trial {best}, the best"), 0: (INK, 1.8, "trial 0, the default")}
+        shown = {best: (OURS, 2.4, f"trial {best}, the best")}
+        if summary["default_score"] is not None:
+            shown = {0: (INK, 1.8, "trial 0, the default"), **shown}
         tint, width, label = shown.get(trial.number, ("#9aa3b5", 0.9, None))
         axes.plot(passes, top, color=tint, linewidth=width, label=label, zorder=2 + width)
         axes.plot(passes[-1:], top[-1:], marker="x" if trial.state == "stopped" else "o", color=tint, markersize=5)

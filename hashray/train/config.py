@@ -166,7 +166,10 @@ class TrainConfig(Config):
             raise ValueError(f"changes: after = {after}; each comes later than the one before")
         if self.changes and self.self_training is not None:
             raise ValueError("changes are of one training, and self_training is several: give one of the two")
-        self.stretches()
+        try:
+            self.stretches()
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         return self
 
     def stretches(self) -> list[tuple[int, TrainConfig]]:

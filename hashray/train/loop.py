@@ -223,12 +223,12 @@ class Loop:
         position.epoch, position.step = position.epoch + 1, 0
         line = {"event": "epoch", "pass": number + 1, "phase": phase.name, "round": phase.round,
                 "epoch": position.epoch, "lr": rate, "loss": loss, **means}  # fmt: skip
-        last = position.epoch == phase.epochs or self._reached(until)
+        last = position.epoch == phase.epochs
         if self.validate is not None and (last or position.epoch % self.config.validation_every == 0):
             place = f"phase {position.phase}, epoch {position.epoch}" if phase.selectable else None
             line["validation_map"] = self._select(place)
         position.notes.setdefault("history", []).append(line)
-        self._report(line, save=last or position.epoch % self.config.checkpoint_every == 0)
+        self._report(line, save=last or self._reached(until) or position.epoch % self.config.checkpoint_every == 0)
 
     def _in_step(self, slices: Iterator[Slice]) -> Iterator[Slice]:
         for piece in slices:

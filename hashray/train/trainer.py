@@ -31,7 +31,7 @@ from hashray.data.units import already_made, refuse_taken
 from hashray.errors import ConfigError, InputError, MismatchError, RunError
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk, weights_identity, with_absolute_weights
-from hashray.methods.base import LabelTable
+from hashray.methods.base import LabelTable, Method
 from hashray.model import load_model, write_model
 from hashray.progress import Bar, say
 from hashray.runtime import WorkersConfig, connect, quicken_on_one_machine, unwrap
@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> Manifest:
     if config.workers > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
         say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
     job = plan_job(config, corpus, data) | {"checkpoints": join(out, "checkpoints"), "run": run}
-    final = _through(config, job)
+    final = _fit_stretches(config, job)
     position = final.position
     tensors, history = final.best() or final.under("average") or final.under("method"), position.notes["history"]
     chosen = {"best_at": position.best_at, "validation_map": position.best_score} if position.best_at else {}
@@ -200,22 +200,34 @@ def require_one_network(config: TrainConfig, num_classes: int) -> None:
     """
     if not config.changes:
         return
-    total, found = total_passes(config, num_classes), []
-    for _, own in config.stretches():
-        method = build_method(own.method, build_trunk(own.backbone, load_weights=False), num_classes)
-        phases = [(phase.name, phase.round, phase.epochs) for phase in method.phases(own.epochs)]
-        found.append((phases, {name: tensor.shape for name, tensor in method.state_dict().items()}))
-    for change, own_shape in zip(config.changes, found[1:], strict=True):
+    first, *later = [
+        build_method(own.method, build_trunk(own.backbone, load_weights=False), num_classes)
+        for _, own in config.stretches()
+    ]
+    total = sum(phase.epochs for phase in first.phases(config.epochs))
+    for change, method in zip(config.changes, later, strict=True):
         if change.after >= total:
             raise ConfigError(f"changes: after = {change.after}, and the training ends after {total} passes")
-        if own_shape != found[0]:
+        if not _same_network(first, method, config.epochs):
             raise ConfigError(
                 f"changes, after {change.after} passes: {', '.join(change.method)} would give another network or other "
                 "phases; weights and rates can change while a model trains"
             )
 
 
-def _through(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
+def _same_network(first: Method, other: Method, epochs: int) -> bool:
+    """Whether both have the same phases and, from the same weights, the same codes of rows and of classes."""
+    phases = [[(phase.name, phase.round, phase.epochs) for phase in own.phases(epochs)] for own in (first, other)]
+    state, shapes = first.state_dict(), {name: tensor.shape for name, tensor in other.state_dict().items()}
+    if phases[0] != phases[1] or {name: tensor.shape for name, tensor in state.items()} != shapes:
+        return False
+    other.load_state_dict(state)
+    features = torch.randn(8, first.trunk.feature_dim, generator=torch.Generator().manual_seed(0))
+    classes = [own.class_codes() for own in (first, other)]
+    return torch.equal(first.encode(features), other.encode(features)) and np.array_equal(*classes)  # type: ignore[arg-type]
+
+
+def _fit_stretches(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
     """Fit one stretch after another, each from where the one before ended; return the end. Rerun = resume."""
     stretches, start = config.stretches(), None
     for (_, own), (until, _) in pairwise(stretches):
@@ -308,6 +320,8 @@ class _Watch:
                         notes = {"loss": f"{line['loss']:.4f}"}
                         if "validation_map" in line:
                             notes["mAP"] = f"{line['validation_map']:.4f}"
+                        if not bar.done:
+                            bar.resume_at(line["pass"] - 1)
                         bar.add(line["pass"] - bar.done, **notes)
                         for name, value in line.items():
                             if writer is not None and isinstance(value, float):

@@ -63,7 +63,10 @@ def leaderboard(trials: Sequence[Trial]) -> pa.Table:
 
 
 def passes_table(trials: Sequence[Trial]) -> pa.Table:
-    """One row for each pass of each trial, in order: losses and validation as the training loop reported them."""
+    """One row for each pass of each trial, in order: losses and validation as the training loop reported them.
+
+    Of a member of a population the passes of its weights, those before an exchange being another member's.
+    """
     lines = [(trial.number, line) for trial in trials for line in trial.lines]
     names = sorted({name for _, line in lines for name, value in line.items() if isinstance(value, float)})
     columns: dict[str, Any] = {

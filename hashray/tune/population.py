@@ -9,23 +9,24 @@ sweep that is run again goes through the same exchanges, and a member is a train
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import optuna
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
-from hashray.tune.space import NUMBER, ORIGIN, Dimension, SweepConfig, grace_epochs
+from hashray.errors import ConfigError
+from hashray.tune.space import NUMBER, ORIGIN, Dimension, SweepConfig, grace_epochs, values_of
+
+WORST = -1.0  # score of a member that has failed: it goes on from another's weights
 
 
 class Population(PopulationBasedTraining):
     """Ray's scheduler for a sweep whose trials all train for `passes`."""
 
     def __init__(self, config: SweepConfig, passes: int, time_attr: str) -> None:
+        self.config, self.passes = config, passes
         self.dimensions = config.active(config.method.kind)
-        self.seed, self.passes = config.search.seed, passes
         super().__init__(
             time_attr=time_attr, perturbation_interval=grace_epochs(config.search, passes), synch=True,
             hyperparam_mutations={name: _mutation(dimension) for name, dimension in self.dimensions.items()},
@@ -42,12 +43,13 @@ class Population(PopulationBasedTraining):
         self, trial: Any, tune_controller: Any, upper_quantile: Any, lower_quantile: Any
     ) -> None:
         # The weights lie where the point says, so Tune has no checkpoint to save, to wait for or to miss.
-        if trial in lower_quantile:
+        donors = [other for other in upper_quantile if (self._trial_state[other].last_score or 0) > WORST]
+        if donors and trial in lower_quantile:
             before = random.getstate(), np.random.get_state()
             time = self._trial_state[trial].last_train_time
-            random.seed(f"{self.seed} {trial.config[NUMBER]} {time}")
+            random.seed(f"{self.config.search.seed} {trial.config[NUMBER]} {time}")
             np.random.seed(random.getrandbits(32))
-            self._exploit(tune_controller, trial, random.choice(upper_quantile))
+            self._exploit(tune_controller, trial, random.choice(donors))
             trial.run_metadata.checkpoint_manager._latest_checkpoint_result = None
             random.setstate(before[0])
             np.random.set_state(before[1])
@@ -56,8 +58,13 @@ class Population(PopulationBasedTraining):
         donor = trial_to_clone.config
         moved, operations = super()._get_new_config(trial, trial_to_clone)
         values = {name: dimension.within(moved[name]) for name, dimension in self.dimensions.items()}
-        time = self._trial_state[trial_to_clone].last_train_time
-        return {NUMBER: trial.config[NUMBER], **values, ORIGIN: [time, donor]}, operations
+        origin = {NUMBER: trial.config[NUMBER], ORIGIN: [self._trial_state[trial_to_clone].last_train_time, donor]}
+        point = {**values, **origin}
+        try:
+            self.config.at(point)
+        except ConfigError:  # each value is in its range, but they do not go together
+            point = {**values_of(donor), **origin}
+        return point, operations
 
 
 def _mutation(dimension: Dimension) -> Any:
@@ -69,15 +76,9 @@ def _mutation(dimension: Dimension) -> Any:
     return tune.loguniform(low, high) if dimension.log is not None else tune.uniform(low, high)
 
 
-def first_points(config: SweepConfig) -> dict[str, Any]:
-    """Tune's space of the population's first members: the default, then points drawn at random."""
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=config.search.seed))
-    study.enqueue_trial(config.default())
-    points: list[Mapping[str, Any]] = []
-    for _ in range(config.search.trials):
-        asked = study.ask()
-        config.draw(asked)
-        points.append(asked.params)
+def first_members(config: SweepConfig) -> dict[str, Any]:
+    """Tune's parameter space: a member for each of the first points."""
+    points = config.first_points()
 
     def value(name: str) -> Any:
         return tune.sample_from(lambda spec: points[spec["config"][NUMBER]][name])

@@ -20,8 +20,8 @@ SHOWN = 8
 class Watch:
     """What the trials have reported so far."""
 
-    def __init__(self, trials: int, passes: int) -> None:
-        self.trials, self.passes = trials, passes
+    def __init__(self, trials: int, passes: int, all_finish: bool = False) -> None:
+        self.trials, self.passes, self.all_finish = trials, passes, all_finish
         self.start_s = time.monotonic()
         self.points: dict[int, dict[str, Any]] = {}
         self.at: dict[int, tuple[int, float]] = {}
@@ -53,10 +53,14 @@ class Watch:
         self._show(trial)
 
     def eta_s(self) -> float | None:
-        """Seconds to go, if the trials that are left take as long as those that have ended."""
-        if not self.over:
-            return None
-        return (time.monotonic() - self.start_s) / len(self.over) * (self.trials - len(self.over))
+        """Seconds to go, if the trials that are left take as long as those that have ended.
+
+        Where none stops early: if the passes that are left take as long as those that have been reported.
+        """
+        done, total = len(self.over), self.trials
+        if self.all_finish:
+            done, total = sum(passes for passes, _ in self.at.values()), self.trials * self.passes
+        return (time.monotonic() - self.start_s) / done * (total - done) if done else None
 
     def _show(self, trial: int) -> None:
         if self.live is not None:

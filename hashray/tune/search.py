@@ -1,4 +1,4 @@
-"""[Ray] The search itself: Ray Tune with Optuna, over trials whose segments are kept.
+"""[Ray] The search itself: Ray Tune over trials whose segments are kept, with Optuna, or as a population.
 
 How many trials are in flight is fixed when a sweep begins, so a cluster that shrinks or grows makes it slower or
 faster and changes no decision.
@@ -16,18 +16,19 @@ from typing import Any
 import optuna
 import ray
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from hashray.artifact import canonical
 from hashray.data.corpus import Corpus
-from hashray.errors import HashrayError, RunError
+from hashray.errors import ConfigError, HashrayError, RunError
 from hashray.runtime import WorkersConfig
 from hashray.storage import Store, open_store
 from hashray.train.checkpoint import TENSORS
 from hashray.train.trainer import placed, plan_job, require_one_network, total_passes, training_data
 from hashray.tune.leaderboard import Trial
-from hashray.tune.population import Population, first_points
+from hashray.tune.population import Population, first_members
 from hashray.tune.progress import Watch
 from hashray.tune.segments import (
     Segment,
@@ -38,11 +39,12 @@ from hashray.tune.space import (
     NUMBER,
     ORIGIN,
     SweepConfig,
+    donor_of,
     grace_epochs,
     milestones,
     values_of,
 )
-from hashray.tune.trial import FAILED, PASSES, SCORE, SECONDS, TurnsActor, folder_of, run_trial
+from hashray.tune.trial import FAILED, FOLDER, PASSES, SCORE, SECONDS, TurnsActor, folder_of, run_trial
 
 
 class _Callbacks(tune.Callback):
@@ -51,9 +53,12 @@ class _Callbacks(tune.Callback):
     def __init__(self, turns: Any, watch: Watch, in_step: bool) -> None:
         self.turns, self.watch, self.in_step = turns, watch, in_step
         self.ended: dict[int, tuple[dict[str, Any], int, bool]] = {}
+        self.folders: dict[int, set[str]] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        self.watch.reported(trial.config, result[PASSES], result[SCORE])
+        point = result["config"]  # with which it was trained; an exchange may have given the trial another by now
+        self.folders.setdefault(point[NUMBER], set()).add(result[FOLDER])
+        self.watch.reported(point, result[PASSES], result[SCORE])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, failed=False)
@@ -77,32 +82,45 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
         RunError: the search was interrupted, or every trial failed; the text says why the first did.
     """
     there = placed(config)
-    source = training_data(placed(config.base), corpus)
     most = max(total_passes(config.at(point), corpus.num_classes) for point in config.corners())
     population = config.search.scheduler == "pbt"
-    if population:  # all live at once, in step: none waits for one that has not set out
-        for point in config.corners():
-            require_one_network(config.at({**point, ORIGIN: [1, config.default()]}), corpus.num_classes)
-    at_once = 0 if population else _at_once(there, corpus, source, open_store(out), plan)
+    if population:
+        _require_exchanges(config, most, corpus.num_classes)
+    source = training_data(placed(config.base), corpus)
+    at_once = _at_once(there, corpus, source, open_store(out), plan)
     # Beside the driver, with whose machine the sweep would end anyway: a lost node costs no more than its segments.
-    here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
-    turns = TurnsActor.options(resources=here).remote(at_once, config.search.trials)  # type: ignore[attr-defined]
+    node = f"node:{ray.util.get_node_ip_address()}"
+    # A population is in step, whoever reports first; all its members are there, and so many at once may train.
+    here = {node: 0.9 / at_once if population else 0.001}
+    turns = TurnsActor.options(resources={node: 0.001}).remote(  # type: ignore[attr-defined]
+        0 if population else at_once, config.search.trials
+    )
     sweep = {"config": there.model_dump(mode="json", exclude_unset=True), "corpus": corpus.store.url,
              "source": source.store.url, "out": out, "most": most}  # fmt: skip
+    members: dict[str, Any] | None = None
+    points: dict[str, Any] = {
+        "num_samples": config.search.trials, "max_concurrent_trials": at_once, "search_alg": _searcher(config)
+    }  # fmt: skip
+    if population:
+        members, points = first_members(config), {}
     _quiet()
-    with tempfile.TemporaryDirectory() as folder, Watch(config.search.trials, most) as watch:
+    with tempfile.TemporaryDirectory() as folder, Watch(config.search.trials, most, population) as watch:
         trainable = tune.with_parameters(run_trial, sweep=sweep, turns=turns)
         callbacks = _Callbacks(turns, watch, population)
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory([here])),
-            param_space=first_points(config) if population else None,
+            param_space=members,
             tune_config=tune.TuneConfig(
-                metric=SCORE, mode="max", num_samples=1 if population else config.search.trials,
-                max_concurrent_trials=at_once or None, search_alg=None if population else _searcher(config),
-                scheduler=_scheduler(config, most), reuse_actors=True,
+                metric=SCORE, mode="max", scheduler=_scheduler(config, most), reuse_actors=True, **points
             ),
             run_config=tune.RunConfig(name="sweep", storage_path=folder, callbacks=[callbacks], verbose=0),
-        ).fit()  # fmt: skip
+        )  # fmt: skip
+        try:
+            tuner.fit()
+        except TuneError as error:
+            if isinstance(error.__context__, HashrayError):  # what a callback raised
+                raise error.__context__ from None
+            raise
     ray.kill(turns)
     if len(callbacks.ended) < config.search.trials:
         raise RunError(
@@ -110,13 +128,20 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
             "run the same command again to go on"
         )
     trials = [_trial(config, corpus, out, most, *callbacks.ended[number]) for number in sorted(callbacks.ended)]
-    _write_costs(trials, out)
+    _write_costs(trials, callbacks.folders, out)
     if all(trial.state == "failed" for trial in trials):
         _delete(out, FAILED)  # so that they are tried again once the cause is mended
         raise RunError(f"all {len(trials)} trials failed; trial 0: {trials[0].reason}")
     if population:
         _delete(out, TENSORS, {f"trials/{trial.folder}/{trial.passes}/{TENSORS}" for trial in trials})
     return trials
+
+
+def _require_exchanges(config: SweepConfig, passes: int, num_classes: int) -> None:
+    if grace_epochs(config.search, passes) >= passes:
+        raise ConfigError(f"search.grace_epochs: the first exchange would come after all {passes} passes")
+    for point in config.corners():
+        require_one_network(config.at({**point, ORIGIN: [1, config.default()]}), num_classes)
 
 
 def _delete(out: str, name: str, but: Collection[str] = ()) -> None:
@@ -136,28 +161,33 @@ def _trial(
     except HashrayError as error:
         return Trial(number, values, "", "failed", None, 0, 0, " ".join(str(error).split()), [], None)
     lines: list[dict[str, Any]] = []
-    score = None
-    reported = [until for until in milestones(config.search, most, total) if until <= done]
-    done = max((until for until in reported if ended_at(Segment(folder, None, until))), default=0)
-    position = ended_at(Segment(folder, None, done))
-    if position is not None:
-        lines, score = position.notes["history"], score_of(position)
+    score, origin = None, donor_of(point)
     store, reason = open_store(folder), ""
-    failed = failed or store.exists(FAILED)
+    if store.exists(FAILED):  # the last that it reported may never have been trained
+        failed, reported = True, [u for u in milestones(config.search, most, total) if u <= done]
+        done = max((until for until in reported if ended_at(Segment(folder, None, until))), default=0)
+    before = folder
+    if not done and origin is not None:
+        done, donor = origin
+        before = folder_of(out, donor, config.at(donor), corpus)
+    if done:
+        position = ended_at(Segment(before, None, done))
+        assert position is not None
+        lines, score = position.notes["history"], score_of(position)
     if failed:
         reason = json.loads(store.read(FAILED)) if store.exists(FAILED) else "the process that waited for it was lost"
     state = "failed" if failed else "finished" if done == total else "stopped"
     return Trial(number, values, folder.rpartition("/")[2], state, score, done, total, reason, lines, chosen)
 
 
-def _write_costs(trials: list[Trial], out: str) -> None:
+def _write_costs(trials: list[Trial], folders: dict[int, set[str]], out: str) -> None:
     """Seconds that each trial's segments took where they were trained: measured, so no part of what is compared."""
-    store = open_store(out)
-    costs = {trial.number: {"passes": trial.passes, "seconds": 0.0} for trial in trials}
-    for key, _ in store.list("trials/"):
-        if key.endswith(f"/{SECONDS}"):  # a member of a population has a folder for each of its origins
-            costs[int(key.split("/")[1][:4])]["seconds"] += json.loads(store.read(key))
-    store.write("costs.json", canonical({str(number): cost for number, cost in costs.items()}))
+    costs = {}
+    for trial in trials:
+        stores = [open_store(folder) for folder in folders.get(trial.number, ())]
+        seconds = sum(json.loads(store.read(SECONDS)) for store in stores if store.exists(SECONDS))
+        costs[str(trial.number)] = {"passes": trial.passes, "seconds": seconds}
+    open_store(out).write("costs.json", canonical(costs))
 
 
 def _at_once(config: SweepConfig, corpus: Corpus, source: Corpus, store: Store, plan: str) -> int:

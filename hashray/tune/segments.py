@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,21 @@ def ended_at(segment: Segment) -> Position | None:
 
 def score_of(position: Position) -> float:
     """What trials are compared by: the best validation so far, the last one where none may be chosen from yet."""
-    if position.best_score is not None:
-        return position.best_score
+    return last_validation(position) if position.best_score is None else position.best_score
+
+
+def last_validation(position: Position) -> float:
+    """What the weights of a position scored."""
     return float(position.notes["history"][-1]["validation_map"])
 
 
-def train_here(job: dict[str, Any], segment: Segment) -> None:
-    """Train a segment in this process, from the state before it or from where it was interrupted.
+def train_here(job: dict[str, Any], segment: Segment) -> float:
+    """Train a segment in this process, from the state before it or from where it was interrupted; how many seconds.
 
     Raises:
         RunError: the loss is not finite.
     """
+    begin = time.monotonic()
     config = TrainConfig.model_validate(job["config"])
     if not config.gpu:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
@@ -76,12 +81,15 @@ def train_here(job: dict[str, Any], segment: Segment) -> None:
     begun = open_store(partial).exists(STATE)
     before = partial if begun else segment.start
     loop.run(None if before is None else read_checkpoint(before), segment.until)
+    return time.monotonic() - begin
 
 
-def train_by_ray_train(job: dict[str, Any], segment: Segment) -> None:
-    """Train a segment as a Ray Train run of its own: for several workers, or images that are streamed."""
+def train_by_ray_train(job: dict[str, Any], segment: Segment) -> float:
+    """Train a segment as a Ray Train run of its own, for several workers or images that are streamed; the seconds."""
+    begin = time.monotonic()
     config = TrainConfig.model_validate(job["config"])
     fit_until(config, job, segment.start, segment.until, segment.end)
+    return time.monotonic() - begin
 
 
 def forget_before(segment: Segment, start_too: bool) -> None:

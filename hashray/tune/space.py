@@ -29,6 +29,7 @@ from hashray.storage import read_url
 from hashray.train.config import TrainConfig, can_change
 
 KIND, NUMBER, ORIGIN = "method.kind", "trial", "origin"
+MOST_DRAWS = 100
 KINDS = ("log", "linear", "integer", "choice")
 # A trial's score must mean the same for all of them, and all find the same corpus.
 FIXED = {
@@ -168,8 +169,24 @@ class SweepConfig(TrainConfig):
             dimension.draw(name, trial)
         return {NUMBER: trial.number}
 
+    def first_points(self) -> list[Point]:
+        """As many points as trials: the default, then random ones, drawn anew where their values do not go together."""
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.search.seed))
+        points = [self.default()]
+        for _ in range(MOST_DRAWS * self.search.trials):
+            if len(points) == self.search.trials:
+                return points
+            asked = study.ask()
+            self.draw(asked)
+            try:
+                self.at(asked.params)
+            except ConfigError:
+                continue
+            points.append(asked.params)
+        raise ConfigError(f"hardly any point of the space is a training config: {len(points)} found")
+
     def at(self, point: Mapping[str, Any]) -> TrainConfig:
-        """The training config of a point, scored after every pass.
+        """The training config of a point (of a member of a population: with its changes), scored after every pass.
 
         Raises:
             ConfigError: this point's values are not a training config.

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,21 @@ from hashray.errors import HashrayError, RunError
 from hashray.runtime import unwrap
 from hashray.storage import join, open_store
 from hashray.train.config import TrainConfig
-from hashray.train.trainer import plan_job, run_of, total_passes
-from hashray.tune.segments import Segment, ended_at, forget_before, score_of, train_by_ray_train, train_segment
+from hashray.train.trainer import placed, plan_job, run_of, total_passes
+from hashray.tune.population import WORST
+from hashray.tune.segments import (
+    Segment,
+    ended_at,
+    forget_before,
+    last_validation,
+    score_of,
+    train_by_ray_train,
+    train_segment,
+)
 from hashray.tune.space import NUMBER, SweepConfig, donor_of, milestones
 from hashray.tune.turns import Turns
 
-SCORE, PASSES = "score", "passes"
-WORST = -1.0  # of a member of a population that has failed, and goes on from another's weights
+SCORE, PASSES, FOLDER = "score", "passes", "folder"
 FAILED, SECONDS = "failed.json", "seconds.json"
 
 
@@ -83,8 +90,8 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
         chosen = config.at(point)
         corpus, data = open_corpus(sweep["corpus"]), open_corpus(sweep["source"], None)
         own = total_passes(chosen, corpus.num_classes)
-        trial, now = folder_of(sweep["out"], point, chosen, corpus), chosen.stretches()[-1][1]
-        job = plan_job(now, corpus, data)
+        trial, current = folder_of(sweep["out"], point, chosen, corpus), chosen.stretches()[-1][1]
+        job = plan_job(current, corpus, data)
         origin = donor_of(point)
         if origin is not None and origin[0] >= done:
             done, donor = origin
@@ -101,7 +108,7 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
         segment, reason = Segment(trial, start, until), None
         ray.get(turns.enter.remote(me, point[NUMBER], until - done))
         if ended_at(segment) is None:
-            reason = _train(config, now, job, segment)
+            reason = _train(config, current, job, segment)
         if reason is None:
             forget_before(segment, start_too=not population)
         ray.get(turns.turn.remote(me))
@@ -110,14 +117,17 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
         position = ended_at(segment)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / PASSES).write_text(str(until))
-            score = WORST if position is None else score_of(position)
-            tune.report({SCORE: score, PASSES: until}, checkpoint=tune.Checkpoint.from_directory(folder))
+            # Of a population the weights of now are handed on, not the best there were.
+            reached = last_validation if population else score_of
+            score = WORST if position is None else reached(position)
+            told = {SCORE: score, PASSES: until, FOLDER: trial}
+            tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
         done, start = until, segment.end
 
 
 def folder_of(out: str, point: dict[str, Any], chosen: TrainConfig, corpus: Corpus) -> str:
     """Where a trial's segments are: two trials at one point do not share them."""
-    return join(out, "trials", f"{point[NUMBER]:04d}-{run_of(chosen, corpus)[0]}")
+    return join(out, "trials", f"{point[NUMBER]:04d}-{run_of(placed(chosen), corpus)[0]}")
 
 
 def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segment: Segment) -> str | None:
@@ -125,23 +135,23 @@ def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segmen
     store = open_store(segment.trial)
     if store.exists(FAILED):
         return str(json.loads(store.read(FAILED)))
-    start, reason = time.monotonic(), ""
+    seconds, reason = 0.0, ""
     for _ in range(config.search.max_failures + 1):
         try:
             if chosen.workers > 1 or not job["memory"]:
-                train_by_ray_train(job, segment)
+                seconds = train_by_ray_train(job, segment)
             else:
                 # Not inside the trial's own placement group, which holds next to nothing.
                 takes = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
                 placed_anywhere = train_segment.options(**takes, scheduling_strategy="DEFAULT", max_retries=0)
-                ray.get(placed_anywhere.remote(job, segment))
+                seconds = ray.get(placed_anywhere.remote(job, segment))
         except Exception as error:
             found = unwrap(error)
             reason = str(found.cause if isinstance(found, RayTaskError) else found).strip().partition("\n")[0]
             reason = f"{type(found).__name__}: {reason}"
         else:
             before = json.loads(store.read(SECONDS)) if store.exists(SECONDS) else 0.0
-            store.write(SECONDS, canonical(before + time.monotonic() - start))
+            store.write(SECONDS, canonical(before + seconds))
             return None
     store.write(FAILED, canonical(reason))
     return reason

@@ -4,6 +4,7 @@ A scheduler such as ASHA and a searcher such as TPE decide by what they have bee
 again only if they are told in the same order. Here that order is the one of a machine on which every pass over the
 images takes equally long: of all trials in flight, the one whose report is due first in passes is told first (of
 equal ones, the one that was drawn first), and those that are ready earlier wait. Nothing here decides anything.
+A population is told in step (tune/population.py), and its members wait for nobody here (at_once = 0).
 """
 
 from __future__ import annotations

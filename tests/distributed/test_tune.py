@@ -54,9 +54,10 @@ def ends(out: Path) -> dict[str, int]:
 
 
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_leaderboard_and_trains_nothing_twice(
-    corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, path = tmp_path / "sweep", written(tmp_path)
+    monkeypatch.chdir(WEIGHTS.parent)  # weights by a path from here: workers are somewhere else
+    out, path = tmp_path / "sweep", written(tmp_path, backbone={**CONFIG["backbone"], "weights": WEIGHTS.name})
     assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith('{"stage": "tune"')]
     assert lines[-1]["done"] == lines[-1]["total"] == 6 and lines[-1]["best"] == board(out)[0]["score"]

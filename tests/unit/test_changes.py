@@ -66,6 +66,7 @@ def test_changes_come_one_after_another_and_are_of_one_training() -> None:
     [
         ({"hidden": 8}, 2, "after 2 passes: hidden would give another network"),
         ({"warmup_share": 0.5}, 2, "warmup_share would give another network or other phases"),
+        ({"priority": "split"}, 2, "priority would give another network"),  # whose class codes are of fewer bits
         ({"margin": 0.2}, 20, "after = 20, and the training ends after 20 passes"),
     ],
 )
@@ -74,6 +75,14 @@ def test_the_network_and_the_phases_stay_as_they_are(method: dict[str, Any], aft
     with pytest.raises(ConfigError) as caught:
         require_one_network(config, 3)
     assert text in str(caught.value)
+
+
+def test_codes_are_read_in_one_way_all_along() -> None:
+    method = {"kind": "dseh", "label_hidden": 8, "semantic_dim": 8, "hash_reads": "semantic"}
+    change = {"after": 2, "method": {"hash_reads": "activated"}}
+    config = validate(TrainConfig, {"method": method, "changes": [change], "backbone": {"width": 4}}, "f")
+    with pytest.raises(ConfigError, match="hash_reads would give another network"):
+        require_one_network(config, 3)
 
 
 def test_a_weight_may_change_before_the_last_pass() -> None:

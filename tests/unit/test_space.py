@@ -97,6 +97,17 @@ def test_a_member_of_a_population_is_a_config_with_changes(tmp_path: Path) -> No
     assert validate(TrainConfig, parse_toml(best_toml(best), "best"), "best").result_of() == chosen.result_of()
 
 
+def test_first_points_go_together_and_begin_with_the_default(tmp_path: Path) -> None:
+    method = {"kind": "lcgh", "num_bits": 16}
+    space = {"method.priority": {"choice": ["project", "dual"]}, "method.warmup_share": {"choice": [0.0, 0.5]}}
+    # With the config's own warm-up each end is a config; dual without any is not.
+    config = sweep(tmp_path, space, method={**method, "warmup_share": 0.5}, search={**POPULATION, "trials": 12})
+    points = config.first_points()
+    assert points == config.first_points() and points[0] == config.default() and len(points) == 12
+    assert {point["method.priority"] for point in points} == {"project", "dual"}
+    assert all(point["method.warmup_share"] for point in points if point["method.priority"] == "dual")
+
+
 def test_a_population_changes_only_what_can_change_while_a_model_trains(tmp_path: Path) -> None:
     space = {"optim.name": {"choice": ["adamw", "sgd"]}, "batch_size": {"integer": [32, 256]}}
     text = faults(tmp_path, space, search=POPULATION)

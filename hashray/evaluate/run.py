@@ -44,7 +44,7 @@ from hashray.model import Model, load_model
 from hashray.progress import Bar, say, show_table
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import join, open_store
-from hashray.train.features import features_of_model
+from hashray.train.features import features_of_model, trunk_fingerprint
 
 HEALTH_ROWS = 256
 FLOAT = "float-cosine"
@@ -143,6 +143,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }  # fmt: skip
     info = model.manifest.info if model.manifest else {}
     metrics["training"] = {key: info[key] for key in TRAINING if key in info}
+    metrics["training"]["config"] = model.manifest.config if model.manifest else {}
+    metrics["training"]["trunk"] = trunk_fingerprint(model.method.trunk)
     means = harmonic_means(results)
     if means:
         metrics["harmonic_mean"] = means

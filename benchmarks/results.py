@@ -1,11 +1,13 @@
 """The results tables of README.md, made from benchmarks/results/ and never typed.
 
-python benchmarks/results.py --add TABLE ROW DIR/metrics.json   keep an evaluation as a result
+python benchmarks/results.py --add TABLE ROW DIR/metrics.json   keep an evaluation as a result (--replace another)
 python benchmarks/results.py --write                            write the tables into README.md
 python benchmarks/results.py --check                            exit 1 if README.md says otherwise
 
-results/TABLE/table.json says the title, the protocol in words, and what the papers report; every other file there is
-one evaluation. Rows are methods and baselines, columns code lengths; several seeds become mean ± standard deviation.
+results/TABLE/table.json says the title, the protocol by name and in words, what the papers report, which two rows are
+compared seed by seed, and whether all rows share one trunk; every other file there is one evaluation. Rows are methods
+and baselines, columns code lengths; several seeds become mean ± standard deviation. What does not belong into one cell
+(another config, other sizes, baselines of some seeds only) is refused, not averaged.
 """
 
 from __future__ import annotations
@@ -22,22 +24,27 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "benchmarks/results", ROOT / "README.md"
 BEGIN, END = "<!-- results: made by `make results` -->", "<!-- end of results -->"
 BASELINES = ("class-code", "float-cosine", "itq-linear", "itq", "pca-sign", "lsh", "random")
-LABEL_NET = {"label_map": "LabNet's map_l", "label_n_h": "n_h"}
+LABEL_NET = {"label_map": "map_l", "label_n_h": "n_h"}
+SIZES = ("name", "train", "queries", "database", "classes")
 SHOWN = {"within": "within", "cross": "cross", "generalised": "gen."}
-Cells = dict[tuple[str, str], list[float]]
+Seeds = tuple[int, int]
+Cells = dict[tuple[str, str], dict[Seeds, float]]
 
 
-def add(table: str, row: str, metrics_path: Path) -> Path:
+def add(table: str, row: str, metrics_path: Path, replace: bool = False) -> Path:
     """Keep what the tables need of an evaluation's metrics.json, without curves, gallery and samples."""
     about = json.loads((RESULTS / table / "table.json").read_text())
     if row not in about["rows"]:
         raise SystemExit(f"{table} has no row {row!r}; it has {', '.join(about['rows'])}")
     metrics = json.loads(metrics_path.read_text())
-    if (metrics["protocol"]["top_k"], metrics["protocol"]["ties"]) != (None, "expected"):
+    protocol = metrics["protocol"]
+    if (protocol["top_k"], protocol["ties"]) != (None, "expected"):
         raise SystemExit("the tables are of the whole ranking with expected ties; evaluate without --top-k and --ties")
+    if protocol["name"] != about["split_protocol"]:
+        raise SystemExit(f"{table} is of protocol {about['split_protocol']}, this evaluation of {protocol['name']}")
     kept = {
         "row": row,
-        "protocol": metrics["protocol"],
+        "protocol": protocol,
         "environment": metrics["environment"],
         "results": [
             {k: v for k, v in result.items() if k not in ("pr_curve", "code_health")} for result in metrics["results"]
@@ -46,37 +53,83 @@ def add(table: str, row: str, metrics_path: Path) -> Path:
         "training": metrics.get("training", {}),
     }
     bits = metrics["results"][0]["num_bits"]
-    seeds = f"{metrics['protocol']['split_seed']}-{metrics['protocol']['train_seed']}"
-    path = RESULTS / table / f"{row}_{bits}_{seeds}.json"
-    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    path = RESULTS / table / f"{row}_{bits}_{protocol['split_seed']}-{protocol['train_seed']}.json"
+    text = json.dumps(kept, indent=1, sort_keys=True) + "\n"
+    if path.exists() and path.read_text() != text and not replace:
+        raise SystemExit(f"{path.relative_to(ROOT)} is of another evaluation; give --replace to put this one there")
+    path.write_text(text)
     return path
 
 
 def tables() -> str:
     """Every table as Markdown, in the order of their names."""
-    parts = [_table(path.parent) for path in sorted(RESULTS.glob("*/table.json"))]
-    return "\n\n".join([*[part for part in parts if part], *_label_lines()])
+    parts = []
+    for path in sorted(RESULTS.glob("*/table.json")):
+        files = [file for file in sorted(path.parent.glob("*.json")) if file.name != path.name]
+        if files:
+            parts.append(table_of(json.loads(path.read_text()), [json.loads(file.read_text()) for file in files]))
+    return "\n\n".join([*parts, *_label_lines()])
 
 
-def _table(folder: Path) -> str:
-    about = json.loads((folder / "table.json").read_text())
-    entries = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "table.json"]
-    if not entries:
-        return ""
+def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    """A table of evaluations as Markdown.
+
+    Raises:
+        SystemExit: what would share a cell or a comparison was not made alike.
+    """
+    _require_alike(about, entries)
     cells: Cells = {}
     for entry in entries:
         for row, column, value in _numbers(entry):
-            cells.setdefault((row, column), []).append(value)
-    columns = sorted({column for _, column in cells}, key=_column_order)
+            cells.setdefault((row, column), {}).setdefault(_seeds(entry), value)
+    paper = about.get("paper", {})
+    columns = sorted({column for _, column in cells} | {c for own in paper.values() for c in own}, key=_column_order)
     own = [row for row in about["rows"] if any((row, column) in cells for column in columns)]
+    for column in columns:
+        _require_same_seeds(
+            column, {row: set(cells[row, column]) for row in (*own, *BASELINES) if (row, column) in cells}
+        )
     rows = own + [name for name in BASELINES if any((name, column) in cells for column in columns)]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    paper = about.get("paper", {})
     for row in rows:
         texts = [_cell(cells.get((row, column)), paper.get(row, {}).get(column), row in own) for column in columns]
         lines.append(f"| {about['rows'].get(row, row) if row in own else row} | " + " | ".join(texts) + " |")
+    if "compare" in about:
+        lines.append(_paired(about, cells, columns))
     title = f"**{about['title']}.** {about['protocol']}"
-    return "\n".join([title, "", *lines, "", _made(entries)])
+    return "\n".join([title, "", *lines, "", *_round_lines(entries), _made(entries, about.get("configs", []))])
+
+
+def _seeds(entry: dict[str, Any]) -> Seeds:
+    return entry["protocol"]["split_seed"], entry["protocol"]["train_seed"]
+
+
+def _require_alike(about: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    sizes = {tuple(entry["protocol"][name] for name in SIZES) for entry in entries}
+    if len(sizes) > 1:
+        raise SystemExit(f"{about['title']}: evaluations of different sizes in one table: {sorted(map(str, sizes))}")
+    configs: dict[tuple[str, int], dict[str, Any]] = {}
+    for entry in entries:
+        config = {k: v for k, v in entry["training"].get("config", {}).items() if k != "seed"}
+        key = entry["row"], entry["results"][0]["num_bits"]
+        if configs.setdefault(key, config) != config:
+            raise SystemExit(
+                f"{about['title']}: the seeds of {key[0]} at {key[1]} bits were trained with other configs"
+            )
+    trunks = {entry["training"].get("trunk") for entry in entries}
+    if about.get("one_trunk") and len(trunks) > 1:
+        raise SystemExit(f"{about['title']}: all rows are to be of one trunk, these are of {len(trunks)}")
+    features = {entry["protocol"].get("baseline_features") for entry in entries} - {None}
+    if len(features) > 1:
+        raise SystemExit(f"{about['title']}: baselines on different features in one table: {sorted(features)}")
+
+
+def _require_same_seeds(column: str, seeds: dict[str, set[Seeds]]) -> None:
+    for row, own in seeds.items():
+        if own != next(iter(seeds.values())):
+            raise SystemExit(
+                f"{column}: {row} is of the seeds {sorted(own)}, others of {sorted(next(iter(seeds.values())))}"
+            )
 
 
 def _numbers(entry: dict[str, Any]) -> Iterable[tuple[str, str, float]]:
@@ -90,28 +143,57 @@ def _numbers(entry: dict[str, Any]) -> Iterable[tuple[str, str, float]]:
     last = (entry["training"].get("phases") or [{}])[-1]
     for name, column in LABEL_NET.items():
         if name in last:
-            yield entry["row"], column, last[name]
+            yield entry["row"], f"{bits} bits {column}", last[name]
 
 
 def _column_order(column: str) -> tuple[int, int]:
     bits, _, rest = column.partition(" bits")
-    names = ["", " within", " cross", " gen.", " H"]
-    return (int(bits), names.index(rest)) if bits.isdigit() else (1 << 30, -len(column))
+    return int(bits), ["", " within", " cross", " gen.", " H", " map_l", " n_h"].index(rest)
 
 
-def _cell(values: list[float] | None, paper: float | None, own: bool) -> str:
+def _cell(values: dict[Seeds, float] | None, paper: float | None, own: bool) -> str:
     if not values:
         return f"({paper:g})" if paper is not None else ""
-    mean = statistics.fmean(values)
-    text = f"{mean:.0f}" if mean > 2 else f"{mean:.4f}"
-    if len(values) > 1 and own:
-        text += f" ± {statistics.stdev(values):.4f}" if mean <= 2 else f" ± {statistics.stdev(values):.0f}"
+    text = _mean(list(values.values()))
     text = f"**{text}**" if own else text
     return text + (f" ({paper:g})" if paper is not None else "")
 
 
-def _made(entries: list[dict[str, Any]]) -> str:
-    """Sizes, seeds, commit and hardware of a table's runs."""
+def _mean(values: list[float], sign: str = "") -> str:
+    mean = statistics.fmean(values)
+    shape = f"{sign}.0f" if abs(mean) > 2 else f"{sign}.4f"
+    return f"{mean:{shape}}" + (f" ± {statistics.stdev(values):{shape.lstrip('+')}}" if len(values) > 1 else "")
+
+
+def _paired(about: dict[str, Any], cells: Cells, columns: list[str]) -> str:
+    """One row's lead over another on the same split and training seeds: mean and spread of the differences."""
+    left, right = about["compare"]
+    texts = []
+    for column in columns:
+        ours, theirs = cells.get((left, column), {}), cells.get((right, column), {})
+        shared = [ours[seeds] - theirs[seeds] for seeds in ours if seeds in theirs]
+        texts.append(_mean(shared, "+") if shared else "")
+    return f"| {about['rows'][left]} over {about['rows'][right]}, seed by seed | " + " | ".join(texts) + " |"
+
+
+def _round_lines(entries: list[dict[str, Any]]) -> list[str]:
+    """Pseudo-labels of each round of self-training: how many, how many of them true, and what they did."""
+    lines = []
+    for entry in entries:
+        told = []
+        for found in entry["training"].get("rounds", []):
+            right = "" if found["precision"] is None else f", {found['precision']:.1%} of their labels true"
+            told.append(
+                f"round {found['round']}: {found['accepted']:,} of {found['unlabelled']:,} rows accepted{right}, "
+                f"validation {found['before']:.4f} to {found['validation_map']:.4f}"
+            )
+        if told:
+            lines += [f"At {entry['results'][0]['num_bits']} bits, {'; '.join(told)}.", ""]
+    return lines
+
+
+def _made(entries: list[dict[str, Any]], configs: list[str]) -> str:
+    """Sizes, seeds, commands, commit and hardware of a table's runs."""
 
     def all_of(values: Iterable[Any]) -> str:
         return ", ".join(dict.fromkeys(f"{v:,}" if isinstance(v, int) else str(v) for v in values))
@@ -123,7 +205,9 @@ def _made(entries: list[dict[str, Any]]) -> str:
         f"Protocol `{all_of(p['name'] for p in protocols)}`: {all_of(p['train'] for p in protocols)} train, "
         f"{all_of(p['queries'] for p in protocols)} query, {all_of(p['database'] for p in protocols)} database rows; "
         f"baselines on {all_of(features) or 'nothing'}; split seeds {all_of(p['split_seed'] for p in protocols)}, "
-        f"train seeds {all_of(p['train_seed'] for p in protocols)}; commits {all_of(m['commit'] for m in made)}; "
+        f"train seeds {all_of(p['train_seed'] for p in protocols)}; "
+        + (f"commands at the head of {all_of(f'`jobs/configs/{name}`' for name in configs)}; " if configs else "")
+        + f"commits {all_of(m['commit'] for m in made)}; "
         f"torch {all_of(m['torch'] for m in made)}; {all_of(m['hardware'] for m in made)}."
     )
 
@@ -154,11 +238,12 @@ def main() -> int:
     """Run one of the three commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", nargs=3, metavar=("TABLE", "ROW", "METRICS"))
+    parser.add_argument("--replace", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     wanted = parser.parse_args()
     if wanted.add:
-        print(f"kept in {add(wanted.add[0], wanted.add[1], Path(wanted.add[2])).relative_to(ROOT)}")
+        print(f"kept in {add(*wanted.add[:2], Path(wanted.add[2]), wanted.replace).relative_to(ROOT)}")
     text = README.read_text()
     made = readme_with(text, tables())
     if wanted.write:

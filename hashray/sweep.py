@@ -22,8 +22,9 @@ from hashray.evaluate.figures import png
 from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.evaluate.sweep_page import draw, sweep_page
 from hashray.progress import say
-from hashray.runtime import WorkersConfig, connect
+from hashray.runtime import connect
 from hashray.storage import Store, join, open_store
+from hashray.train.features import pool_of
 from hashray.train.self_training import train_model
 from hashray.train.trainer import placed, run_of
 from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
@@ -67,7 +68,7 @@ def tune(config: SweepConfig) -> Manifest:
         "stopped": sum(trial.state == "stopped" for trial in trials),
         "failed": [trial.number for trial in trials if trial.state == "failed"],
         "passes": spent, "passes_of_full_grid": full, "importance": importance(trials, config, config.search.seed),
-        "compared": compared,
+        "compared": compared, "verdict": verdict(compared),
     }  # fmt: skip
     files = _write(store, trials, best, summary)
     refuse_taken(store, plan)
@@ -80,6 +81,7 @@ def tune(config: SweepConfig) -> Manifest:
     )  # fmt: skip
     for key, _ in list(store.list("progress/")):
         store.delete(key)
+    say(verdict(compared))
     say(f"{out}: {spent:,} of {full:,} passes trained ({spent / full:.0%}); hashray train {join(out, 'best.toml')}")
     return manifest
 
@@ -113,24 +115,37 @@ def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial | 
             lines.append(
                 {"seed": seed, "validation": made.info["validation_map"], **_query_score(config, model, at, corpus)}
             )
-        found[who] = {"trial": number, "seeds": lines, **_spread(lines)}
+        found[who] = {"trial": number, "seeds": lines, **spread(lines)}
     return found
+
+
+def verdict(compared: dict[str, Any]) -> str:
+    """Whether the winner's lead over the default on validation is more than seeds make."""
+    if DEFAULT not in compared:
+        return "The default was the best trial." if compared else ""
+    winner, default = ([line["validation"] for line in compared[who]["seeds"]] for who in (WINNER, DEFAULT))
+    lead = statistics.fmean(winner) - statistics.fmean(default)
+    spread = max(compared[who]["std"]["validation"] for who in (WINNER, DEFAULT))
+    told = "more than the seed spread" if lead > spread else "within the seed spread: the default was already there"
+    return f"The winner leads the default by {lead:+.4f} on validation, {told} ({spread:.4f}, {len(winner)} seeds)."
 
 
 def _query_score(config: SweepConfig, model: str, at: str, corpus: Corpus) -> dict[str, float]:
     if not corpus.count("query") or not corpus.count("database"):
         return {}
-    pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu))
-    metrics = evaluate(
-        EvaluateConfig(model=model, corpus=corpus.store.url, out=at, baselines=False, gallery=0, pool=pool)
-    )
+    asked = EvaluateConfig(
+        model=model, corpus=corpus.store.url, out=at, baselines=False, gallery=0, pool=pool_of(config),
+        features=config.features, max_bad=config.max_bad,
+    )  # fmt: skip
+    metrics = evaluate(asked)
     ours = metrics["results"][0]["name"]
     scores = {f"query_{r.get('scenario', 'mAP')}": r["mAP"] for r in metrics["results"] if r["name"] == ours}
     mean = metrics.get("harmonic_mean", {}).get(ours)
     return scores if mean is None else {**scores, "query_harmonic": mean}
 
 
-def _spread(lines: list[dict[str, Any]]) -> dict[str, Any]:
+def spread(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of every score."""
     names = [name for name in lines[0] if name != "seed"]
     values = {name: [line[name] for line in lines] for name in names}
     return {

@@ -94,17 +94,28 @@ def names_of(urls: Sequence[str]) -> list[str]:
 
 
 def comparable(runs: Mapping[str, Mapping[str, Any]], scenario: str | None) -> list[dict[str, Any]]:
-    """Every run's own method, and the baselines of the first run, of one scenario."""
+    """Every run's own method, and the baselines of the first run that has any, of one scenario.
+
+    Raises:
+        InputError: a run without the scenario. MismatchError: baselines on different features.
+    """
+    features = {metrics["protocol"].get("baseline_features") for metrics in runs.values()} - {None}
+    if len(features) > 1:
+        raise MismatchError(f"baselines on different features ({'; '.join(sorted(features))}): they do not compare")
+    lengths = {metrics["results"][0]["num_bits"] for metrics in runs.values()}
     found: list[dict[str, Any]] = []
+    baselines: list[dict[str, Any]] = []
     for place, (name, metrics) in enumerate(runs.items()):
         wanted = scenario or metrics["results"][0].get("scenario")
         own = [row for row in metrics["results"] if row.get("scenario") == wanted]
         if not own:
             have = sorted({str(row.get("scenario")) for row in metrics["results"]})
             raise InputError(f"{name} has no scenario {wanted!r}; it has {', '.join(have)}")
-        found.append({**own[0], "label": f"{own[0]['name']} {name}" if len(runs) > 1 else own[0]["name"]})
-        found += own[1:] if place == 0 else []
-    return found
+        told = f"{own[0]['name']} {name}" if len(runs) > 1 else own[0]["name"]
+        bits = f", {own[0]['num_bits']} bits" if len(lengths) > 1 else ""
+        found.append({**own[0], "run": place, "label": told + bits})
+        baselines = baselines or own[1:]
+    return found + baselines
 
 
 def embed(codes: Sequence[str], seed: int) -> NDArray[np.floating]:

@@ -55,11 +55,15 @@ def new_axes(title: str, x: str, y: str, tall: bool = False) -> tuple[Figure, Ax
 
 def _line(axes: Axes, result: Mapping[str, Any], x: Sequence[float], y: Sequence[float]) -> None:
     ours = result["name"] not in OTHERS
-    drawn = sum(line.get_linewidth() > 2 for line in axes.get_lines())
     axes.plot(
-        x, y, color=OWN[drawn % len(OWN)] if ours else color(result["name"]), label=label(result),
+        x, y, color=_tint(result), label=label(result),
         linewidth=2.4 if ours else 1.4, marker="o" if ours else None, markersize=3, zorder=3 if ours else 2,
     )  # fmt: skip
+
+
+def _tint(result: Mapping[str, Any]) -> str:
+    """A colour of its own for each run's own method, the same in every figure."""
+    return color(result["name"]) if result["name"] in OTHERS else OWN[result.get("run", 0) % len(OWN)]
 
 
 def label(result: Mapping[str, Any]) -> str:
@@ -105,7 +109,7 @@ def scores(results: Sequence[Mapping[str, Any]]) -> Figure:
     figure, axes = new_axes("mean average precision" + (f" @{top_k}" if top_k else ""), "mAP", "")
     names = [f"{label(r)} ({r['num_bits']} bits)" if r["num_bits"] else r["name"] for r in ordered]
     values = [result["mAP"] for result in ordered]
-    axes.barh(names, values, color=[color(result["name"]) for result in ordered], height=0.66)
+    axes.barh(names, values, color=[_tint(result) for result in ordered], height=0.66)
     for place, value in enumerate(values):
         axes.text(value + 0.01, place, f"{value:.3f}", va="center", fontsize=8, color=INK)
     axes.set_xlim(0, 1.1)

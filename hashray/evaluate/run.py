@@ -63,6 +63,7 @@ class EvaluateConfig(Config):
     query_split: str = "query"
     database_split: str = "database"
     codes: str | None = Field(None, description="codes of the database split, if they exist already")
+    features: str | None = Field(None, description="frozen trunk: cached features; unset: inside the corpus")
     baselines: bool = Field(True, description="random, LSH, PCA-sign, ITQ, class code and float cosine, same features")
     baseline_limit: int = Field(200_000, ge=1, description="rows above which baselines are left out")
     baseline_train_rows: int = Field(20_000, ge=1, description="train rows that baselines are fitted on, at most")
@@ -108,7 +109,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             corpus.require(split, "evaluation")
     model = load_model(config.model, device="cpu")
     connect()
-    features = features_of_model(config.model, config.corpus, config.pool, config.max_bad)
+    features = features_of_model(config.model, config.corpus, config.pool, config.max_bad, config.features)
     name = str(model.method.config.kind)
     query = _encoded(config, corpus, name, config.query_split, features, None)
     database = _encoded(config, corpus, name, config.database_split, features, config.codes)

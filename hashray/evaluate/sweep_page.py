@@ -28,21 +28,21 @@ def draw(trials: Sequence[Trial], summary: Mapping[str, Any]) -> dict[str, Figur
 
 
 def learning_curves(trials: Sequence[Trial], summary: Mapping[str, Any]) -> Figure:
-    """Best validation so far over passes; the best trial and the default stand out."""
-    figure, axes = new_axes("Learning curves", "passes over the images", "best validation so far")
+    """Validation over passes; the best trial and the default stand out, crosses where the scheduler stopped one."""
+    figure, axes = new_axes("Learning curves", "passes over the images", "validation")
     best = ranked(trials)[0].number
     for trial in trials:
         if not trial.lines:
             continue
         passes = [line["pass"] for line in trial.lines]
         scores = [line["validation_map"] for line in trial.lines]
-        top = [max(scores[: i + 1]) for i in range(len(scores))]
         shown = {best: (OURS, 2.4, f"trial {best}, the best")}
         if summary["default_score"] is not None:
             shown = {0: (INK, 1.8, "trial 0, the default"), **shown}
         tint, width, label = shown.get(trial.number, ("#9aa3b5", 0.9, None))
-        axes.plot(passes, top, color=tint, linewidth=width, label=label, zorder=2 + width)
-        axes.plot(passes[-1:], top[-1:], marker="x" if trial.state == "stopped" else "o", color=tint, markersize=5)
+        axes.plot(passes, scores, color=tint, linewidth=width, label=label, zorder=2 + width)
+        mark = {"finished": "o", "stopped": "x", "failed": "v"}[trial.state]
+        axes.plot(passes[-1:], scores[-1:], marker=mark, color=tint, markersize=5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
@@ -126,7 +126,7 @@ def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Map
     failed = [[str(t.number), t.reason] for t in trials if t.state == "failed"]
     body = (
         f"<h2>Leaderboard</h2>{grid(columns, rows, ours=0)}"
-        f"{_changes(order[0])}{_compared(summary['compared'])}"
+        f"{_changes(order[0])}{_compared(summary['compared'], summary['verdict'])}"
         f'<h2>Trials</h2><div class="figures">{pictures(figures)}</div>'
         + (f"<h2>Failed trials</h2>{grid(['trial', 'reason'], failed)}" if failed else "")
     )
@@ -145,7 +145,7 @@ def _changes(best: Trial) -> str:
     return title + grid(["passes", *[name.rpartition(".")[2] for name in names]], rows)
 
 
-def _compared(found: Mapping[str, Any]) -> str:
+def _compared(found: Mapping[str, Any], verdict: str) -> str:
     if not found:
         return ""
     names = list(next(iter(found.values()))["mean"])
@@ -155,7 +155,7 @@ def _compared(found: Mapping[str, Any]) -> str:
         for who, own in found.items()
     ]  # fmt: skip
     title = "The winner beside the default" if len(rows) > 1 else "The default was the best"
-    note = "<p>Trained anew with each seed; the queries were read here for the first time.</p>"
+    note = f"<p>{verdict} Trained anew with each seed; the queries were read here for the first time.</p>"
     return f"<h2>{title}</h2>{note}{grid(['config', 'trial', 'seeds', *[n.replace('_', ' ') for n in names]], rows, 0)}"
 
 

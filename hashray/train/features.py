@@ -27,6 +27,7 @@ from hashray.methods.backbone import (
 from hashray.model import load_model
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import absolute, join, open_store
+from hashray.train.config import TrainConfig
 
 BATCH_ROWS = 64
 
@@ -51,6 +52,11 @@ class _FeatureWorker(UnitWorker):
     @torch.inference_mode()
     def _features(self, pixels: Pixels) -> Any:
         return self.trunk(torch.as_tensor(pixels, device=self.device)).cpu().numpy()
+
+
+def pool_of(config: TrainConfig) -> WorkersConfig:
+    """The workers of a training's passes over the corpus: one a GPU, or one a core, whose torch has one thread."""
+    return WorkersConfig(gpus_per_worker=float(config.gpu))
 
 
 def features_of_model(

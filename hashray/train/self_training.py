@@ -34,10 +34,10 @@ from hashray.data.units import (
 from hashray.errors import InputError
 from hashray.model import Model, load_model
 from hashray.progress import say
-from hashray.runtime import WorkersConfig, connect
+from hashray.runtime import connect
 from hashray.storage import join, open_store
 from hashray.train.config import SelfTrainingConfig, TrainConfig
-from hashray.train.features import features_of_model, lost_before
+from hashray.train.features import features_of_model, lost_before, pool_of
 from hashray.train.pseudo import Shape, accept, fit_temperature, most_per_class, precision, propose
 from hashray.train.trainer import run_of, train
 from hashray.train.workers import load_rows
@@ -148,7 +148,7 @@ def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig
     connect()
     corpus_url = storage.absolute(str(config.corpus))
     model, corpus = load_model(model_url, device="cpu"), open_corpus(corpus_url)
-    pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu))
+    pool = pool_of(config)
     features = features_of_model(model_url, corpus_url, pool, config.max_bad, config.features)
     source = corpus if features is None else open_corpus(features, "features")
     train_rows = corpus.rows("train")

@@ -34,12 +34,12 @@ from hashray.methods.backbone import build_trunk, weights_identity, with_absolut
 from hashray.methods.base import LabelTable, Method
 from hashray.model import load_model, write_model
 from hashray.progress import Bar, say
-from hashray.runtime import WorkersConfig, connect, quicken_on_one_machine, unwrap
+from hashray.runtime import connect, quicken_on_one_machine, unwrap
 from hashray.storage import join, open_store
 from hashray.storage_s3 import arrow_filesystem
 from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, load_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.features import compute_features, trunk_fingerprint
+from hashray.train.features import compute_features, pool_of, trunk_fingerprint
 from hashray.train.workers import PSEUDO_SPLITS, Board, run_worker, stream_spec
 
 AnyTrainConfig = TypeVar("AnyTrainConfig", bound=TrainConfig)
@@ -103,8 +103,7 @@ def training_data(config: TrainConfig, corpus: Corpus) -> Corpus:
     """
     if not config.backbone.frozen:
         return corpus
-    pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu))
-    url = compute_features(corpus.store.url, config.backbone, config.features, pool, config.max_bad)
+    url = compute_features(corpus.store.url, config.backbone, config.features, pool_of(config), config.max_bad)
     data = open_corpus(url, "features")
     if config.init is not None and data.manifest.fingerprint != trunk_fingerprint(
         load_model(config.init, device="cpu").method.trunk

@@ -22,7 +22,8 @@ from hashray.tune.space import KIND, SweepConfig
 class Trial:
     """A trial as it ended: `state` is finished, stopped (by the scheduler) or failed (with a `reason`).
 
-    `config` is None, and `folder` empty, where the point is no training config.
+    `score` is the best validation of weights that may be chosen, None where a warm-up was still on. `config` is None,
+    and `folder` empty, where the point is no training config.
     """
 
     number: int

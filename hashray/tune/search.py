@@ -33,7 +33,6 @@ from hashray.tune.progress import Watch
 from hashray.tune.segments import (
     Segment,
     ended_at,
-    score_of,
 )
 from hashray.tune.space import (
     NUMBER,
@@ -173,7 +172,7 @@ def _trial(
     if done:
         position = ended_at(Segment(before, None, done))
         assert position is not None
-        lines, score = position.notes["history"], score_of(position)
+        lines, score = position.notes["history"], position.best_score
     if failed:
         reason = json.loads(store.read(FAILED)) if store.exists(FAILED) else "the process that waited for it was lost"
     state = "failed" if failed else "finished" if done == total else "stopped"

@@ -119,7 +119,7 @@ class SearchConfig(Config):
     seed: int = Field(0, ge=0, description="of the search; trials are trained with the config's own seed")
     max_failures: int = Field(1, ge=0, description="times that a failed trial is tried again")
     report_seeds: tuple[int, ...] = Field(
-        (0, 1, 2), description="seeds that the winner and the default are trained with, to be scored on the queries"
+        (1, 2, 3), description="seeds that the winner and the default are trained with, to be scored on the queries"
     )
 
     @field_validator("report_seeds")
@@ -141,6 +141,15 @@ class SweepConfig(TrainConfig):
 
     search: SearchConfig = SearchConfig()
     space: Annotated[dict[str, Dimension], tyro.conf.Suppress] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _report_seeds_are_fresh(self) -> SweepConfig:
+        if self.seed in self.search.report_seeds:
+            raise ValueError(
+                f"search.report_seeds holds the config's own seed {self.seed}, with which the winner is chosen: a "
+                "comparison needs others"
+            )
+        return self
 
     @cached_property
     def base(self) -> TrainConfig:

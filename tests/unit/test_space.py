@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from hashray.cli import main
 from hashray.config import parse_toml, validate
 from hashray.errors import ConfigError
+from hashray.evaluate.figures import png
+from hashray.evaluate.sweep_page import draw, sweep_page
+from hashray.sweep import spread, verdict
 from hashray.train.config import TrainConfig
 from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
 from hashray.tune.space import KIND, NUMBER, ORIGIN, SearchConfig, SweepConfig, milestones, read_sweep, values_of
@@ -200,6 +203,50 @@ def test_the_leaderboard_ranks_by_score_then_by_number_and_failures_come_last(tm
     assert [(line["trial"], line["pass"], line["validation_map"]) for line in lines] == [
         (0, 1, 0.2), (2, 1, 0.4), (2, 2, 0.3), (3, 1, 0.4),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("winner", "default", "text"),
+    [
+        (
+            [0.8, 0.82],
+            [0.7, 0.71],
+            "by +0.1050 on validation, more than the seed spread (0.0141, 2 seeds)",
+        ),
+        ([0.8, 0.7], [0.74, 0.75], "by +0.0050 on validation, within the seed spread: the default was already there"),
+        ([0.7, 0.7], [0.8, 0.8], "by -0.1000 on validation, within the seed spread"),
+        ([0.7], None, "The default was the best trial."),
+    ],
+)
+def test_the_verdict_compares_the_lead_with_what_seeds_make(
+    winner: list[float], default: list[float] | None, text: str
+) -> None:
+    def side(scores: list[float]) -> dict[str, Any]:
+        lines = [{"seed": i, "validation": score} for i, score in enumerate(scores)]
+        return {"trial": 1, "seeds": lines, **spread(lines)}
+
+    compared = {"winner": side(winner)} | ({} if default is None else {"default": side(default)})
+    assert text in verdict(compared)
+
+
+def test_the_page_of_a_sweep_shows_stopped_and_failed_trials(tmp_path: Path) -> None:
+    config = sweep(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}})
+    scores = [[0.3, 0.4, 0.5, 0.6], [0.2], [], [0.3, 0.9, 0.7, 0.8]]
+    trials = [trial(config, i, {"optim.lr": 1e-3 * (i + 1)}, own) for i, own in enumerate(scores)]
+    summary = {
+        "trials": 4, "best_trial": 3, "best_score": 0.9, "default_score": 0.6, "stopped": 1, "failed": [2], "passes": 9,
+        "passes_of_full_grid": 16, "importance": {}, "compared": {}, "verdict": "",
+    }  # fmt: skip
+    pictures = {name: png(figure) for name, figure in draw(trials, summary).items()}
+    page = sweep_page(trials, summary, pictures)
+    assert "9 of 16 passes trained (56%)" in page and "the loss is not finite" in page
+    assert page.index("0.9000") < page.index("0.6000") < page.index("0.2000")
+
+
+def test_report_seeds_are_not_the_one_that_chose(tmp_path: Path) -> None:
+    space = {"optim.lr": {"log": [1e-4, 1e-2]}}
+    assert "the config's own seed 2" in faults(tmp_path, space, seed=2)
+    assert sweep(tmp_path, space, seed=2, search={"report_seeds": [0, 1]}).seed == 2
 
 
 def test_importance_finds_the_dimension_that_matters_at_the_report_that_all_made(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""The results tables: what may share a cell, and what each number is a mean of."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks/results.py")
+assert spec is not None and spec.loader is not None
+results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(results)
+
+ABOUT: dict[str, Any] = {
+    "title": "T", "protocol": "In words.", "split_protocol": "p", "rows": {"a": "Ours", "b": "Labels only"},
+    "paper": {"a": {"16 bits": 0.5, "32 bits": 0.6}}, "compare": ["a", "b"],
+}  # fmt: skip
+
+
+def entry(
+    row: str, score: float, seed: int = 0, bits: int = 16, itq: float | None = None, **more: Any
+) -> dict[str, Any]:
+    found = [{"name": "lcgh", "num_bits": bits, "mAP": score}]
+    found += [] if itq is None else [{"name": "itq", "num_bits": bits, "mAP": itq}]
+    protocol = {
+        "name": "p", "train": 10, "queries": 5, "database": 10, "classes": 3, "split_seed": seed, "train_seed": seed,
+        "top_k": None, "ties": "expected",
+    }  # fmt: skip
+    if itq is not None:
+        protocol["baseline_features"] = more.pop("features", "f")
+    protocol |= more.pop("protocol", {})
+    training = {"config": {"epochs": 3, "seed": seed}, "trunk": "t"} | more
+    environment = {"commit": "c", "torch": "1", "hardware": "h"}
+    return {"row": row, "protocol": protocol, "results": found, "training": training, "environment": environment,
+            "harmonic_mean": {}}  # fmt: skip
+
+
+def lines(*entries: dict[str, Any], **about: Any) -> dict[str, list[str]]:
+    """The cells of each row by its name."""
+    text = results.table_of({**ABOUT, **about}, list(entries))
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+
+
+def test_seeds_become_a_mean_and_a_spread_and_differences_are_taken_seed_by_seed() -> None:
+    found = lines(
+        entry("a", 0.5, 0, itq=0.2), entry("a", 0.7, 1, itq=0.4), entry("b", 0.4, 0), entry("b", 0.58, 1),
+    )  # fmt: skip
+    assert found["Ours"] == ["**0.6000 ± 0.1414** (0.5)", "(0.6)"]
+    assert found["itq"][0] == "0.3000 ± 0.1414"
+    assert found["Ours over Labels only, seed by seed"][0] == "+0.1100 ± 0.0141"
+
+
+def test_label_network_columns_keep_code_lengths_apart() -> None:
+    phases = [{"label_map": 0.9, "label_n_h": 12.0}]
+    found = lines(entry("a", 0.5, bits=16, phases=phases), entry("a", 0.6, bits=32, phases=phases), paper={})
+    assert found["Ours"] == ["**0.5000**", "**0.9000**", "**12**", "**0.6000**", "**0.9000**", "**12**"]
+
+
+def test_rounds_of_self_training_are_told() -> None:
+    rounds = [
+        {"round": 1, "accepted": 1200, "unlabelled": 5000, "precision": 0.97, "before": 0.8, "validation_map": 0.82}
+    ]
+    text = results.table_of(ABOUT, [entry("a", 0.5, rounds=rounds)])
+    assert "At 16 bits, round 1: 1,200 of 5,000 rows accepted, 97.0% of their labels true, validation 0.8000 to" in text
+
+
+@pytest.mark.parametrize(
+    ("second", "text"),
+    [
+        (entry("a", 0.6, 1, config={"epochs": 4, "seed": 1}), "trained with other configs"),
+        (entry("b", 0.6, 0, protocol={"queries": 6}), "different sizes"),
+        (entry("b", 0.6, 0, trunk="u"), "one trunk, these are of 2"),
+        (entry("b", 0.6, 0, itq=0.3, features="g"), "baselines on different features"),
+        (entry("a", 0.6, 1), r"itq is of the seeds \[\(0, 0\)\]"),
+    ],
+)
+def test_what_was_not_made_alike_is_not_put_together(second: dict[str, Any], text: str) -> None:
+    with pytest.raises(SystemExit, match=text):
+        results.table_of({**ABOUT, "one_trunk": True}, [entry("a", 0.5, itq=0.2), second])
+
+
+def test_an_evaluation_is_kept_once_and_only_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/table.json").write_text(json.dumps(ABOUT))
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(json.dumps(entry("", 0.5)))
+    kept = results.add("t", "a", metrics)
+    assert results.add("t", "a", metrics) == kept
+    metrics.write_text(json.dumps(entry("", 0.6)))
+    with pytest.raises(SystemExit, match="--replace"):
+        results.add("t", "a", metrics)
+    results.add("t", "a", metrics, replace=True)
+    assert "0.6000" in results.tables()
+    metrics.write_text(json.dumps(entry("", 0.6, protocol={"name": "q"})))
+    with pytest.raises(SystemExit, match="of protocol p, this evaluation of q"):
+        results.add("t", "a", metrics)
+    with pytest.raises(SystemExit, match="no row 'c'"):
+        results.add("t", "c", metrics)

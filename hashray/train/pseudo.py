@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
+from hashray.errors import InputError
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -32,16 +34,17 @@ class Shape:
         if top is None and bottom is None and bool((labels.sum(1) == 1).all()):
             return Shape(1, present - 1)
         top = max(1, round(float(labels.sum(1).mean()))) if top is None else top
+        if top > present:
+            raise InputError(f"self_training.top_classes = {top}, and the labelled rows have {present} classes")
         return Shape(top, max(0, present - 3 * top) if bottom is None else min(bottom, present - top))
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """labels int8 [n, c] in {0, 1, -1}; confidence float64 [n], the mass of the top classes; best int64 [n]."""
+    """labels int8 [n, c] in {0, 1, -1}; confidence float64 [n], the mass of the top classes."""
 
     labels: NDArray[np.int8]
     confidence: NDArray[np.float64]
-    best: NDArray[np.int64]
 
 
 def propose(scores: NDArray[np.floating], temperature: float, shape: Shape) -> Proposals:
@@ -60,7 +63,7 @@ def propose(scores: NDArray[np.floating], temperature: float, shape: Shape) -> P
     labels[(rank >= present - shape.bottom) & (rank < present)] = 0
     labels[rank < shape.top] = 1
     confidence = np.take_along_axis(p, order[:, : shape.top], axis=1).sum(1)
-    return Proposals(labels, confidence, order[:, 0])
+    return Proposals(labels, confidence)
 
 
 def fit_temperature(scores: NDArray[np.floating], labels: NDArray[np.uint8]) -> float:
@@ -85,26 +88,31 @@ def fit_temperature(scores: NDArray[np.floating], labels: NDArray[np.uint8]) -> 
 
 def accept(
     ids: Sequence[str],
-    best: NDArray[np.int64],
+    proposed: NDArray[np.int8],
     confidence: NDArray[np.float64],
     threshold: float,
     most: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """Which rows [n] are accepted: confident ones, of each class the `most[class]` most confident, ties by id."""
+    """Which rows [n] are accepted: the most confident first, ties by id, while none of their classes is full.
+
+    Args:
+        proposed: [n, c], 1 for the classes of a row.
+        most: [c], of how many accepted rows each class may be one.
+    """
     chosen = np.zeros(len(ids), dtype=bool)
     order = np.lexsort((np.asarray(ids, dtype=object).astype(str), -confidence))
     left = most.copy()
     for i in order:
-        if confidence[i] >= threshold and left[best[i]] > 0:
-            left[best[i]] -= 1
+        own = proposed[i] == 1
+        if confidence[i] >= threshold and bool((left[own] > 0).all()):
+            left[own] -= 1
             chosen[i] = True
     return chosen
 
 
 def most_per_class(labels: NDArray[np.uint8], rows: int, balance: float) -> NDArray[np.int64]:
-    """How many of `rows` each class may get: `balance` times its share of the labels [n, c], rounded up."""
-    share = labels.sum(0) / max(1, int(labels.sum()))
-    return np.ceil(balance * share * rows).astype(np.int64)
+    """How many of `rows` each class may get: `balance` times the share of labelled rows [n, c] it has, rounded up."""
+    return np.ceil(balance * labels.mean(0) * rows).astype(np.int64)
 
 
 def precision(proposed: NDArray[np.int8], hidden: NDArray[np.uint8]) -> float | None:

@@ -137,7 +137,6 @@ class _ProposalWorker(UnitWorker):
             "id": rows.column("id"),
             "labels": label_column(found.labels),
             "confidence": pa.array(found.confidence, pa.float64()),
-            "best": pa.array(found.best, pa.int64()),
             "hidden": label_column(hidden.astype(np.int8)),
         }
         return pa.table(columns), bad, {}, {}
@@ -178,8 +177,8 @@ def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig
     parts = run_units(store, plan, units, _ProposalWorker, arguments, pool, "pseudo-label", config.max_bad)
     table = pa.concat_tables([read_table(store, part.file) for part in parts]).combine_chunks()
     most = most_per_class(train_rows.labels, len(table), rounds.balance)
-    best, confidence = (table.column(name).to_numpy() for name in ("best", "confidence"))
-    kept = table.filter(pa.array(accept(table.column("id").to_pylist(), best, confidence, rounds.threshold, most)))
+    found = label_rows(table.column("labels")), table.column("confidence").to_numpy()
+    kept = table.filter(pa.array(accept(table.column("id").to_pylist(), *found, rounds.threshold, most)))
     proposed, hidden = label_rows(kept.column("labels")), label_rows(kept.column("hidden"))
     summary = {
         "accepted": len(kept), "temperature": temperature, "precision": precision(proposed, hidden.astype(np.uint8)),

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hashray.errors import InputError
 from hashray.train.pseudo import Shape, accept, fit_temperature, most_per_class, precision, propose
 
 ONE = Shape(1, 3)
@@ -15,7 +16,7 @@ ONE = Shape(1, 3)
 def test_single_label_proposals_are_the_softmax_and_its_argmax() -> None:
     scores = np.array([[2.0, 0.0, -1.0, 0.5], [0.0, 0.0, 3.0, -np.inf]])
     found = propose(scores, 2.0, ONE)
-    assert found.labels.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]] and found.best.tolist() == [0, 2]
+    assert found.labels.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
     expected = np.exp([1.0, 1.5]) / [np.exp([1, 0, -0.5, 0.25]).sum(), np.exp([0, 0, 1.5]).sum()]
     np.testing.assert_allclose(found.confidence, expected)
 
@@ -46,11 +47,22 @@ def test_acceptance_against_a_loop(seed: int, threshold: float, cap: int) -> Non
     ids = [f"r{i}" for i in rng.permutation(30)]
     best, confidence = rng.integers(0, 3, 30), np.round(rng.random(30), 1)
     most = np.array([cap, 2, 30])
-    chosen = accept(ids, best, confidence, threshold, most)
+    chosen = accept(ids, np.eye(3, dtype=np.int8)[best], confidence, threshold, most)
     for label in range(3):
         able = [i for i in range(30) if best[i] == label and confidence[i] >= threshold]
         able.sort(key=lambda i: (-confidence[i], ids[i]))
         assert sorted(np.flatnonzero(chosen & (best == label))) == sorted(able[: most[label]])
+
+
+def test_a_row_of_several_classes_takes_a_place_in_each() -> None:
+    proposed = np.array([[1, 1, 0], [1, 0, 1], [-1, 1, 1], [1, 0, 0]], dtype=np.int8)
+    confidence = np.array([0.9, 0.8, 0.7, 0.6])
+    chosen = accept(["a", "b", "c", "d"], proposed, confidence, 0.5, np.array([2, 1, 5]))
+    assert chosen.tolist() == [True, True, False, False]  # c finds its second class full, d its first
+    labels = np.array([[1, 1, 0], [1, 0, 0]], dtype=np.uint8)
+    assert most_per_class(labels, 10, 1.0).tolist() == [10, 5, 0]
+    with pytest.raises(InputError, match="top_classes = 4, and the labelled rows have 2 classes"):
+        Shape.of(labels, top=4)
 
 
 def test_the_cap_follows_the_labelled_share() -> None:

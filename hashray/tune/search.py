@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Collection
 from typing import Any
 
 import optuna
@@ -86,7 +85,8 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
     if population:
         _require_exchanges(config, most, corpus.num_classes)
     source = training_data(placed(config.base), corpus)
-    at_once = _at_once(there, corpus, source, open_store(out), plan)
+    store = open_store(out)
+    at_once = _at_once(there, corpus, source, store, plan)
     # Beside the driver, with whose machine the sweep would end anyway: a lost node costs no more than its segments.
     node = f"node:{ray.util.get_node_ip_address()}"
     # A population is in step, whoever reports first; all its members are there, and so many at once may train.
@@ -94,6 +94,9 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
     turns = TurnsActor.options(resources={node: 0.001}).remote(  # type: ignore[attr-defined]
         0 if population else at_once, config.search.trials
     )
+    for key in _files(store, FAILED):
+        if json.loads(store.read(key))["lost"]:
+            store.delete(key)
     sweep = {"config": there.model_dump(mode="json", exclude_unset=True), "corpus": corpus.store.url,
              "source": source.store.url, "out": out, "most": most}  # fmt: skip
     members: dict[str, Any] | None = None
@@ -129,10 +132,13 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
     trials = [_trial(config, corpus, out, most, *callbacks.ended[number]) for number in sorted(callbacks.ended)]
     _write_costs(trials, callbacks.folders, out)
     if all(trial.state == "failed" for trial in trials):
-        _delete(out, FAILED)  # so that they are tried again once the cause is mended
+        for key in _files(store, FAILED):  # so that they are tried again once the cause is mended
+            store.delete(key)
         raise RunError(f"all {len(trials)} trials failed; trial 0: {trials[0].reason}")
     if population:
-        _delete(out, TENSORS, {f"trials/{trial.folder}/{trial.passes}/{TENSORS}" for trial in trials})
+        ends = {f"trials/{trial.folder}/{trial.passes}/{TENSORS}" for trial in trials}
+        for key in set(_files(store, TENSORS)) - ends:
+            store.delete(key)
     return trials
 
 
@@ -143,11 +149,8 @@ def _require_exchanges(config: SweepConfig, passes: int, num_classes: int) -> No
         require_one_network(config.at({**point, ORIGIN: [1, config.default()]}), num_classes)
 
 
-def _delete(out: str, name: str, but: Collection[str] = ()) -> None:
-    store = open_store(out)
-    for key, _ in list(store.list("trials/")):
-        if key.endswith(f"/{name}") and key not in but:
-            store.delete(key)
+def _files(store: Store, name: str) -> list[str]:
+    return [key for key, _ in store.list("trials/") if key.endswith(f"/{name}")]
 
 
 def _trial(
@@ -174,7 +177,11 @@ def _trial(
         assert position is not None
         lines, score = position.notes["history"], position.best_score
     if failed:
-        reason = json.loads(store.read(FAILED)) if store.exists(FAILED) else "the process that waited for it was lost"
+        reason = (
+            json.loads(store.read(FAILED))["reason"]
+            if store.exists(FAILED)
+            else "the process that waited for it was lost"
+        )
     state = "failed" if failed else "finished" if done == total else "stopped"
     return Trial(number, values, folder.rpartition("/")[2], state, score, done, total, reason, lines, chosen)
 

@@ -134,8 +134,8 @@ def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segmen
     """Train a segment; the reason why it could not be, where it has failed once too often."""
     store = open_store(segment.trial)
     if store.exists(FAILED):
-        return str(json.loads(store.read(FAILED)))
-    seconds, reason = 0.0, ""
+        return str(json.loads(store.read(FAILED))["reason"])
+    seconds, reason, lost = 0.0, "", False
     for _ in range(config.search.max_failures + 1):
         try:
             if chosen.workers > 1 or not job["memory"]:
@@ -149,9 +149,11 @@ def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segmen
             found = unwrap(error)
             reason = str(found.cause if isinstance(found, RayTaskError) else found).strip().partition("\n")[0]
             reason = f"{type(found).__name__}: {reason}"
+            lost = not isinstance(found, HashrayError | RayTaskError)
         else:
             before = json.loads(store.read(SECONDS)) if store.exists(SECONDS) else 0.0
             store.write(SECONDS, canonical(before + seconds))
             return None
-    store.write(FAILED, canonical(reason))
+    # A worker or a node was lost, not the training's fault: final for this run of the sweep, tried again by the next.
+    store.write(FAILED, canonical({"reason": reason, "lost": lost}))
     return reason

@@ -87,8 +87,8 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
     source = training_data(placed(config.base), corpus)
     store = open_store(out)
     at_once = _at_once(there, corpus, source, store, plan)
-    # Beside the driver, with whose machine the sweep would end anyway: a lost node costs no more than its segments.
-    node = f"node:{ray.util.get_node_ip_address()}"
+    # On the head node, without which the cluster ends anyway: any other lost node costs no more than its segments.
+    node = "node:__internal_head__"
     # A population is in step, whoever reports first; all its members are there, and so many at once may train.
     here = {node: 0.9 / at_once if population else 0.001}
     turns = TurnsActor.options(resources={node: 0.001}).remote(  # type: ignore[attr-defined]

@@ -10,13 +10,25 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from tiny import BACKBONE, METHOD, kill_tree, wait_until, write_images, write_toml
+from tiny import (
+    BACKBONE,
+    METHOD,
+    head_config,
+    kill_tree,
+    wait_until,
+    write_corpus,
+    write_images,
+    write_toml,
+    write_trunk,
+)
 
 from hashray import artifact
 
@@ -40,6 +52,7 @@ class Cluster:
 
     environment: dict[str, str]
     folder: Path
+    port: int
 
     def submit(self, *entrypoint: str) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- …`, from the root of the repository, to its end."""
@@ -60,7 +73,7 @@ def cluster() -> Iterator[Cluster]:
     Not by `ray stop`, which ends every Ray of this user on the machine. In /tmp: a socket's path may not be long.
     """
     with tempfile.TemporaryDirectory(prefix="hr", dir="/tmp", ignore_cleanup_errors=True) as name:
-        dashboard = free_port()
+        dashboard, port = free_port(), free_port()
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",  # the jobs' `python` is the one that runs this test
             "RAY_TMPDIR": name,
@@ -70,7 +83,7 @@ def cluster() -> Iterator[Cluster]:
         }
         words = [
             str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "4", "--temp-dir", name,
-            "--port", str(free_port()), "--dashboard-port", str(dashboard),
+            "--port", str(port), "--dashboard-port", str(dashboard),
             "--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port()),
             "--object-store-memory", str(400 << 20),
             "--disable-usage-stats",
@@ -80,7 +93,7 @@ def cluster() -> Iterator[Cluster]:
         head = start(words, environment, client, log) or start(words, environment, client, log)
         assert head is not None, log.read_text()
         try:
-            yield Cluster(client, Path(name))
+            yield Cluster(client, Path(name), port)
         finally:
             kill_tree(psutil.Process(head.pid))
             head.wait()
@@ -144,6 +157,59 @@ def test_jobs_run_the_code_that_was_sent_and_without_the_token_nothing(cluster: 
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "runtime_resources/working_dir_files" in ended.stdout
     assert str(BIN / "python") in ended.stdout
-    stranger = Cluster(cluster.environment | {"RAY_AUTH_TOKEN": uuid.uuid4().hex}, cluster.folder)
+    stranger = replace(cluster, environment=cluster.environment | {"RAY_AUTH_TOKEN": uuid.uuid4().hex})
     ended = stranger.submit("python", "-c", "print('unreachable')")
     assert ended.returncode != 0 and "unreachable\n" not in ended.stdout
+
+
+@contextmanager
+def second_node(cluster: Cluster) -> Iterator[psutil.Process]:
+    """Another node of the cluster, on this machine; what it yields may be killed."""
+    words = [
+        str(BIN / "ray"), "start", "--address", f"127.0.0.1:{cluster.port}", "--block", "--num-cpus", "2",
+        "--object-store-memory", str(200 << 20), "--dashboard-agent-listen-port", str(free_port()),
+        "--disable-usage-stats",
+    ]  # fmt: skip
+    log = cluster.folder / "second.log"
+    with log.open("wb") as sink:
+        started = subprocess.Popen(words, env=cluster.environment, stdout=sink, stderr=sink)
+    root = psutil.Process(started.pid)
+    try:
+        wait_until(lambda: "Ray runtime started" in log.read_text() or started.poll() is not None, "the second node")
+        assert started.poll() is None, log.read_text()
+        yield root
+    finally:
+        if started.poll() is None:
+            kill_tree(root)
+        started.wait()
+
+
+def test_a_sweep_as_a_job_on_two_nodes_comes_out_as_on_one_though_a_node_is_lost(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    corpus, weights = str(tmp_path / "corpus"), tmp_path / "trunk.pth"
+    write_corpus(corpus, 60, 25, split_of=lambda i: "query" if i % 5 == 4 else "database+train")
+    write_trunk(weights)
+    config = {
+        **head_config(weights), "validation_rows": 8, "cpus_per_worker": 2.0,  # so the head trains two at once
+        "space": {"optim.lr": {"log": [1e-4, 1e-1]}, "method.margin_ratio": {"linear": [0.05, 1.0]}},
+        "search": {"trials": 6, "grace_epochs": 1, "reduction_factor": 2, "at_once": 3, "report_seeds": []},
+    }  # fmt: skip
+    path = write_toml(tmp_path / "sweep.toml", config)
+    two, one = tmp_path / "two", tmp_path / "one"
+
+    def ended(out: Path) -> int:
+        return sum(1 for file in out.glob("trials/*/*/state.json") if file.parent.name.isdigit())
+
+    with second_node(cluster) as node, ThreadPoolExecutor(1) as pool:
+        job = pool.submit(cluster.submit, "python", "jobs/tune.py", path, "--corpus", corpus, "--out", str(two))
+        wait_until(lambda: ended(two) >= 4 or job.done(), "four stretches")
+        kill_tree(node)
+        done = job.result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = cluster.submit("python", "jobs/tune.py", path, "--corpus", corpus, "--out", str(one))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert artifact.verify(two) == [] == artifact.verify(one)
+    for name in ("leaderboard.parquet", "passes.parquet"):
+        assert (two / name).read_bytes() == (one / name).read_bytes()
+    assert artifact.load_manifest(two, "sweep").id == artifact.load_manifest(one, "sweep").id

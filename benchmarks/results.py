@@ -244,6 +244,8 @@ def main() -> int:
     wanted = parser.parse_args()
     if wanted.add:
         print(f"kept in {add(*wanted.add[:2], Path(wanted.add[2]), wanted.replace).relative_to(ROOT)}")
+    if not (wanted.write or wanted.check):
+        return 0
     text = README.read_text()
     made = readme_with(text, tables())
     if wanted.write:

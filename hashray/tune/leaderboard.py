@@ -117,6 +117,8 @@ def best_toml(best: Trial) -> bytes:
     """
     assert best.config is not None
     table = best.config.model_dump(mode="json", exclude_none=True, exclude={"corpus", "out", "features"})
+    changes = [{name: value for name, value in change.items() if value} for change in table.pop("changes")]
+    table |= {"changes": changes} if changes else {}
     head = f"# trial {best.number}: validation {best.score:.6f} after {best.passes} of {best.total} passes\n"
     text = (head + tomli_w.dumps(table)).encode()
     try:

@@ -164,24 +164,28 @@ def test_jobs_run_the_code_that_was_sent_and_without_the_token_nothing(cluster: 
 
 @contextmanager
 def second_node(cluster: Cluster) -> Iterator[psutil.Process]:
-    """Another node of the cluster, on this machine; what it yields may be killed."""
-    words = [
-        str(BIN / "ray"), "start", "--address", f"127.0.0.1:{cluster.port}", "--block", "--num-cpus", "2",
-        "--object-store-memory", str(200 << 20), "--dashboard-agent-listen-port", str(free_port()),
-        "--disable-usage-stats",
-    ]  # fmt: skip
-    log = cluster.folder / "second.log"
-    with log.open("wb") as sink:
-        started = subprocess.Popen(words, env=cluster.environment, stdout=sink, stderr=sink)
-    root = psutil.Process(started.pid)
-    try:
-        wait_until(lambda: "Ray runtime started" in log.read_text() or started.poll() is not None, "the second node")
-        assert started.poll() is None, log.read_text()
-        yield root
-    finally:
-        if started.poll() is None:
-            kill_tree(root)
-        started.wait()
+    """Another node of the cluster, on this machine; what it yields may be killed.
+
+    With a folder of its own: of one that it shares with the head it deletes the jobs' working directories at its end.
+    """
+    with tempfile.TemporaryDirectory(prefix="hr", dir="/tmp", ignore_cleanup_errors=True) as name:
+        words = [
+            str(BIN / "ray"), "start", "--address", f"127.0.0.1:{cluster.port}", "--block", "--num-cpus", "2",
+            "--temp-dir", name, "--object-store-memory", str(200 << 20),
+            "--dashboard-agent-listen-port", str(free_port()), "--disable-usage-stats",
+        ]  # fmt: skip
+        log = Path(name) / "start.log"
+        with log.open("wb") as sink:
+            started = subprocess.Popen(words, env=cluster.environment | {"RAY_TMPDIR": name}, stdout=sink, stderr=sink)
+        root = psutil.Process(started.pid)
+        try:
+            wait_until(lambda: "Ray runtime started" in log.read_text() or started.poll() is not None, "a second node")
+            assert started.poll() is None, log.read_text()
+            yield root
+        finally:
+            if started.poll() is None:
+                kill_tree(root)
+            started.wait()
 
 
 def test_a_sweep_as_a_job_on_two_nodes_comes_out_as_on_one_though_a_node_is_lost(

@@ -52,6 +52,9 @@ def add(table: str, row: str, metrics_path: Path, replace: bool = False) -> Path
         "harmonic_mean": metrics.get("harmonic_mean", {}),
         "training": metrics.get("training", {}),
     }
+    backbone = kept["training"].get("config", {}).get("backbone", {})
+    if backbone.get("weights"):  # the file's name: where it lies is of one machine
+        backbone["weights"] = Path(backbone["weights"]).name
     bits = metrics["results"][0]["num_bits"]
     path = RESULTS / table / f"{row}_{bits}_{protocol['split_seed']}-{protocol['train_seed']}.json"
     text = json.dumps(kept, indent=1, sort_keys=True) + "\n"

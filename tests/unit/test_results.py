@@ -90,8 +90,10 @@ def test_an_evaluation_is_kept_once_and_only_where_it_belongs(tmp_path: Path, mo
     (tmp_path / "t").mkdir()
     (tmp_path / "t/table.json").write_text(json.dumps(ABOUT))
     metrics = tmp_path / "metrics.json"
-    metrics.write_text(json.dumps(entry("", 0.5)))
+    made = entry("", 0.5, config={"backbone": {"weights": "/somewhere/of/mine/net.pth"}})
+    metrics.write_text(json.dumps(made))
     kept = results.add("t", "a", metrics)
+    assert json.loads(kept.read_text())["training"]["config"]["backbone"]["weights"] == "net.pth"
     assert results.add("t", "a", metrics) == kept
     metrics.write_text(json.dumps(entry("", 0.6)))
     with pytest.raises(SystemExit, match="--replace"):

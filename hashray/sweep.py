@@ -61,6 +61,7 @@ def tune(config: SweepConfig) -> Manifest:
     told = "is not among the trials" if default is None else _score(default)
     say(f"best of {len(trials)}: trial {best.number}, validation {best.score:.4f}; the default {told}")
     compared = _compare(config, corpus, best, default, out)
+    judged = verdict(compared)
     spent, full = sum(trial.passes for trial in trials), sum(trial.total for trial in trials)
     summary = {
         "trials": len(trials), "best_trial": best.number, "best_score": best.score,
@@ -68,7 +69,7 @@ def tune(config: SweepConfig) -> Manifest:
         "stopped": sum(trial.state == "stopped" for trial in trials),
         "failed": [trial.number for trial in trials if trial.state == "failed"],
         "passes": spent, "passes_of_full_grid": full, "importance": importance(trials, config, config.search.seed),
-        "compared": compared, "verdict": verdict(compared),
+        "compared": compared, "verdict": judged,
     }  # fmt: skip
     files = _write(store, trials, best, summary)
     refuse_taken(store, plan)
@@ -81,7 +82,7 @@ def tune(config: SweepConfig) -> Manifest:
     )  # fmt: skip
     for key, _ in list(store.list("progress/")):
         store.delete(key)
-    say(verdict(compared))
+    say(judged)
     say(f"{out}: {spent:,} of {full:,} passes trained ({spent / full:.0%}); hashray train {join(out, 'best.toml')}")
     return manifest
 
@@ -125,9 +126,9 @@ def verdict(compared: dict[str, Any]) -> str:
         return "The default was the best trial." if compared else ""
     winner, default = ([line["validation"] for line in compared[who]["seeds"]] for who in (WINNER, DEFAULT))
     lead = statistics.fmean(winner) - statistics.fmean(default)
-    spread = max(compared[who]["std"]["validation"] for who in (WINNER, DEFAULT))
-    told = "more than the seed spread" if lead > spread else "within the seed spread: the default was already there"
-    return f"The winner leads the default by {lead:+.4f} on validation, {told} ({spread:.4f}, {len(winner)} seeds)."
+    widest = max(compared[who]["std"]["validation"] for who in (WINNER, DEFAULT))
+    told = "more than the seed spread" if lead > widest else "within the seed spread: the default was already there"
+    return f"The winner leads the default by {lead:+.4f} on validation, {told} ({widest:.4f}, {len(winner)} seeds)."
 
 
 def _query_score(config: SweepConfig, model: str, at: str, corpus: Corpus) -> dict[str, float]:

@@ -31,14 +31,14 @@ def learning_curves(trials: Sequence[Trial], summary: Mapping[str, Any]) -> Figu
     """Validation over passes; the best trial and the default stand out, crosses where the scheduler stopped one."""
     figure, axes = new_axes("Learning curves", "passes over the images", "validation")
     best = ranked(trials)[0].number
+    shown = {best: (OURS, 2.4, f"trial {best}, the best")}
+    if summary["default_score"] is not None:
+        shown = {0: (INK, 1.8, "trial 0, the default"), **shown}
     for trial in trials:
         if not trial.lines:
             continue
         passes = [line["pass"] for line in trial.lines]
         scores = [line["validation_map"] for line in trial.lines]
-        shown = {best: (OURS, 2.4, f"trial {best}, the best")}
-        if summary["default_score"] is not None:
-            shown = {0: (INK, 1.8, "trial 0, the default"), **shown}
         tint, width, label = shown.get(trial.number, ("#9aa3b5", 0.9, None))
         axes.plot(passes, scores, color=tint, linewidth=width, label=label, zorder=2 + width)
         mark = {"finished": "o", "stopped": "x", "failed": "v"}[trial.state]
@@ -136,11 +136,9 @@ def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Map
 def _changes(best: Trial) -> str:
     if best.config is None or not best.config.changes:
         return ""
-    changes = best.config.stretches()
     names = list(best.point)
-    rows = [
-        [str(after), *[short(look_up(own.model_dump(mode="json"), name)) for name in names]] for after, own in changes
-    ]
+    tables = [(after, own.model_dump(mode="json")) for after, own in best.config.stretches()]
+    rows = [[str(after), *[short(look_up(table, name)) for name in names]] for after, table in tables]
     title = "<h2>The schedule of the best</h2><p>Values from so many passes on, as best.toml has them.</p>"
     return title + grid(["passes", *[name.rpartition(".")[2] for name in names]], rows)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hashray.methods.base import Phase
 from hashray.storage import open_store
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -35,6 +36,10 @@ class Position:
     best_score: float | None = None
     best_at: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def passes(self, phases: Sequence[Phase]) -> int:
+        """Whole passes over the images that are behind it."""
+        return sum(phase.epochs for phase in phases[: self.phase]) + self.epoch
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,8 @@ class TrainConfig(Config):
             ConfigError: with its changes this is not a config.
         """
         found = [(0, self.model_copy(update={"changes": ()}))]
-        table = self.model_dump(mode="json", exclude={"changes"})
         for change in self.changes:
+            table = found[-1][1].model_dump(mode="json")
             table |= {name: {**table[name], **getattr(change, name)} for name in CHANGEABLE}
             found.append((change.after, validate(type(self), table, f"changes, after {change.after} passes")))
         return found

@@ -162,8 +162,7 @@ class Loop:
         return self.best if self.best is not None else self._current()
 
     def _reached(self, until: int | None) -> bool:
-        passes = sum(phase.epochs for phase in self.phases[: self.position.phase]) + self.position.epoch
-        return until is not None and passes >= until
+        return until is not None and self.position.passes(self.phases) >= until
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.position, self.best = checkpoint.position, checkpoint.best()
@@ -201,7 +200,7 @@ class Loop:
 
     def _run_epoch(self, phase: Phase, wrapped: nn.Module, until: int | None) -> None:
         position, plan = self.position, self.source.plan
-        number = sum(p.epochs for p in self.phases[: position.phase]) + position.epoch
+        number = position.passes(self.phases)
         sums: dict[str, float] = position.notes.pop("sums", {})
         for piece in self._in_step(self.source.epoch(number, position.step)):
             step = position.epoch * plan.steps + position.step

@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> Manifest:
     position = final.position
     tensors, history = final.best() or final.under("average") or final.under("method"), position.notes["history"]
     chosen = {"best_at": position.best_at, "validation_map": position.best_score} if position.best_at else {}
-    method = build_method(config.method, build_trunk(config.backbone, load_weights=False), corpus.num_classes)
+    method = _untrained(config, corpus.num_classes)
     info = {
         "run": run,
         "train_rows": EpochPlan.from_json(job["plan"]).rows,
@@ -162,7 +162,7 @@ def run_of(config: TrainConfig, corpus: Corpus) -> tuple[str, dict[str, str]]:
         start = load_model(config.init, device="cpu")
         if start.classes != corpus.classes:
             raise InputError(f"init = {config.init!r} has other classes than the corpus, or in another order")
-        own = build_method(config.method, build_trunk(config.backbone, load_weights=False), corpus.num_classes)
+        own = _untrained(config, corpus.num_classes)
         try:
             own.load_state_dict(start.method.state_dict())
         except RuntimeError as error:
@@ -187,8 +187,15 @@ def _fits_memory(config: TrainConfig, rows: int) -> bool:
 
 def total_passes(config: TrainConfig, num_classes: int) -> int:
     """Passes over the images of a whole training."""
-    method = build_method(config.method, build_trunk(config.backbone, load_weights=False), num_classes)
+    return _passes(_untrained(config, num_classes), config)
+
+
+def _passes(method: Method, config: TrainConfig) -> int:
     return sum(phase.epochs for phase in method.phases(config.epochs))
+
+
+def _untrained(config: TrainConfig, num_classes: int) -> Method:
+    return build_method(config.method, build_trunk(config.backbone, load_weights=False), num_classes)
 
 
 def require_one_network(config: TrainConfig, num_classes: int) -> None:
@@ -199,11 +206,8 @@ def require_one_network(config: TrainConfig, num_classes: int) -> None:
     """
     if not config.changes:
         return
-    first, *later = [
-        build_method(own.method, build_trunk(own.backbone, load_weights=False), num_classes)
-        for _, own in config.stretches()
-    ]
-    total = sum(phase.epochs for phase in first.phases(config.epochs))
+    first, *later = [_untrained(own, num_classes) for _, own in config.stretches()]
+    total = _passes(first, config)
     for change, method in zip(config.changes, later, strict=True):
         if change.after >= total:
             raise ConfigError(f"changes: after = {change.after}, and the training ends after {total} passes")

@@ -79,8 +79,7 @@ def run_worker(job: dict[str, Any]) -> None:
         # Where this group begins, before it asks for data: a checkpoint that was written but that Ray had not
         # registered when the run was killed is not the one a rerun starts from.
         at = Position() if checkpoint is None else checkpoint.position
-        number = sum(phase.epochs for phase in loop.phases[: at.phase]) + at.epoch
-        position = json.dumps({"pass": number, "step": at.step}).encode()
+        position = json.dumps({"pass": at.passes(loop.phases), "step": at.step}).encode()
         open_store(join(job["checkpoints"], job["run"])).write(POSITION_FILE, position)
     loop.run(checkpoint, job.get("until"))
 

@@ -23,26 +23,15 @@ from hashray.artifact import canonical
 from hashray.data.corpus import Corpus
 from hashray.errors import ConfigError, HashrayError, RunError
 from hashray.runtime import WorkersConfig
-from hashray.storage import Store, open_store
+from hashray.storage import Store, join, open_store
 from hashray.train.checkpoint import TENSORS
 from hashray.train.trainer import placed, plan_job, require_one_network, total_passes, training_data
 from hashray.tune.leaderboard import Trial
 from hashray.tune.population import Population, first_members
 from hashray.tune.progress import Watch
-from hashray.tune.segments import (
-    Segment,
-    ended_at,
-)
-from hashray.tune.space import (
-    NUMBER,
-    ORIGIN,
-    SweepConfig,
-    donor_of,
-    grace_epochs,
-    milestones,
-    values_of,
-)
-from hashray.tune.trial import FAILED, FOLDER, PASSES, SCORE, SECONDS, TurnsActor, folder_of, run_trial
+from hashray.tune.segments import ended_at
+from hashray.tune.space import NUMBER, ORIGIN, SweepConfig, donor_of, grace_epochs, milestones, values_of
+from hashray.tune.trial import FAILED, FOLDER, PASSES, SCORE, SECONDS, TurnsActor, failure_of, folder_of, run_trial
 
 
 class _Callbacks(tune.Callback):
@@ -99,21 +88,18 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
             store.delete(key)
     sweep = {"config": there.model_dump(mode="json", exclude_unset=True), "corpus": corpus.store.url,
              "source": source.store.url, "out": out, "most": most}  # fmt: skip
-    members: dict[str, Any] | None = None
-    points: dict[str, Any] = {
-        "num_samples": config.search.trials, "max_concurrent_trials": at_once, "search_alg": _searcher(config)
-    }  # fmt: skip
-    if population:
-        members, points = first_members(config), {}
+    how: dict[str, Any] = {}
+    if not population:
+        how = {"num_samples": config.search.trials, "max_concurrent_trials": at_once, "search_alg": _searcher(config)}
     _quiet()
     with tempfile.TemporaryDirectory() as folder, Watch(config.search.trials, most, population) as watch:
         trainable = tune.with_parameters(run_trial, sweep=sweep, turns=turns)
         callbacks = _Callbacks(turns, watch, population)
         tuner = tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory([here])),
-            param_space=members,
+            param_space=first_members(config) if population else None,
             tune_config=tune.TuneConfig(
-                metric=SCORE, mode="max", scheduler=_scheduler(config, most), reuse_actors=True, **points
+                metric=SCORE, mode="max", scheduler=_scheduler(config, most), reuse_actors=True, **how
             ),
             run_config=tune.RunConfig(name="sweep", storage_path=folder, callbacks=[callbacks], verbose=0),
         )  # fmt: skip
@@ -163,27 +149,22 @@ def _trial(
     except HashrayError as error:
         return Trial(number, values, "", "failed", None, 0, 0, " ".join(str(error).split()), [], None)
     lines: list[dict[str, Any]] = []
-    score, origin = None, donor_of(point)
-    store, reason = open_store(folder), ""
-    if store.exists(FAILED):  # the last that it reported may never have been trained
-        failed, reported = True, [u for u in milestones(config.search, most, total) if u <= done]
-        done = max((until for until in reported if ended_at(Segment(folder, None, until))), default=0)
+    score, origin, reason = None, donor_of(point), failure_of(folder)
+    if reason is not None:  # the last that it reported may never have been trained
+        reported = [until for until in milestones(config.search, most, total) if until <= done]
+        done = max((until for until in reported if ended_at(join(folder, str(until)))), default=0)
+    elif failed:
+        reason = "the process that waited for it was lost"
     before = folder
     if not done and origin is not None:
         done, donor = origin
         before = folder_of(out, donor, config.at(donor), corpus)
     if done:
-        position = ended_at(Segment(before, None, done))
+        position = ended_at(join(before, str(done)))
         assert position is not None
         lines, score = position.notes["history"], position.best_score
-    if failed:
-        reason = (
-            json.loads(store.read(FAILED))["reason"]
-            if store.exists(FAILED)
-            else "the process that waited for it was lost"
-        )
-    state = "failed" if failed else "finished" if done == total else "stopped"
-    return Trial(number, values, folder.rpartition("/")[2], state, score, done, total, reason, lines, chosen)
+    state = "failed" if reason is not None else "finished" if done == total else "stopped"
+    return Trial(number, values, folder.rpartition("/")[2], state, score, done, total, reason or "", lines, chosen)
 
 
 def _write_costs(trials: list[Trial], folders: dict[int, set[str]], out: str) -> None:

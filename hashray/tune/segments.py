@@ -42,9 +42,9 @@ class Segment:
         return join(self.trial, str(self.until))
 
 
-def ended_at(segment: Segment) -> Position | None:
-    """Where a segment ended, with the lines of every pass so far in its notes; None where it has not."""
-    store = open_store(segment.end)
+def ended_at(end: str) -> Position | None:
+    """Where the segment that ends there did, the lines of every pass so far in its notes; None where it has not."""
+    store = open_store(end)
     return Position(**json.loads(store.read(STATE))["position"]) if store.exists(STATE) else None
 
 

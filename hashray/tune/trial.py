@@ -107,14 +107,14 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
             continue
         segment, reason = Segment(trial, start, until), None
         ray.get(turns.enter.remote(me, point[NUMBER], until - done))
-        if ended_at(segment) is None:
+        if ended_at(segment.end) is None:
             reason = _train(config, current, job, segment)
         if reason is None:
             forget_before(segment, start_too=not population)
         ray.get(turns.turn.remote(me))
         if reason is not None and not population:
             raise RunError(reason)
-        position = ended_at(segment)
+        position = ended_at(segment.end)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / PASSES).write_text(str(until))
             # Of a population the weights of now are handed on, not the best there were.
@@ -130,12 +130,18 @@ def folder_of(out: str, point: dict[str, Any], chosen: TrainConfig, corpus: Corp
     return join(out, "trials", f"{point[NUMBER]:04d}-{run_of(placed(chosen), corpus)[0]}")
 
 
+def failure_of(trial: str) -> str | None:
+    """Why the trial whose files lie there failed, if it did."""
+    store = open_store(trial)
+    return str(json.loads(store.read(FAILED))["reason"]) if store.exists(FAILED) else None
+
+
 def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segment: Segment) -> str | None:
     """Train a segment; the reason why it could not be, where it has failed once too often."""
-    store = open_store(segment.trial)
-    if store.exists(FAILED):
-        return str(json.loads(store.read(FAILED))["reason"])
-    seconds, reason, lost = 0.0, "", False
+    before = failure_of(segment.trial)
+    if before is not None:
+        return before
+    store, seconds, reason, lost = open_store(segment.trial), 0.0, "", False
     for _ in range(config.search.max_failures + 1):
         try:
             if chosen.workers > 1 or not job["memory"]:
@@ -145,14 +151,14 @@ def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segmen
                 takes = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
                 placed_anywhere = train_segment.options(**takes, scheduling_strategy="DEFAULT", max_retries=0)
                 seconds = ray.get(placed_anywhere.remote(job, segment))
-        except Exception as error:
+        except Exception as error:  # whatever it was is the trial's reason, kept and reported; the sweep goes on
             found = unwrap(error)
             reason = str(found.cause if isinstance(found, RayTaskError) else found).strip().partition("\n")[0]
             reason = f"{type(found).__name__}: {reason}"
             lost = not isinstance(found, HashrayError | RayTaskError)
         else:
-            before = json.loads(store.read(SECONDS)) if store.exists(SECONDS) else 0.0
-            store.write(SECONDS, canonical(before + seconds))
+            earlier = json.loads(store.read(SECONDS)) if store.exists(SECONDS) else 0.0
+            store.write(SECONDS, canonical(earlier + seconds))
             return None
     # A worker or a node was lost, not the training's fault: final for this run of the sweep, tried again by the next.
     store.write(FAILED, canonical({"reason": reason, "lost": lost}))

@@ -39,6 +39,9 @@ class BackboneConfig(Config):
     resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
     width: int = Field(32, ge=4, description="channels of resnet9's first layer")
     frozen: bool = Field(False, description="features are computed once and cached; the trunk is not trained")
+    mirrored: bool = Field(
+        False, description="features are the mean of an image's and its mirror image's (not while the trunk trains)"
+    )
     frozen_norms: bool = Field(
         False, description="fine-tuning: batch norms keep the statistics of their weights, whatever a batch holds"
     )
@@ -112,6 +115,8 @@ class Trunk(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.amp):
             features = self.net(images)
+            if self.config.mirrored and not self.training:
+                features = (features + self.net(images.flip(3))) / 2
         return features.to(self.mean.dtype).flatten(1)
 
 

@@ -121,7 +121,6 @@ class TrainConfig(Config):
     batch_size: int = Field(128, ge=1, description="rows of a global batch, whatever the number of workers")
     seed: int = Field(0, ge=0)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the trunk; losses stay fp32")
-    compile: bool = Field(False, description="torch.compile the trunk (on a CPU it wants a C++ compiler)")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the weights; it is what is saved")
     validation_rows: int = Field(500, ge=0, description="train rows held out for model selection, at most a fifth")
     select_by: Literal["map", "harmonic"] = Field(

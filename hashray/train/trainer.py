@@ -34,7 +34,7 @@ from hashray.methods.backbone import build_trunk, weights_identity, with_absolut
 from hashray.methods.base import LabelTable, Method
 from hashray.model import load_model, write_model
 from hashray.progress import Bar, say
-from hashray.runtime import connect, quicken_on_one_machine, unwrap
+from hashray.runtime import connect, keeping_memory, quicken_on_one_machine, unwrap
 from hashray.storage import join, open_store
 from hashray.storage_s3 import arrow_filesystem
 from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, load_checkpoint
@@ -262,6 +262,7 @@ def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
     quicken_on_one_machine()
     filesystem, path = arrow_filesystem(job["checkpoints"])
     options = ray.data.ExecutionOptions(preserve_order=True)
+    on_cpus = not (config.gpu or config.backbone.frozen)
     board = Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         run_worker,
@@ -274,6 +275,7 @@ def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
             name=job["run"], storage_path=path, storage_filesystem=filesystem,
             failure_config=rt.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=rt.CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": keeping_memory() if on_cpus else {}},
         ),
         datasets=datasets,
         dataset_config=rt.DataConfig(execution_options=options),

@@ -98,8 +98,6 @@ def build_loop(
     if device.type == "cuda" and world > 1:
         # The trunk alone: LabNet is trained by the first worker, whose norms would wait for the others for ever.
         method.trunk = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method.trunk)
-    if config.compile:
-        method.trunk.net.compile()
     table = LabelTable(torch.tensor(job["rows"], dtype=torch.uint8), torch.tensor(job["counts"]))
     plan = EpochPlan.from_json(job["plan"])
     data, selection = open_corpus(job["source"], None), selection_of(config, job)

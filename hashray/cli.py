@@ -73,7 +73,7 @@ def tune_command(arguments: Sequence[str]) -> None:
     from hashray.tune.space import SweepConfig, check_sweep, read_sweep
 
     config = _from_file("tune", SweepConfig, read_sweep, arguments)
-    check_sweep(config, "the command line")
+    check_sweep(config, arguments[0])
     tune(config)
 
 

@@ -39,7 +39,7 @@ from hashray.storage import join, open_store
 from hashray.train.config import SelfTrainingConfig, TrainConfig
 from hashray.train.features import features_of_model, lost_before, pool_of
 from hashray.train.pseudo import Shape, accept, fit_temperature, most_per_class, precision, propose
-from hashray.train.trainer import run_of, train
+from hashray.train.trainer import placed, run_of, train
 from hashray.train.workers import load_rows
 
 BATCH_ROWS = 64
@@ -56,7 +56,8 @@ def train_model(config: TrainConfig) -> Manifest:
 
 
 def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
-    out = storage.absolute(require_path(config.out, "--out"))
+    config = placed(config)
+    out = require_path(config.out, "--out")
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
     unlabelled = corpus.require("unlabelled", "self-training")
     if config.validation(corpus.count("validation"), corpus.count("train")) == (False, 0):

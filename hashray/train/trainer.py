@@ -52,8 +52,9 @@ def train(config: TrainConfig) -> Manifest:
         InputError: no corpus, no train rows, weights that do not fit. RunError: the loss is not finite.
         AlreadyExists: `out` holds a model of another config or corpus.
     """
-    out = storage.absolute(require_path(config.out, "--out"))
-    corpus = open_corpus(storage.absolute(require_path(config.corpus, "--corpus")))
+    config = placed(config)
+    out = require_path(config.out, "--out")
+    corpus = open_corpus(require_path(config.corpus, "--corpus"))
     corpus.require("train", "training")
     store = open_store(out)
     result_of = config.result_of()
@@ -62,7 +63,6 @@ def train(config: TrainConfig) -> Manifest:
     if made is not None:
         return made
     connect()
-    config = placed(config)
     data = training_data(config, corpus)
     if config.workers > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
         say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
@@ -175,8 +175,9 @@ def run_of(config: TrainConfig, corpus: Corpus) -> tuple[str, dict[str, str]]:
         if pseudo.parents["corpus"] != corpus.manifest.id:
             raise MismatchError(f"pseudo_labels = {config.pseudo_labels!r} are of another corpus")
         parents["pseudo-labels"] = pseudo.id
-    described = {"config": config.result_of(), "parents": parents, "weights": weights_identity(config.backbone)}
-    return sha256_hex(canonical(described))[:16], parents
+    told = config.result_of()
+    told["backbone"]["weights"] = weights_identity(config.backbone)  # by what they hold, not by where they are
+    return sha256_hex(canonical({"config": told, "parents": parents}))[:16], parents
 
 
 def _fits_memory(config: TrainConfig, rows: int) -> bool:
@@ -275,7 +276,7 @@ def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
             name=job["run"], storage_path=path, storage_filesystem=filesystem,
             failure_config=rt.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=rt.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": keeping_memory() if on_cpus else {}},
+            worker_runtime_env={"env_vars": keeping_memory()} if on_cpus else {},
         ),
         datasets=datasets,
         dataset_config=rt.DataConfig(execution_options=options),

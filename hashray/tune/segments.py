@@ -3,7 +3,8 @@
 What a segment ends with is kept under <out>/trials/<number>-<run>/<passes>/, where <run> is the hash of all that
 the trial's weights depend on. A segment that is there is read, not trained: a sweep that was killed and is run again
 goes through the same reports in the same order, from these files, up to where it stopped, and on from there. So the
-searcher and the scheduler need no state of their own on disk.
+searcher and the scheduler need no state of their own on disk. (Ray's own restore brings back the searcher and the
+trials but no scheduler: TuneController.__getstate__ leaves it out, 2.60.0 as well, ray#30838.)
 """
 
 from __future__ import annotations

@@ -235,10 +235,10 @@ class SweepConfig(TrainConfig):
 
 
 def read_sweep(url: str) -> SweepConfig:
-    """Read a sweep, TOML, local or on S3; check every end of every range against the training config.
+    """Read a sweep, TOML, local or on S3. `check_sweep` follows, once flags have been applied.
 
     Raises:
-        InputError: no such file. ConfigError: every fault at once.
+        InputError: no such file. ConfigError: every fault of the file at once.
     """
     table = parse_toml(read_url(url), url)
     space = table.pop("space", None)
@@ -247,13 +247,11 @@ def read_sweep(url: str) -> SweepConfig:
             f"{url} has no [space] table: name what to try, such as optim.lr = {{ log = [1e-4, 1e-2] }}; "
             "`hashray train` is for a config without one"
         )
-    config = validate(SweepConfig, {**table, "space": _flat(space)}, url)
-    check_sweep(config, url)
-    return config
+    return validate(SweepConfig, {**table, "space": _flat(space)}, url)
 
 
 def check_sweep(config: SweepConfig, where: str) -> None:
-    """Refuse a sweep that would fail at some point of its space, or that has nothing to compare trials by.
+    """Refuse a sweep that would fail at an end of one of its ranges, or that has nothing to compare trials by.
 
     Raises:
         ConfigError: every fault at once.

@@ -110,6 +110,18 @@ def test_frozen_norms_keep_their_statistics_while_every_weight_learns() -> None:
     assert any(not torch.equal(before[name], tensor) for name, tensor in moved.named_buffers())
 
 
+def test_mirrored_features_are_the_same_for_an_image_and_its_mirror_image() -> None:
+    plain, trunk, pixels = build().eval(), build(mirrored=True).eval(), images(4, 32)
+    trunk.load_state_dict(plain.state_dict())
+    expected = torch.stack([plain(pixels), plain(pixels.flip(3))]).mean(0)
+    assert torch.allclose(trunk(pixels), expected, atol=1e-6)
+    assert torch.allclose(trunk(pixels), trunk(pixels.flip(3)), atol=1e-6)
+    assert not torch.allclose(trunk(pixels), plain(pixels), atol=1e-3)
+    cached = trunk(pixels)
+    assert torch.equal(trunk(cached), cached)
+    assert torch.equal(trunk.train()(pixels), plain.train()(pixels))
+
+
 def test_bfloat16_gives_float32_features_near_those_of_float32() -> None:
     trunk = build().eval()
     plain = trunk(images(4, 32))

@@ -19,7 +19,17 @@ from hashray.evaluate.sweep_page import draw, sweep_page
 from hashray.sweep import spread, verdict
 from hashray.train.config import TrainConfig
 from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
-from hashray.tune.space import KIND, NUMBER, ORIGIN, SearchConfig, SweepConfig, milestones, read_sweep, values_of
+from hashray.tune.space import (
+    KIND,
+    NUMBER,
+    ORIGIN,
+    SearchConfig,
+    SweepConfig,
+    check_sweep,
+    milestones,
+    read_sweep,
+    values_of,
+)
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {"method": {"kind": "adalabelhash", "num_bits": 16}, "optim": {"lr": 1e-3}, "epochs": 9}
@@ -32,7 +42,9 @@ def written(tmp_path: Path, **tables: Any) -> str:
 
 
 def sweep(tmp_path: Path, space: dict[str, Any], **tables: Any) -> SweepConfig:
-    return read_sweep(written(tmp_path, space=space, **tables))
+    config = read_sweep(written(tmp_path, space=space, **tables))
+    check_sweep(config, "sweep.toml")
+    return config
 
 
 def faults(tmp_path: Path, space: dict[str, Any], **tables: Any) -> str:
@@ -162,11 +174,17 @@ def test_a_sweep_needs_a_space_and_rows_to_compare_trials_by(tmp_path: Path, cap
     assert main(["tune", path, "--corpus", "nowhere", "--out", str(tmp_path / "out")]) == 2
     assert "lr" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    path = written(tmp_path, space={"optim.lr": {"log": [1e-2, 1e-1]}})  # the flag mends what the file got wrong
+    assert main(["tune", path, "--optim.lr", "0.05", "--corpus", "nowhere", "--out", str(tmp_path / "out")]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_shipped_sweeps_are_whole() -> None:
     found = sorted((ROOT / "jobs/sweeps").glob("*.toml"))
-    assert {read_sweep(str(path)).method.kind for path in found} == {"dseh", "adalabelhash", "lcgh"}
+    configs = [read_sweep(str(path)) for path in found]
+    assert {config.method.kind for config in configs} == {"dseh", "adalabelhash", "lcgh"}
+    for path, config in zip(found, configs, strict=True):
+        check_sweep(config, path.name)
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(2, 5), st.sampled_from(["asha", "median", "pbt", "none"]))

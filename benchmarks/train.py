@@ -1,4 +1,4 @@
-"""Training steps of a trunk on CPUs, with glibc as it is and as hashray sets it for the workers (`keeping_memory`).
+"""Training steps of a trunk on CPUs, with glibc as it is and as hashray sets it for the workers (`memory_environment`).
 
     python benchmarks/train.py [--trunk mobilenet_v2] [--image-size 128] [--batch-size 128] [--out FILE.json]
 
@@ -20,7 +20,7 @@ import torch
 from timing import write_json
 
 from hashray.methods.backbone import BackboneConfig, build_trunk
-from hashray.runtime import keeping_memory
+from hashray.runtime import memory_environment
 
 TURNS, WARM, STEPS = 3, 2, 5
 
@@ -53,7 +53,7 @@ def main() -> None:
         return
     rates: dict[str, list[float]] = {"default": [], "kept": []}
     for _ in range(TURNS):
-        for name, own in (("default", {}), ("kept", keeping_memory())):
+        for name, own in (("default", {}), ("kept", memory_environment())):
             done = subprocess.run(
                 [sys.executable, *sys.argv, "--once"], env={**os.environ, **own}, check=True, capture_output=True
             )

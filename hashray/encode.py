@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import pyarrow as pa
-import torch
 import tyro
 from pydantic import Field
 
@@ -28,7 +27,7 @@ from hashray.model import load_model
 from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
 from hashray.storage import absolute, open_store
-from hashray.train.features import lost_before, trunk_fingerprint
+from hashray.train.features import lost_before, settle, trunk_fingerprint
 
 
 class EncodeConfig(Config):
@@ -46,9 +45,7 @@ class EncodeConfig(Config):
 
 class _EncodeWorker(UnitWorker):
     def __init__(self, model: str, source: str, split: str, batch_size: int, gpu: bool) -> None:
-        if not gpu:
-            torch.set_num_threads(1)
-        self.model = load_model(model, device="cuda" if gpu else "cpu")
+        self.model = load_model(model, device=settle(gpu).type)
         self.corpus, self.split, self.batch_size = open_corpus(source, None), split, batch_size
 
     def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:

@@ -25,19 +25,26 @@ from hashray.methods.backbone import (
     with_absolute_weights,
 )
 from hashray.model import load_model
-from hashray.runtime import WorkersConfig, connect
+from hashray.runtime import WorkersConfig, connect, keep_memory
 from hashray.storage import absolute, join, open_store
 from hashray.train.config import TrainConfig
 
 BATCH_ROWS = 64
 
 
+def settle(gpu: bool) -> torch.device:
+    """Prepare a worker process that runs a trunk; return where it does: a GPU, or one core."""
+    if gpu:
+        return torch.device("cuda")
+    torch.set_num_threads(1)
+    keep_memory()
+    return torch.device("cpu")
+
+
 class _FeatureWorker(UnitWorker):
     def __init__(self, corpus: str, backbone: dict[str, Any], trunk_of_model: str | None, gpu: bool) -> None:
         self.corpus = open_corpus(corpus)
-        self.device = torch.device("cuda" if gpu else "cpu")
-        if not gpu:
-            torch.set_num_threads(1)
+        self.device = settle(gpu)
         self.trunk = _load_trunk(BackboneConfig.model_validate(backbone), trunk_of_model).to(self.device)
 
     def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:

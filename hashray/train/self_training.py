@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from hashray import __version__, artifact, storage
 from hashray.artifact import Manifest, canonical, sha256_hex
@@ -37,7 +36,7 @@ from hashray.progress import say
 from hashray.runtime import connect
 from hashray.storage import join, open_store
 from hashray.train.config import SelfTrainingConfig, TrainConfig
-from hashray.train.features import features_of_model, lost_before, pool_of
+from hashray.train.features import features_of_model, lost_before, pool_of, settle
 from hashray.train.pseudo import Shape, accept, fit_temperature, most_per_class, precision, propose
 from hashray.train.trainer import placed, run_of, train
 from hashray.train.workers import load_rows
@@ -119,9 +118,7 @@ def _publish(
 
 class _ProposalWorker(UnitWorker):
     def __init__(self, model: str, source: str, temperature: float, shape: dict[str, int], gpu: bool) -> None:
-        if not gpu:
-            torch.set_num_threads(1)
-        self.model = load_model(model, device="cuda" if gpu else "cpu")
+        self.model = load_model(model, device=settle(gpu).type)
         self.corpus, self.temperature, self.shape = open_corpus(source, None), temperature, Shape(**shape)
 
     def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:

@@ -34,7 +34,7 @@ from hashray.methods.backbone import build_trunk, weights_identity, with_absolut
 from hashray.methods.base import LabelTable, Method
 from hashray.model import load_model, write_model
 from hashray.progress import Bar, say
-from hashray.runtime import connect, keeping_memory, quicken_on_one_machine, unwrap
+from hashray.runtime import connect, memory_environment, quicken_on_one_machine, unwrap
 from hashray.storage import join, open_store
 from hashray.storage_s3 import arrow_filesystem
 from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, load_checkpoint
@@ -263,7 +263,6 @@ def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
     quicken_on_one_machine()
     filesystem, path = arrow_filesystem(job["checkpoints"])
     options = ray.data.ExecutionOptions(preserve_order=True)
-    on_cpus = not (config.gpu or config.backbone.frozen)
     board = Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         run_worker,
@@ -276,7 +275,7 @@ def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
             name=job["run"], storage_path=path, storage_filesystem=filesystem,
             failure_config=rt.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=rt.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": keeping_memory()} if on_cpus else {},
+            worker_runtime_env=environment_of(config),
         ),
         datasets=datasets,
         dataset_config=rt.DataConfig(execution_options=options),
@@ -292,6 +291,11 @@ def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
         raise RunError(f"the training run {job['run']} ended without a checkpoint; delete {job['checkpoints']}")
     with result.checkpoint.as_directory() as folder:
         return load_checkpoint(Path(folder))
+
+
+def environment_of(config: TrainConfig) -> dict[str, Any]:
+    """The Ray runtime environment of a training's workers."""
+    return {} if config.gpu or config.backbone.frozen else {"env_vars": memory_environment()}
 
 
 class _Watch:

@@ -23,7 +23,7 @@ from hashray.errors import HashrayError, RunError
 from hashray.runtime import unwrap
 from hashray.storage import join, open_store
 from hashray.train.config import TrainConfig
-from hashray.train.trainer import placed, plan_job, run_of, total_passes
+from hashray.train.trainer import environment_of, placed, plan_job, run_of, total_passes
 from hashray.tune.population import WORST
 from hashray.tune.segments import (
     Segment,
@@ -148,7 +148,8 @@ def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segmen
                 seconds = train_by_ray_train(job, segment)
             else:
                 # Not inside the trial's own placement group, which holds next to nothing.
-                takes = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
+                takes: dict[str, Any] = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
+                takes |= {"runtime_env": environment_of(chosen)}
                 placed_anywhere = train_segment.options(**takes, scheduling_strategy="DEFAULT", max_retries=0)
                 seconds = ray.get(placed_anywhere.remote(job, segment))
         except Exception as error:  # whatever it was is the trial's reason, kept and reported; the sweep goes on

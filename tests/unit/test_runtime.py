@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,7 @@ from ray.exceptions import RayTaskError
 
 from hashray.errors import InputError, TooManyBadRows
 from hashray.progress import Bar, console, say, show_table
-from hashray.runtime import WorkersConfig, connect, unwrap
+from hashray.runtime import WorkersConfig, connect, memory_environment, unwrap
 
 
 def raised(error: BaseException, cause: BaseException | None) -> BaseException:
@@ -123,3 +127,32 @@ def test_say_and_show_table(capsys: pytest.CaptureFixture) -> None:
     assert err == "[bold]rows[/bold] in = " + "9" * 300 + "\n"
     assert "itq" in out
     assert "mAP" in out
+
+
+FAULTS = """
+import resource, sys, torch
+from hashray.runtime import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+torch.set_num_threads(1)
+for _ in range(3):
+    torch.ones(16 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_that_is_freed_is_not_faulted_in_again() -> None:
+    def faults(name: str, **environment: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, name], env={**os.environ, **environment}, check=True, capture_output=True
+        )
+        return int(done.stdout)
+
+    default = faults("default")
+    assert default > 5 * (64 << 20) // (2 << 20)  # as many as with huge pages, at least
+    assert faults("kept") < default / 10
+    assert faults("default", **memory_environment()) < default / 10

@@ -34,7 +34,7 @@ check: install  ## style, types, layers
 	$(BIN)/python benchmarks/results.py --check
 
 bench: install  ## side-by-side benchmarks, each printing a ratio
-	for name in metric search encode; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in metric search encode train; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 pin: install  ## compile constraints.txt anew: the tested set, both FAISS builds, no index addresses
 	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --no-emit-index-url --extra cpu --extra dev pyproject.toml -o constraints.txt

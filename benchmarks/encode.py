@@ -42,7 +42,7 @@ from hashray.encode import EncodeConfig, encode
 from hashray.methods import build_method, parse_method_config
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.model import load_model, write_model
-from hashray.runtime import WorkersConfig, connect
+from hashray.runtime import WorkersConfig, connect, keep_memory
 from hashray.storage import open_store
 
 NUM_BITS, IMAGE_SIZE, BATCH, SEED = 32, 128, 64, 0
@@ -107,8 +107,9 @@ def ours(model: str, corpus: str, out: str, workers: int) -> tuple[float, Codes]
 
 
 def peer(model_url: str, images: Images, threads: int) -> tuple[float, Codes]:
-    """The plain loop: decode a batch, run the network, pack the bits."""
+    """The plain loop: decode a batch, run the network, pack the bits; its memory is kept as that of our workers is."""
     torch.set_num_threads(threads)
+    keep_memory()
     model = load_model(model_url, device="cpu")
 
     def run(batch: Images) -> Codes:

@@ -22,7 +22,7 @@ from timing import write_json
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.runtime import memory_environment
 
-TURNS, WARM, STEPS = 3, 2, 5
+TURNS, WARM, STEPS = 5, 2, 5
 
 
 def images_per_second(given: argparse.Namespace) -> float:
@@ -61,6 +61,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     found: dict[str, Any] = {
         "trunk": given.trunk, "image_size": given.image_size, "batch_size": given.batch_size,
+        "turns": TURNS, "cores": os.cpu_count(), "torch": torch.__version__,
         "images_per_second": medians, "ratio": medians["kept"] / medians["default"],
     }  # fmt: skip
     print(f"{medians['default']:.1f} images/s; memory kept: {medians['kept']:.1f} images/s; {found['ratio']:.2f}x")

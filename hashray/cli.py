@@ -70,11 +70,9 @@ def train_command(arguments: Sequence[str]) -> None:
 def tune_command(arguments: Sequence[str]) -> None:
     """Search from a TOML file, overridden by flags."""
     from hashray.sweep import tune
-    from hashray.tune.space import SweepConfig, check_sweep, read_sweep
+    from hashray.tune.space import SweepConfig, read_sweep
 
-    config = _from_file("tune", SweepConfig, read_sweep, arguments)
-    check_sweep(config, arguments[0])
-    tune(config)
+    tune(_from_file("tune", SweepConfig, read_sweep, arguments))
 
 
 def _from_file(

@@ -11,6 +11,7 @@ config's own values, each trained with the same seeds.
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 from hashray import __version__, artifact, storage
@@ -26,10 +27,10 @@ from hashray.runtime import connect
 from hashray.storage import Store, join, open_store
 from hashray.train.features import pool_of
 from hashray.train.self_training import train_model
-from hashray.train.trainer import placed, run_of
+from hashray.train.trainer import placed, require_validation, run_of
 from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
 from hashray.tune.search import search
-from hashray.tune.space import SweepConfig
+from hashray.tune.space import SweepConfig, check_sweep
 
 WINNER, DEFAULT = "winner", "default"
 
@@ -38,15 +39,19 @@ def tune(config: SweepConfig) -> Manifest:
     """Run the stage; return the sweep's manifest. Rerun = resume, trial by trial and pass by pass.
 
     Raises:
-        InputError: no corpus, or nothing in it to train on or to compare trials by. RunError: every trial failed.
-        AlreadyExists: `out` holds another sweep.
+        ConfigError: every fault of the space at once. InputError: no corpus, or nothing in it to train on or to compare
+            trials by. RunError: every trial failed. AlreadyExists: `out` holds another sweep.
     """
+    check_sweep(config, "the sweep")
     out = storage.absolute(require_path(config.out, "--out"))
     corpus = open_corpus(storage.absolute(require_path(config.corpus, "--corpus")))
     corpus.require("train", "a sweep")
+    require_validation(config, corpus, "a sweep compares its trials")
     store = open_store(out)
+    base = config.base.result_of()
+    del base["backbone"]["weights"]  # "start" knows what they hold, wherever they are
     asked = {
-        "base": config.base.result_of(), "space": {n: d.model_dump(mode="json") for n, d in config.space.items()},
+        "base": base, "space": {n: d.model_dump(mode="json") for n, d in config.space.items()},
         "search": config.search.model_dump(mode="json"), "corpus": corpus.manifest.id,
         "start": run_of(placed(config.base), corpus)[0],
     }  # fmt: skip
@@ -94,7 +99,7 @@ def _default(config: SweepConfig, trials: list[Trial]) -> Trial | None:
 
 
 def _score(trial: Trial) -> str:
-    return f"{trial.score:.4f}" if trial.score is not None else f"failed ({trial.reason})"
+    return f"{trial.score:.4f}" if trial.score is not None else " ".join([trial.state, trial.reason]).strip()
 
 
 def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial | None, out: str) -> dict[str, Any]:
@@ -122,8 +127,10 @@ def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial | 
 
 def verdict(compared: dict[str, Any]) -> str:
     """Whether the winner's lead over the default on validation is more than seeds make."""
+    if not compared:
+        return ""
     if DEFAULT not in compared:
-        return "The default was the best trial." if compared else ""
+        return "The default was the best trial." if not compared[WINNER]["trial"] else "The default failed."
     winner, default = ([line["validation"] for line in compared[who]["seeds"]] for who in (WINNER, DEFAULT))
     lead = statistics.fmean(winner) - statistics.fmean(default)
     widest = max(compared[who]["std"]["validation"] for who in (WINNER, DEFAULT))
@@ -159,7 +166,9 @@ def _write(store: Store, trials: list[Trial], best: Trial, summary: dict[str, An
     figures = {name: png(figure) for name, figure in draw(trials, summary).items()}
     tables = {"leaderboard.parquet": leaderboard(trials), "passes.parquet": passes_table(trials)}
     files = [artifact.write_file(store, name, table_bytes(table), len(table)) for name, table in tables.items()]
-    files.append(artifact.write_file(store, "best.toml", best_toml(best)))
+    files.append(
+        artifact.write_file(store, "best.toml", best_toml(replace(best, config=best.config and placed(best.config))))
+    )
     files.append(artifact.write_file(store, "sweep.json", canonical(summary)))
     files += [artifact.write_file(store, f"figures/{name}.png", data) for name, data in figures.items()]
     files.append(artifact.write_file(store, "report.html", sweep_page(trials, summary, figures).encode()))

@@ -38,7 +38,8 @@ class BaselineFeatures:
         url = frozen_url or compute_features(corpus.store.url, start, None, workers, max_bad)
         self.cached = open_corpus(url, "features")
         made = {"model": "trained with labels before", None: "random weights"}.get(model.backbone.weights, "pretrained")
-        self.name = f"{backbone.name}, {backbone.image_size} px, {made}"
+        mirrored = ", mirrored" if backbone.mirrored else ""
+        self.name = f"{backbone.name}, {backbone.image_size} px{mirrored}, {made}"
 
     def ids(self, split: str) -> set[str]:
         """The rows of a split that have features: fewer than the corpus's where some went to quarantine."""

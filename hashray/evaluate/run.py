@@ -64,7 +64,9 @@ class EvaluateConfig(Config):
     database_split: str = "database"
     codes: str | None = Field(None, description="codes of the database split, if they exist already")
     features: str | None = Field(None, description="frozen trunk: cached features; unset: inside the corpus")
-    baselines: bool = Field(True, description="random, LSH, PCA-sign, ITQ, class code and float cosine, same features")
+    baselines: bool = Field(
+        True, description="random, LSH, PCA-sign, ITQ, ITQ of a linear head, class code, float cosine; same features"
+    )
     baseline_limit: int = Field(200_000, ge=1, description="rows above which baselines are left out")
     baseline_train_rows: int = Field(20_000, ge=1, description="train rows that baselines are fitted on, at most")
     gallery: int = Field(12, ge=0, description="queries shown on the page, a quarter of them the hardest")

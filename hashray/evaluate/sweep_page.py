@@ -17,6 +17,7 @@ from hashray.tune.progress import short
 from hashray.tune.space import look_up
 
 SHOWN = 20
+UNEXPLAINED = "No importance: too few trials reported after the same passes with values of their own."
 
 
 def draw(trials: Sequence[Trial], summary: Mapping[str, Any]) -> dict[str, Figure]:
@@ -128,6 +129,7 @@ def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Map
         f"<h2>Leaderboard</h2>{grid(columns, rows, ours=0)}"
         f"{_changes(order[0])}{_compared(summary['compared'], summary['verdict'])}"
         f'<h2>Trials</h2><div class="figures">{pictures(figures)}</div>'
+        + ("" if summary["importance"] else f"<p>{UNEXPLAINED}</p>")
         + (f"<h2>Failed trials</h2>{grid(['trial', 'reason'], failed)}" if failed else "")
     )
     return document("Sweep", lead, body)
@@ -152,7 +154,7 @@ def _compared(found: Mapping[str, Any], verdict: str) -> str:
          *[f"{own['mean'][name]:.4f} ± {own['std'][name]:.4f}" for name in names]]
         for who, own in found.items()
     ]  # fmt: skip
-    title = "The winner beside the default" if len(rows) > 1 else "The default was the best"
+    title = "The winner beside the default" if len(rows) > 1 else "The winner"
     note = f"<p>{verdict} Trained anew with each seed; the queries were read here for the first time.</p>"
     return f"<h2>{title}</h2>{note}{grid(['config', 'trial', 'seeds', *[n.replace('_', ' ') for n in names]], rows, 0)}"
 

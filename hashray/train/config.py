@@ -60,7 +60,7 @@ class SelfTrainingConfig(Config):
     )
     threshold: float = Field(0.95, ge=0, le=1, description="delta: a row is accepted from this confidence on")
     balance: float = Field(
-        1.0, gt=0, description="no class gets more rows than this times its share of the labelled rows"
+        1.0, gt=0, description="no class gets more than this times its labelled share of the pseudo-labelled rows"
     )
     top_classes: int | None = Field(
         None, ge=1, description="k set to 1, several classes a row; unset: the labelled mean"
@@ -117,7 +117,7 @@ class TrainConfig(Config):
     init: str | None = Field(None, description="a trained model of the same method, bits and trunk to go on from")
     pseudo_labels: str | None = Field(None, description="pseudo-labels whose accepted rows are trained on as well")
     unlabelled: bool = Field(False, description="train on the unlabelled split too, where the method can use it")
-    epochs: int = Field(20, ge=1, description="passes over the images in each phase of the method")
+    epochs: int = Field(20, ge=1, description="passes over the images in each round of the method")
     batch_size: int = Field(128, ge=1, description="rows of a global batch, whatever the number of workers")
     seed: int = Field(0, ge=0)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the trunk; losses stay fp32")

@@ -89,7 +89,10 @@ def trunk_fingerprint(trunk: Trunk) -> str:
 
 
 def _settings(trunk: Trunk) -> dict[str, Any]:
-    return trunk.config.model_dump(mode="json", exclude={"weights", "frozen_norms"})
+    config = trunk.config  # what was made before features could be mirrored stays valid
+    return config.model_dump(
+        mode="json", exclude={"weights", "frozen_norms"} | (set() if config.mirrored else {"mirrored"})
+    )
 
 
 def _load_trunk(backbone: BackboneConfig, trunk_of_model: str | None) -> Trunk:

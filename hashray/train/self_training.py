@@ -30,7 +30,6 @@ from hashray.data.units import (
     run_units,
     write_quarantine,
 )
-from hashray.errors import InputError
 from hashray.model import Model, load_model
 from hashray.progress import say
 from hashray.runtime import connect
@@ -38,7 +37,7 @@ from hashray.storage import join, open_store
 from hashray.train.config import SelfTrainingConfig, TrainConfig
 from hashray.train.features import features_of_model, lost_before, pool_of, settle
 from hashray.train.pseudo import Shape, accept, fit_temperature, most_per_class, precision, propose
-from hashray.train.trainer import placed, run_of, train
+from hashray.train.trainer import placed, require_validation, run_of, train
 from hashray.train.workers import load_rows
 
 BATCH_ROWS = 64
@@ -59,10 +58,7 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
     out = require_path(config.out, "--out")
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
     unlabelled = corpus.require("unlabelled", "self-training")
-    if config.validation(corpus.count("validation"), corpus.count("train")) == (False, 0):
-        raise InputError(
-            "self-training chooses its round by validation rows: set validation_rows above 0, and have 5 train rows"
-        )
+    require_validation(config, corpus, "self-training chooses its round")
     store = open_store(out)
     run, parents = run_of(config, corpus)
     made = already_made(store, "model", run, "run")

@@ -95,6 +95,16 @@ def placed(config: AnyTrainConfig) -> AnyTrainConfig:
     return config.model_copy(update={**update, "backbone": with_absolute_weights(config.backbone)})
 
 
+def require_validation(config: TrainConfig, corpus: Corpus, what: str) -> None:
+    """Refuse a corpus and a config that give no validation rows.
+
+    Raises:
+        InputError: `what` is done by validation rows.
+    """
+    if config.validation(corpus.count("validation"), corpus.count("train")) == (False, 0):
+        raise InputError(f"{what} by validation rows: set validation_rows above 0, and have 5 train rows")
+
+
 def training_data(config: TrainConfig, corpus: Corpus) -> Corpus:
     """What is trained on: the corpus, or where the trunk is frozen its features, computed or found.
 

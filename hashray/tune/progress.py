@@ -22,7 +22,7 @@ class Watch:
 
     def __init__(self, trials: int, passes: int, all_finish: bool = False) -> None:
         self.trials, self.passes, self.all_finish = trials, passes, all_finish
-        self.start_s = time.monotonic()
+        self.start_s, self.before, self.began = time.monotonic(), 0, False
         self.points: dict[int, dict[str, Any]] = {}
         self.at: dict[int, tuple[int, float]] = {}
         self.over: dict[int, str] = {}
@@ -38,9 +38,10 @@ class Watch:
         if self.live is not None:
             self.live.stop()
 
-    def reported(self, point: dict[str, Any], passes: int, score: float) -> None:
-        """The trial at this point has reported."""
+    def reported(self, point: dict[str, Any], passes: int, score: float, trained: bool) -> None:
+        """The trial at this point has reported, of passes `trained` now or by an earlier run of the sweep."""
         trial = point[NUMBER]
+        self.began = self.began or trained
         self.points[trial] = values_of(point)
         self.at[trial] = passes, score
         self._show(trial)
@@ -53,16 +54,21 @@ class Watch:
         self._show(trial)
 
     def eta_s(self) -> float | None:
-        """Seconds to go, if the trials that are left take as long as those that have ended.
+        """Seconds to go, if the trials that are left take as long as those that have ended in this run.
 
         Where none stops early: if the passes that are left take as long as those that have been reported.
         """
-        done, total = len(self.over), self.trials
-        if self.all_finish:
-            done, total = sum(passes for passes, _ in self.at.values()), self.trials * self.passes
-        return (time.monotonic() - self.start_s) / done * (total - done) if done else None
+        done = self._done()
+        now = done - self.before
+        total = self.trials * (self.passes if self.all_finish else 1)
+        return (time.monotonic() - self.start_s) / now * (total - done) if now else None
+
+    def _done(self) -> int:
+        return sum(passes for passes, _ in self.at.values()) if self.all_finish else len(self.over)
 
     def _show(self, trial: int) -> None:
+        if not self.began:  # what an earlier run trained says nothing of how long the rest takes
+            self.start_s, self.before = time.monotonic(), self._done()
         if self.live is not None:
             self.live.update(self._table())
             return

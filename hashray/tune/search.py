@@ -31,7 +31,18 @@ from hashray.tune.population import Population, first_members
 from hashray.tune.progress import Watch
 from hashray.tune.segments import ended_at
 from hashray.tune.space import NUMBER, ORIGIN, SweepConfig, donor_of, grace_epochs, milestones, values_of
-from hashray.tune.trial import FAILED, FOLDER, PASSES, SCORE, SECONDS, TurnsActor, failure_of, folder_of, run_trial
+from hashray.tune.trial import (
+    FAILED,
+    FOLDER,
+    PASSES,
+    SCORE,
+    SECONDS,
+    TRAINED,
+    TurnsActor,
+    failure_of,
+    folder_of,
+    run_trial,
+)
 
 
 class _Callbacks(tune.Callback):
@@ -45,7 +56,7 @@ class _Callbacks(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         point = result["config"]  # with which it was trained; an exchange may have given the trial another by now
         self.folders.setdefault(point[NUMBER], set()).add(result[FOLDER])
-        self.watch.reported(point, result[PASSES], result[SCORE])
+        self.watch.reported(point, result[PASSES], result[SCORE], result[TRAINED])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, failed=False)

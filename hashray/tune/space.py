@@ -36,6 +36,7 @@ FIXED = {
     "corpus", "out", "features", "init", "pseudo_labels", "self_training", "changes", "seed", "epochs", "input",
     "workers", "cpus_per_worker", "gpu", "max_failures", "max_bad", "validation_rows", "validation_every", "select_by",
     "checkpoint_every", "checkpoint_steps", "memory_limit_mib", "tensorboard", "unlabelled",
+    "backbone.frozen",
 }  # fmt: skip
 Point = dict[str, Any]
 

@@ -37,7 +37,7 @@ from hashray.tune.segments import (
 from hashray.tune.space import NUMBER, SweepConfig, donor_of, milestones
 from hashray.tune.turns import Turns
 
-SCORE, PASSES, FOLDER = "score", "passes", "folder"
+SCORE, PASSES, FOLDER, TRAINED = "score", "passes", "folder", "trained"
 FAILED, SECONDS = "failed.json", "seconds.json"
 
 
@@ -107,7 +107,8 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
             continue
         segment, reason = Segment(trial, start, until), None
         ray.get(turns.enter.remote(me, point[NUMBER], until - done))
-        if ended_at(segment.end) is None:
+        trained = ended_at(segment.end) is None
+        if trained:
             reason = _train(config, current, job, segment)
         if reason is None:
             forget_before(segment, start_too=not population)
@@ -120,7 +121,7 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
             # Of a population the weights of now are handed on, not the best there were.
             reached = last_validation if population else score_of
             score = WORST if position is None else reached(position)
-            told = {SCORE: score, PASSES: until, FOLDER: trial}
+            told = {SCORE: score, PASSES: until, FOLDER: trial, TRAINED: trained}
             tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
         done, start = until, segment.end
 

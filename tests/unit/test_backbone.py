@@ -11,8 +11,10 @@ import torchvision
 from pydantic import ValidationError
 from torch import nn
 
+from hashray.artifact import canonical
 from hashray.errors import InputError
 from hashray.methods.backbone import BackboneConfig, Trunk, build_trunk, state_fingerprint
+from hashray.train.features import trunk_fingerprint
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = Path(os.environ.get("HASHRAY_WEIGHTS", ROOT.parent / "shared" / "weights"))
@@ -120,6 +122,14 @@ def test_mirrored_features_are_the_same_for_an_image_and_its_mirror_image() -> N
     cached = trunk(pixels)
     assert torch.equal(trunk(cached), cached)
     assert torch.equal(trunk.train()(pixels), plain.train()(pixels))
+
+
+def test_features_made_before_they_could_be_mirrored_are_found() -> None:
+    plain, mirrored = (build(frozen=True, mirrored=value) for value in (False, True))
+    mirrored.load_state_dict(plain.state_dict())
+    settings = plain.config.model_dump(mode="json", exclude={"weights", "frozen_norms", "mirrored"})
+    assert trunk_fingerprint(plain) == state_fingerprint(plain.state_dict(), canonical(settings).decode())
+    assert trunk_fingerprint(mirrored) != trunk_fingerprint(plain)
 
 
 def test_bfloat16_gives_float32_features_near_those_of_float32() -> None:

@@ -19,6 +19,7 @@ from hashray.evaluate.sweep_page import draw, sweep_page
 from hashray.sweep import spread, verdict
 from hashray.train.config import TrainConfig
 from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
+from hashray.tune.progress import Watch
 from hashray.tune.space import (
     KIND,
     NUMBER,
@@ -233,7 +234,7 @@ def test_the_leaderboard_ranks_by_score_then_by_number_and_failures_come_last(tm
         ),
         ([0.8, 0.7], [0.74, 0.75], "by +0.0050 on validation, within the seed spread: the default was already there"),
         ([0.7, 0.7], [0.8, 0.8], "by -0.1000 on validation, within the seed spread"),
-        ([0.7], None, "The default was the best trial."),
+        ([0.7], None, "The default failed."),
     ],
 )
 def test_the_verdict_compares_the_lead_with_what_seeds_make(
@@ -245,6 +246,23 @@ def test_the_verdict_compares_the_lead_with_what_seeds_make(
 
     compared = {"winner": side(winner)} | ({} if default is None else {"default": side(default)})
     assert text in verdict(compared)
+    assert verdict({"winner": {**side(winner), "trial": 0}}) == "The default was the best trial."
+    assert verdict({}) == ""
+
+
+def test_what_an_earlier_run_trained_says_nothing_of_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    watch = Watch(trials=10, passes=4)
+    for number in range(6):  # found, not trained
+        now[0] += 1
+        watch.reported({NUMBER: number}, 4, 0.5, trained=False)
+        watch.ended({NUMBER: number}, "")
+    assert watch.eta_s() is None
+    now[0] += 100
+    watch.reported({NUMBER: 6}, 4, 0.5, trained=True)
+    watch.ended({NUMBER: 6}, "")
+    assert watch.eta_s() == pytest.approx(3 * 100)
 
 
 def test_the_page_of_a_sweep_shows_stopped_and_failed_trials(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""What a training is known by, and what its workers run in; the training itself is in tests/distributed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import BACKBONE, write_corpus, write_trunk
+
+from hashray.config import validate
+from hashray.data.corpus import open_corpus
+from hashray.train.config import TrainConfig
+from hashray.train.trainer import environment_of, placed, run_of
+
+
+def config_of(gpu: bool = False, **backbone: Any) -> TrainConfig:
+    method = {"kind": "adalabelhash", "num_bits": 16}
+    return validate(TrainConfig, {"method": method, "backbone": {**BACKBONE, **backbone}, "gpu": gpu}, "test")
+
+
+def test_a_run_is_known_by_what_its_weights_hold_not_by_where_they_lie(tmp_path: Path) -> None:
+    write_corpus(str(tmp_path / "corpus"), 8, 8)
+    corpus = open_corpus(str(tmp_path / "corpus"))
+    first, second, other = (tmp_path / name for name in ("a.pth", "b.pth", "c.pth"))
+    write_trunk(first)
+    shutil.copy(first, second)
+    torch.save({name: tensor + 1 for name, tensor in torch.load(first).items()}, other)
+
+    def run(path: Path) -> str:
+        return run_of(placed(config_of(weights=str(path), frozen=True)), corpus)[0]
+
+    assert run(first) == run(second) != run(other)
+
+
+def test_a_trunk_that_trains_on_cpus_keeps_its_memory(tmp_path: Path) -> None:
+    write_trunk(tmp_path / "a.pth")
+    assert "MALLOC_MMAP_MAX_" in environment_of(config_of())["env_vars"]
+    assert environment_of(config_of(gpu=True)) == {}
+    assert environment_of(config_of(weights=str(tmp_path / "a.pth"), frozen=True)) == {}

@@ -285,7 +285,7 @@ def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
             name=job["run"], storage_path=path, storage_filesystem=filesystem,
             failure_config=rt.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=rt.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env=environment_of(config),
+            worker_runtime_env=environment_of(config),  # type: ignore[call-arg]  # Ray Train has had it since its version 2
         ),
         datasets=datasets,
         dataset_config=rt.DataConfig(execution_options=options),

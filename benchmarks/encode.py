@@ -10,7 +10,8 @@ Images per second at steady state. Ours: rows finished after every worker has fi
 the part files, so that starting Ray, the pool and torch is left out; the number of parts is a multiple of the workers',
 so no worker idles at the end for want of a part. The peer: after one batch to warm up. They take turns. Ray gives its
 workers a niceness of 15, which loses to any other process of the machine: here it is 0, as the peer's. And OpenMP's
-threads wait without spinning: beside one busy process, the peer's two were three times slower spinning.
+threads wait without spinning: beside one busy process, the peer's two were three times slower spinning. Our workers
+keep their memory (hashray.runtime.memory_environment, a good part of the ratio); the peer is the loop as one writes it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from hashray.encode import EncodeConfig, encode
 from hashray.methods import build_method, parse_method_config
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.model import load_model, write_model
-from hashray.runtime import WorkersConfig, connect, keep_memory
+from hashray.runtime import WorkersConfig, connect
 from hashray.storage import open_store
 
 NUM_BITS, IMAGE_SIZE, BATCH, SEED = 32, 128, 64, 0
@@ -107,9 +108,8 @@ def ours(model: str, corpus: str, out: str, workers: int) -> tuple[float, Codes]
 
 
 def peer(model_url: str, images: Images, threads: int) -> tuple[float, Codes]:
-    """The plain loop: decode a batch, run the network, pack the bits; its memory is kept as that of our workers is."""
+    """The plain loop: decode a batch, run the network, pack the bits."""
     torch.set_num_threads(threads)
-    keep_memory()
     model = load_model(model_url, device="cpu")
 
     def run(batch: Images) -> Codes:

@@ -44,6 +44,8 @@ class EncodeConfig(Config):
 
 
 class _EncodeWorker(UnitWorker):
+    runs_trunk = True
+
     def __init__(self, model: str, source: str, split: str, batch_size: int, gpu: bool) -> None:
         self.model = load_model(model, device=settle(gpu).type)
         self.corpus, self.split, self.batch_size = open_corpus(source, None), split, batch_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 
@@ -13,7 +12,6 @@ from ray.exceptions import RayTaskError
 from hashray.config import Config
 from hashray.errors import HashrayError
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 # A worker must look for objects where the driver does; credentials come from the node, never from here.
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
 
@@ -62,10 +60,11 @@ def connect() -> None:
 
 
 def memory_environment() -> dict[str, str]:
-    """The environment of a process that trains a trunk on CPUs: glibc keeps what is freed, in huge pages.
+    """The environment of a process that runs a trunk on CPUs: glibc keeps what is freed, in huge pages.
 
     By default every large tensor of every step is given back to the kernel and faulted in again, page by page: 40 % of
-    the time on two cores. MobileNetV2 at 128 pixels, batches of 128: 46 images/s without this, 85 to 95 with it.
+    the time on two cores. Training MobileNetV2 at 128 pixels, batches of 128: 46 images/s without this, 85 to 95 with
+    it; inference on one core, batches of 64: 91 without, 165 with it.
     """
     # One tunable only: glibc 2.36 cuts the list after the first for whatever the process starts, and Ray starts through
     # a shell. The others have names of their own.
@@ -77,17 +76,6 @@ def memory_environment() -> dict[str, str]:
         "MALLOC_ARENA_MAX": "1",
     }
     return {name: value for name, value in wanted.items() if name not in os.environ}
-
-
-def keep_memory() -> None:
-    """As `memory_environment`, but for the main thread of this process, where it has glibc; without the huge pages.
-
-    MobileNetV2 at 128 pixels, inference on one core, batches of 64: 91 images/s without this, 165 with it.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 256 << 20)):
-            libc.mallopt(parameter, value)
 
 
 def quicken_on_one_machine() -> None:

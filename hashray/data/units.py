@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from hashray.data.corpus import QUARANTINE_SCHEMA, iterate_bytes, table_bytes
 from hashray.data.images import Pixels, Resize, decode_rows
 from hashray.errors import AlreadyExists, AuditError, HashrayError, InputError, TooManyBadRows
 from hashray.progress import Bar, say
-from hashray.runtime import WorkersConfig, unwrap
+from hashray.runtime import WorkersConfig, memory_environment, unwrap
 from hashray.storage import Store
 
 RECORD_THREADS = 16
@@ -57,6 +57,8 @@ class Part(BaseModel):
 
 class UnitWorker(ABC):
     """What a stage does with one unit. Built once per actor, from plain arguments."""
+
+    runs_trunk: ClassVar[bool] = False
 
     @abstractmethod
     def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
@@ -153,6 +155,8 @@ def run_units(
         if todo:
             items = [{"unit": json.dumps(dict(unit))} for unit in todo]
             size = min(len(todo), workers.most())
+            # By the environment: a pool's actors compute in a thread of their own, which mallopt would not reach.
+            keeps = worker.runs_trunk and not workers.gpus_per_worker
             dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
                 _Actor,
                 fn_constructor_args=(worker, arguments, store, plan),
@@ -160,6 +164,7 @@ def run_units(
                 compute=ray.data.ActorPoolStrategy(size=size),
                 num_cpus=workers.cpus_per_worker,
                 num_gpus=workers.gpus_per_worker or None,
+                runtime_env={"env_vars": memory_environment()} if keeps else None,
             )
             try:
                 for row in dataset.iter_rows():

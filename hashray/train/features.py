@@ -25,7 +25,7 @@ from hashray.methods.backbone import (
     with_absolute_weights,
 )
 from hashray.model import load_model
-from hashray.runtime import WorkersConfig, connect, keep_memory
+from hashray.runtime import WorkersConfig, connect
 from hashray.storage import absolute, join, open_store
 from hashray.train.config import TrainConfig
 
@@ -37,11 +37,12 @@ def settle(gpu: bool) -> torch.device:
     if gpu:
         return torch.device("cuda")
     torch.set_num_threads(1)
-    keep_memory()
     return torch.device("cpu")
 
 
 class _FeatureWorker(UnitWorker):
+    runs_trunk = True
+
     def __init__(self, corpus: str, backbone: dict[str, Any], trunk_of_model: str | None, gpu: bool) -> None:
         self.corpus = open_corpus(corpus)
         self.device = settle(gpu)

@@ -113,6 +113,8 @@ def _publish(
 
 
 class _ProposalWorker(UnitWorker):
+    runs_trunk = True
+
     def __init__(self, model: str, source: str, temperature: float, shape: dict[str, int], gpu: bool) -> None:
         self.model = load_model(model, device=settle(gpu).type)
         self.corpus, self.temperature, self.shape = open_corpus(source, None), temperature, Shape(**shape)

@@ -120,8 +120,8 @@ def _require_alike(about: dict[str, Any], entries: list[dict[str, Any]]) -> None
                 f"{about['title']}: the seeds of {key[0]} at {key[1]} bits were trained with other configs"
             )
     trunks = {entry["training"].get("trunk") for entry in entries}
-    if about.get("one_trunk") and len(trunks) > 1:
-        raise SystemExit(f"{about['title']}: all rows are to be of one trunk, these are of {len(trunks)}")
+    if about.get("one_trunk") and (len(trunks) > 1 or None in trunks):
+        raise SystemExit(f"{about['title']}: all rows are to be of one trunk, these are of {sorted(map(str, trunks))}")
     features = {entry["protocol"].get("baseline_features") for entry in entries} - {None}
     if len(features) > 1:
         raise SystemExit(f"{about['title']}: baselines on different features in one table: {sorted(features)}")

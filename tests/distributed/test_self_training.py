@@ -140,23 +140,6 @@ def test_no_row_accepted_ends_the_rounds_with_the_first_model(corpus: str, tmp_p
     assert artifact.verify(str(tmp_path / "m/rounds/1/pseudo-labels")) == []
 
 
-@pytest.mark.slow
-def test_rounds_stop_when_the_validation_has_fallen_and_the_best_round_is_the_model(
-    corpus: str, tmp_path: Path
-) -> None:
-    self_training = CONFIG["self_training"] | {"rounds": 4, "epochs": 1, "lr_factor": 1e4, "most_falls": 2}
-    config = validate(
-        TrainConfig, CONFIG | {"corpus": corpus, "out": str(tmp_path / "m"), "self_training": self_training}, "test"
-    )
-    info = train_model(config).info
-    falls = [line["validation_map"] < line["before"] for line in info["rounds"]]
-    assert falls.count(True) == 2 and falls[-1] and len(falls) < 4
-    scores = [info["rounds"][0]["before"], *[line["validation_map"] for line in info["rounds"]]]
-    assert info["best_round"] == scores.index(max(scores))
-    best = tmp_path / f"m/rounds/{info['best_round']}/model/model.safetensors"
-    assert best.read_bytes() == (tmp_path / "m/model.safetensors").read_bytes()
-
-
 def test_rows_without_labels_train_the_decoder_of_lcgh(corpus: str, tmp_path: Path) -> None:
     method = {"kind": "lcgh", "num_bits": 16, "hidden": 16, "decoder_hidden": 16}
     changes = {"self_training": None, "unlabelled": True, "epochs": 1, "method": method}

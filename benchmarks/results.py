@@ -88,6 +88,13 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     paper = about.get("paper", {})
     columns = sorted({column for _, column in cells} | {c for own in paper.values() for c in own}, key=_column_order)
     own = [row for row in about["rows"] if any((row, column) in cells for column in columns)]
+    # LabNet's scores compare rows that all have one; beside methods without, two columns of gaps say nothing.
+    columns = [
+        column
+        for column in columns
+        if column.rpartition(" ")[2] not in LABEL_NET.values()
+        or all((row, column) in cells for row in own if (row, column.rpartition(" ")[0]) in cells)
+    ]
     for column in columns:
         _require_same_seeds(
             column, {row: set(cells[row, column]) for row in (*own, *BASELINES) if (row, column) in cells}

@@ -47,7 +47,7 @@ def main() -> None:
             config = _config(given, frozen, join(folder, "features") if frozen else None)
             if frozen:
                 start = time.perf_counter()
-                training_data(placed(config.base), corpus)
+                training_data(config.base, corpus)
                 features_s = time.perf_counter() - start
             start = time.perf_counter()
             trials = search(config, corpus, join(folder, "cached" if frozen else "trunk"), "benchmark")
@@ -76,7 +76,7 @@ def _config(given: argparse.Namespace, frozen: bool, features: str | None) -> Sw
         "space": {"optim.lr": {"log": [1e-4, 1e-2]}},
         "search": {"trials": given.trials, "algorithm": "random", "scheduler": "none"},
     }  # fmt: skip
-    return validate(SweepConfig, table, "the benchmark")
+    return placed(validate(SweepConfig, table, "the benchmark"))
 
 
 if __name__ == "__main__":

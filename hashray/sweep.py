@@ -11,10 +11,9 @@ config's own values, each trained with the same seeds.
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 from typing import Any
 
-from hashray import __version__, artifact, storage
+from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.config import require_path
 from hashray.data.corpus import Corpus, open_corpus, table_bytes
@@ -42,9 +41,10 @@ def tune(config: SweepConfig) -> Manifest:
         ConfigError: every fault of the space at once. InputError: no corpus, or nothing in it to train on or to compare
             trials by. RunError: every trial failed. AlreadyExists: `out` holds another sweep.
     """
+    config = placed(config)
     check_sweep(config, "the sweep")
-    out = storage.absolute(require_path(config.out, "--out"))
-    corpus = open_corpus(storage.absolute(require_path(config.corpus, "--corpus")))
+    out = require_path(config.out, "--out")
+    corpus = open_corpus(require_path(config.corpus, "--corpus"))
     corpus.require("train", "a sweep")
     require_validation(config, corpus, "a sweep compares its trials")
     store = open_store(out)
@@ -53,7 +53,7 @@ def tune(config: SweepConfig) -> Manifest:
     asked = {
         "base": base, "space": {n: d.model_dump(mode="json") for n, d in config.space.items()},
         "search": config.search.model_dump(mode="json"), "corpus": corpus.manifest.id,
-        "start": run_of(placed(config.base), corpus)[0],
+        "start": run_of(config.base, corpus)[0],
     }  # fmt: skip
     plan = sha256_hex(canonical(asked))[:16]
     made = already_made(store, "sweep", plan)
@@ -166,9 +166,7 @@ def _write(store: Store, trials: list[Trial], best: Trial, summary: dict[str, An
     figures = {name: png(figure) for name, figure in draw(trials, summary).items()}
     tables = {"leaderboard.parquet": leaderboard(trials), "passes.parquet": passes_table(trials)}
     files = [artifact.write_file(store, name, table_bytes(table), len(table)) for name, table in tables.items()]
-    files.append(
-        artifact.write_file(store, "best.toml", best_toml(replace(best, config=best.config and placed(best.config))))
-    )
+    files.append(artifact.write_file(store, "best.toml", best_toml(best)))
     files.append(artifact.write_file(store, "sweep.json", canonical(summary)))
     files += [artifact.write_file(store, f"figures/{name}.png", data) for name, data in figures.items()]
     files.append(artifact.write_file(store, "report.html", sweep_page(trials, summary, figures).encode()))

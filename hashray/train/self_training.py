@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hashray import __version__, artifact, storage
+from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.config import require_path
 from hashray.data.batches import held_out
@@ -141,7 +141,7 @@ class _ProposalWorker(UnitWorker):
 def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig, out: str) -> Manifest:
     """Propose labels for every unlabelled row with a model, and accept the confident ones. Rerun = resume."""
     connect()
-    corpus_url = storage.absolute(str(config.corpus))
+    corpus_url = require_path(config.corpus, "--corpus")
     model, corpus = load_model(model_url, device="cpu"), open_corpus(corpus_url)
     pool = pool_of(config)
     features = features_of_model(model_url, corpus_url, pool, config.max_bad, config.features)

@@ -25,18 +25,17 @@ from hashray.errors import ConfigError, HashrayError, RunError
 from hashray.runtime import WorkersConfig
 from hashray.storage import Store, join, open_store
 from hashray.train.checkpoint import TENSORS
-from hashray.train.trainer import placed, plan_job, require_one_network, total_passes, training_data
+from hashray.train.trainer import plan_job, require_one_network, total_passes, training_data
 from hashray.tune.leaderboard import Trial
 from hashray.tune.population import Population, first_members
 from hashray.tune.progress import Watch
-from hashray.tune.segments import ended_at
+from hashray.tune.segments import SECONDS, ended_at
 from hashray.tune.space import NUMBER, ORIGIN, SweepConfig, donor_of, grace_epochs, milestones, values_of
 from hashray.tune.trial import (
     FAILED,
     FOLDER,
     PASSES,
     SCORE,
-    SECONDS,
     TRAINED,
     TurnsActor,
     failure_of,
@@ -76,17 +75,19 @@ class _Callbacks(tune.Callback):
 def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Trial]:
     """Run every trial; return them in the order in which they were drawn. Rerun = resume.
 
+    Args:
+        config: with paths that a worker in any folder finds (`placed`).
+
     Raises:
         RunError: the search was interrupted, or every trial failed; the text says why the first did.
     """
-    there = placed(config)
     most = max(total_passes(config.at(point), corpus.num_classes) for point in config.corners())
     population = config.search.scheduler == "pbt"
     if population:
         _require_exchanges(config, most, corpus.num_classes)
-    source = training_data(placed(config.base), corpus)
+    source = training_data(config.base, corpus)
     store = open_store(out)
-    at_once = _at_once(there, corpus, source, store, plan)
+    at_once = _at_once(config, corpus, source, store, plan)
     # On the head node, without which the cluster ends anyway: any other lost node costs no more than its segments.
     node = "node:__internal_head__"
     # A population is in step, whoever reports first; all its members are there, and so many at once may train.
@@ -97,7 +98,7 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
     for key in _files(store, FAILED):
         if json.loads(store.read(key))["lost"]:
             store.delete(key)
-    sweep = {"config": there.model_dump(mode="json", exclude_unset=True), "corpus": corpus.store.url,
+    sweep = {"config": config.model_dump(mode="json", exclude_unset=True), "corpus": corpus.store.url,
              "source": source.store.url, "out": out, "most": most}  # fmt: skip
     how: dict[str, Any] = {}
     if not population:
@@ -179,7 +180,7 @@ def _trial(
 
 
 def _write_costs(trials: list[Trial], folders: dict[int, set[str]], out: str) -> None:
-    """Seconds that each trial's segments took where they were trained: measured, so no part of what is compared."""
+    """Seconds that each trial's segments took where they were trained, failures too: measured, so never compared."""
     costs = {}
     for trial in trials:
         stores = [open_store(folder) for folder in folders.get(trial.number, ())]

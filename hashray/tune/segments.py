@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from typing import Any
 import ray
 import torch
 
+from hashray.artifact import canonical
 from hashray.storage import join, open_store
 from hashray.train.checkpoint import STATE, TENSORS, Position, keep_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.trainer import fit_until
 from hashray.train.workers import build_loop
+
+SECONDS = "seconds.json"  # of a trial: what its segments took
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,23 @@ def last_validation(position: Position) -> float:
     return float(position.notes["history"][-1]["validation_map"])
 
 
-def train_here(job: dict[str, Any], segment: Segment) -> float:
-    """Train a segment in this process, from the state before it or from where it was interrupted; how many seconds.
+@contextmanager
+def _seconds_counted(segment: Segment) -> Iterator[None]:
+    """Add the seconds that this takes to those of the trial, whatever comes of it."""
+    begin, store = time.monotonic(), open_store(segment.trial)
+    try:
+        yield
+    finally:
+        earlier = json.loads(store.read(SECONDS)) if store.exists(SECONDS) else 0.0
+        store.write(SECONDS, canonical(earlier + time.monotonic() - begin))
+
+
+def train_here(job: dict[str, Any], segment: Segment) -> None:
+    """Train a segment in this process, from the state before it or from where it was interrupted.
 
     Raises:
         RunError: the loss is not finite.
     """
-    begin = time.monotonic()
     config = TrainConfig.model_validate(job["config"])
     if not config.gpu:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
@@ -78,19 +93,18 @@ def train_here(job: dict[str, Any], segment: Segment) -> float:
                 write(Path(folder))
                 keep_checkpoint(segment.end if last else partial, Path(folder))
 
-    loop = build_loop(job, 0, 1, torch.device("cuda" if config.gpu else "cpu"), report, None)
-    begun = open_store(partial).exists(STATE)
-    before = partial if begun else segment.start
-    loop.run(None if before is None else read_checkpoint(before), segment.until)
-    return time.monotonic() - begin
+    with _seconds_counted(segment):
+        loop = build_loop(job, 0, 1, torch.device("cuda" if config.gpu else "cpu"), report, None)
+        begun = open_store(partial).exists(STATE)
+        before = partial if begun else segment.start
+        loop.run(None if before is None else read_checkpoint(before), segment.until)
 
 
-def train_by_ray_train(job: dict[str, Any], segment: Segment) -> float:
-    """Train a segment as a Ray Train run of its own, for several workers or images that are streamed; the seconds."""
-    begin = time.monotonic()
+def train_by_ray_train(job: dict[str, Any], segment: Segment) -> None:
+    """Train a segment as a Ray Train run of its own, for several workers or images that are streamed."""
     config = TrainConfig.model_validate(job["config"])
-    fit_until(config, job, segment.start, segment.until, segment.end)
-    return time.monotonic() - begin
+    with _seconds_counted(segment):
+        fit_until(config, job, segment.start, segment.until, segment.end)
 
 
 def forget_before(segment: Segment, start_too: bool) -> None:

@@ -23,7 +23,7 @@ from hashray.errors import HashrayError, RunError
 from hashray.runtime import unwrap
 from hashray.storage import join, open_store
 from hashray.train.config import TrainConfig
-from hashray.train.trainer import environment_of, placed, plan_job, run_of, total_passes
+from hashray.train.trainer import environment_of, plan_job, run_of, total_passes
 from hashray.tune.population import WORST
 from hashray.tune.segments import (
     Segment,
@@ -38,7 +38,7 @@ from hashray.tune.space import NUMBER, SweepConfig, donor_of, milestones
 from hashray.tune.turns import Turns
 
 SCORE, PASSES, FOLDER, TRAINED = "score", "passes", "folder", "trained"
-FAILED, SECONDS = "failed.json", "seconds.json"
+FAILED = "failed.json"
 
 
 @ray.remote(num_cpus=0)
@@ -128,7 +128,7 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
 
 def folder_of(out: str, point: dict[str, Any], chosen: TrainConfig, corpus: Corpus) -> str:
     """Where a trial's segments are: two trials at one point do not share them."""
-    return join(out, "trials", f"{point[NUMBER]:04d}-{run_of(placed(chosen), corpus)[0]}")
+    return join(out, "trials", f"{point[NUMBER]:04d}-{run_of(chosen, corpus)[0]}")
 
 
 def failure_of(trial: str) -> str | None:
@@ -142,25 +142,23 @@ def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segmen
     before = failure_of(segment.trial)
     if before is not None:
         return before
-    store, seconds, reason, lost = open_store(segment.trial), 0.0, "", False
+    store, reason, lost = open_store(segment.trial), "", False
     for _ in range(config.search.max_failures + 1):
         try:
             if chosen.workers > 1 or not job["memory"]:
-                seconds = train_by_ray_train(job, segment)
+                train_by_ray_train(job, segment)
             else:
                 # Not inside the trial's own placement group, which holds next to nothing.
                 takes: dict[str, Any] = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
                 takes |= {"runtime_env": environment_of(chosen)}
-                placed_anywhere = train_segment.options(**takes, scheduling_strategy="DEFAULT", max_retries=0)
-                seconds = ray.get(placed_anywhere.remote(job, segment))
+                task = train_segment.options(**takes, scheduling_strategy="DEFAULT", max_retries=0)
+                ray.get(task.remote(job, segment))
         except Exception as error:  # whatever it was is the trial's reason, kept and reported; the sweep goes on
             found = unwrap(error)
             reason = str(found.cause if isinstance(found, RayTaskError) else found).strip().partition("\n")[0]
             reason = f"{type(found).__name__}: {reason}"
             lost = not isinstance(found, HashrayError | RayTaskError)
         else:
-            earlier = json.loads(store.read(SECONDS)) if store.exists(SECONDS) else 0.0
-            store.write(SECONDS, canonical(earlier + seconds))
             return None
     # A worker or a node was lost, not the training's fault: final for this run of the sweep, tried again by the next.
     store.write(FAILED, canonical({"reason": reason, "lost": lost}))

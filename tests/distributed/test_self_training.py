@@ -130,6 +130,21 @@ def test_a_start_that_does_not_fit_is_refused_before_training(corpus: str, tmp_p
 
 
 @pytest.mark.slow
+def test_a_fall_of_the_validation_ends_the_rounds_and_the_round_before_it_is_the_model(
+    corpus: str, tmp_path: Path
+) -> None:
+    # A rate a hundred thousand times the first training's ruins the codes that it made.
+    self_training = CONFIG["self_training"] | {"rounds": 3, "epochs": 1, "lr_factor": 1e5, "most_falls": 1}
+    changes = {"self_training": self_training, "validation_rows": 12, "validation_every": 1}
+    out = tmp_path / "m"
+    manifest = train_model(validate(TrainConfig, CONFIG | {"corpus": corpus, "out": str(out)} | changes, "test"))
+    (line,) = manifest.info["rounds"]
+    assert line["validation_map"] < line["before"] == manifest.info["validation_map"]
+    assert manifest.info["best_round"] == 0 and not (out / "rounds/2").exists()
+    assert (out / "rounds/0/model/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
 def test_no_row_accepted_ends_the_rounds_with_the_first_model(corpus: str, tmp_path: Path) -> None:
     self_training = CONFIG["self_training"] | {"threshold": 1.0, "temperature": 1e6}
     changes = {"self_training": self_training, "epochs": 1, "validation_every": 1}

@@ -109,6 +109,8 @@ def test_a_trial_that_fails_is_reported_with_its_reason_and_the_others_go_on(
     assert 0 < len(failed) < 4 and rows[-len(failed) :] == failed
     assert all("the loss is not finite" in row["reason"] and "1e+30" in row["point"] for row in failed)
     assert "the loss is not finite" in (out / "report.html").read_text()
+    costs = json.loads((out / "costs.json").read_text())
+    assert all(costs[str(row["trial"])]["seconds"] > 0 for row in rows)
     path = written(tmp_path, space={"optim.lr": {"choice": [1e30, 1e31]}}, optim={"lr": 1e30}, search=search)
     assert main(["tune", path, "--corpus", corpus, "--out", str(tmp_path / "none")]) == 1
     assert "all 4 trials failed; trial 0: " in capfd.readouterr().err

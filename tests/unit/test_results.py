@@ -59,6 +59,8 @@ def test_label_network_columns_keep_code_lengths_apart() -> None:
     phases = [{"label_map": 0.9, "label_n_h": 12.0}]
     found = lines(entry("a", 0.5, bits=16, phases=phases), entry("a", 0.6, bits=32, phases=phases), paper={})
     assert found["Ours"] == ["**0.5000**", "**0.9000**", "**12**", "**0.6000**", "**0.9000**", "**12**"]
+    beside = lines(entry("a", 0.5, bits=16, phases=phases), entry("b", 0.6, bits=16), paper={})
+    assert (beside["Ours"], beside["Labels only"]) == (["**0.5000**"], ["**0.6000**"])
 
 
 def test_rounds_of_self_training_are_told() -> None:

@@ -11,6 +11,7 @@ HashrayError
     ├── CorruptArtifact     a file differs from its manifest, or the manifest is missing
     ├── AlreadyExists       somebody published this name first
     ├── StoreUnavailable    the object store stopped answering
+    ├── Diverged            the loss of a training is not finite
     └── AuditError          rows in are not rows out plus rows quarantined
 
 The text of an error says what was found, where, what is allowed and what to do next.
@@ -68,6 +69,10 @@ class AlreadyExists(RunError):
 
 class StoreUnavailable(RunError):
     """The object store stopped answering, after all retries."""
+
+
+class Diverged(RunError):
+    """The loss of a training is not finite."""
 
 
 class AuditError(RunError):

@@ -1,7 +1,7 @@
 """[Ray] `hashray tune`: search a space of training configs, then train the winner and the default anew and score both.
 
 sweep/  leaderboard.parquet · passes.parquet · best.toml · sweep.json · report.html · figures/ · costs.json ·
-        trials/<number>-<run>/ · models/<winner or default>-<seed>/ · evaluations/<winner or default>-<seed>/ ·
+        trials/<plan>/<number>-<run>/ · models/<winner or default>-<seed>/ · evaluations/<winner or default>-<seed>/ ·
         manifest.json
 
 Trials are compared by validation rows alone. The query split is read once, at the end: by the winner and the
@@ -18,6 +18,7 @@ from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.config import require_path
 from hashray.data.corpus import Corpus, open_corpus, table_bytes
 from hashray.data.units import already_made, refuse_taken
+from hashray.errors import Diverged
 from hashray.evaluate.figures import png
 from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.evaluate.sweep_page import draw, sweep_page
@@ -76,8 +77,8 @@ def tune(config: SweepConfig) -> Manifest:
         "passes": spent, "passes_of_full_grid": full, "importance": importance(trials, config, config.search.seed),
         "compared": compared, "verdict": judged,
     }  # fmt: skip
-    files = _write(store, trials, best, summary)
     refuse_taken(store, plan)
+    files = _write(store, trials, best, summary)
     manifest = artifact.publish(
         store,
         Manifest(
@@ -112,30 +113,47 @@ def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial | 
     if best is not default and (default is None or default.state != "failed"):
         sides.append((DEFAULT, 0, config.base))
     for who, number, chosen in sides:
-        lines = []
+        lines, failed = [], []
         for seed in config.search.report_seeds:
             name = f"{who}-{seed}"
             model, at = join(out, "models", name), join(out, "evaluations", name)
             places = {"corpus": corpus.store.url, "out": model, "seed": seed, "features": config.features}
-            made = train_model(chosen.model_copy(update=places))
+            try:
+                made = train_model(chosen.model_copy(update=places))
+            except Diverged as error:  # which is as much of an answer, and the same with every try
+                failed.append({"seed": seed, "reason": str(error)})
+                continue
             lines.append(
                 {"seed": seed, "validation": made.info["validation_map"], **_query_score(config, model, at, corpus)}
             )
-        found[who] = {"trial": number, "seeds": lines, **spread(lines)}
+        found[who] = {"trial": number, "seeds": lines, "failed": failed, **spread(lines)}
     return found
 
 
 def verdict(compared: dict[str, Any]) -> str:
     """Whether the winner's lead over the default on validation is more than seeds make."""
-    if not compared:
-        return ""
-    if DEFAULT not in compared:
-        return "The default was the best trial." if not compared[WINNER]["trial"] else "The default failed."
-    winner, default = ([line["validation"] for line in compared[who]["seeds"]] for who in (WINNER, DEFAULT))
-    lead = statistics.fmean(winner) - statistics.fmean(default)
-    widest = max(compared[who]["std"]["validation"] for who in (WINNER, DEFAULT))
-    told = "more than the seed spread" if lead > widest else "within the seed spread: the default was already there"
-    return f"The winner leads the default by {lead:+.4f} on validation, {told} ({widest:.4f}, {len(winner)} seeds)."
+    told = [
+        f"The loss of the {who} is not finite with seed {', '.join(str(line['seed']) for line in own['failed'])}."
+        for who, own in compared.items() if own["failed"]
+    ]  # fmt: skip
+    if compared and DEFAULT not in compared:
+        told.append("The default was the best trial." if not compared[WINNER]["trial"] else "The default failed.")
+    elif compared and all(compared[who]["seeds"] for who in (WINNER, DEFAULT)):
+        winner, default = ([line["validation"] for line in compared[who]["seeds"]] for who in (WINNER, DEFAULT))
+        lead = statistics.fmean(winner) - statistics.fmean(default)
+        widest = max(compared[who]["std"]["validation"] for who in (WINNER, DEFAULT))
+        if min(len(winner), len(default)) < 2:
+            judged = "with one seed, which has no spread to hold it against"
+        elif abs(lead) <= widest:
+            judged = "within the seed spread: the default was already there"
+        else:
+            judged = "more than the seed spread" + ("" if lead > 0 else ": keep the default")
+        verb = "leads" if lead >= 0 else "is behind"
+        told.append(
+            f"The winner {verb} the default by {abs(lead):.4f} on validation, {judged} "
+            f"({widest:.4f}, {len(winner)} and {len(default)} seeds)."
+        )
+    return " ".join(told)
 
 
 def _query_score(config: SweepConfig, model: str, at: str, corpus: Corpus) -> dict[str, float]:
@@ -154,7 +172,7 @@ def _query_score(config: SweepConfig, model: str, at: str, corpus: Corpus) -> di
 
 def spread(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of every score."""
-    names = [name for name in lines[0] if name != "seed"]
+    names = [name for name in lines[0] if name != "seed"] if lines else []
     values = {name: [line[name] for line in lines] for name in names}
     return {
         "mean": {name: statistics.fmean(own) for name, own in values.items()},

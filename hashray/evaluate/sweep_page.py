@@ -148,10 +148,10 @@ def _changes(best: Trial) -> str:
 def _compared(found: Mapping[str, Any], verdict: str) -> str:
     if not found:
         return ""
-    names = list(next(iter(found.values()))["mean"])
+    names = list(dict.fromkeys(name for own in found.values() for name in own["mean"]))
     rows = [
         [who, str(own["trial"]), ", ".join(str(line["seed"]) for line in own["seeds"]),
-         *[f"{own['mean'][name]:.4f} ± {own['std'][name]:.4f}" for name in names]]
+         *[f"{own['mean'][name]:.4f} ± {own['std'][name]:.4f}" if own["mean"] else "-" for name in names]]
         for who, own in found.items()
     ]  # fmt: skip
     title = "The winner beside the default" if len(rows) > 1 else "The winner"

@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 A checkpoint is a folder: tensors.safetensors (network, best weights, moving average, optimiser moments) and
-state.json (phase, epoch, step, best score, optimiser scalars, history). Random numbers and the data
-position are functions of (seed, phase, epoch, step), and a phase's banks of weights and labels, so those
+state.json (phase, epoch, step, best score, optimiser scalars, history, the other file's hash). Random numbers and
+the data position are functions of (seed, phase, epoch, step), and a phase's banks of weights and labels, so those
 need no file of their own.
 """
 
@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hashray.artifact import sha256_file
+from hashray.errors import CorruptArtifact
 from hashray.methods.base import Phase
 from hashray.storage import open_store
 
@@ -61,7 +63,9 @@ class Checkpoint:
     def save(self, folder: Path) -> None:
         """Write it into a folder."""
         save_file(self.tensors, folder / TENSORS)
-        state = {"position": asdict(self.position), "optimizer": self.optimizer}
+        state = {
+            "position": asdict(self.position), "optimizer": self.optimizer, "sha256": sha256_file(folder / TENSORS),
+        }  # fmt: skip
         (folder / STATE).write_text(json.dumps(state))
 
     def moments(self) -> dict[int, dict[str, Any]] | None:
@@ -108,7 +112,7 @@ def read_checkpoint(url: str) -> Checkpoint:
     """Read a checkpoint that `keep_checkpoint` put somewhere.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none. CorruptArtifact: its files do not belong together.
     """
     store = open_store(url)
     with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +122,12 @@ def read_checkpoint(url: str) -> Checkpoint:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint folder."""
+    """Read a checkpoint folder.
+
+    Raises:
+        CorruptArtifact: its two files are of two checkpoints; a worker that was thought dead may still have written.
+    """
     state = json.loads((folder / STATE).read_text())
+    if sha256_file(folder / TENSORS) != state["sha256"]:
+        raise CorruptArtifact(f"{STATE} of a checkpoint belongs to another {TENSORS}; run the same command again")
     return Checkpoint(Position(**state["position"]), load_file(folder / TENSORS), state["optimizer"])

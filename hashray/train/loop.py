@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hashray.data.batches import Slice, SliceSource
-from hashray.errors import RunError
+from hashray.errors import Diverged, RunError
 from hashray.methods.base import Crew, LabelTable, Method, ParameterGroup, Phase, Term
 from hashray.train.checkpoint import Checkpoint, Position, save_checkpoint
 from hashray.train.config import OptimConfig, TrainConfig
@@ -277,7 +277,7 @@ class Loop:
         masses = {name: max(mass, 1e-12) for name, mass in zip(terms, sums[1::2], strict=True)}
         means = {name: total / masses[name] for name, total in zip(terms, sums[::2], strict=True)}
         if not all(math.isfinite(value) for value in means.values()):
-            raise RunError(
+            raise Diverged(
                 f"the loss is not finite at phase {self.position.phase}, epoch {self.position.epoch}, step "
                 f"{self.position.step}: {means}; lower optim.lr, or set optim.clip_norm"
             )

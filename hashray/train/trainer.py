@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> Manifest:
     """Run the stage; return the model's manifest. Rerun = resume.
 
     Raises:
-        InputError: no corpus, no train rows, weights that do not fit. RunError: the loss is not finite.
+        InputError: no corpus, no train rows, weights that do not fit. Diverged: the loss is not finite.
         AlreadyExists: `out` holds a model of another config or corpus.
     """
     config = placed(config)

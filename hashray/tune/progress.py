@@ -24,7 +24,7 @@ class Watch:
         self.trials, self.passes, self.all_finish = trials, passes, all_finish
         self.start_s, self.before, self.began = time.monotonic(), 0, False
         self.points: dict[int, dict[str, Any]] = {}
-        self.at: dict[int, tuple[int, float]] = {}
+        self.at: dict[int, tuple[int, int, float]] = {}
         self.over: dict[int, str] = {}
         self.live: Live | None = None
 
@@ -38,19 +38,19 @@ class Watch:
         if self.live is not None:
             self.live.stop()
 
-    def reported(self, point: dict[str, Any], passes: int, score: float, trained: bool) -> None:
+    def reported(self, point: dict[str, Any], passes: int, total: int, score: float, trained: bool) -> None:
         """The trial at this point has reported, of passes `trained` now or by an earlier run of the sweep."""
         trial = point[NUMBER]
         self.began = self.began or trained
         self.points[trial] = values_of(point)
-        self.at[trial] = passes, score
+        self.at[trial] = passes, total, score
         self._show(trial)
 
-    def ended(self, point: dict[str, Any], why: str) -> None:
+    def ended(self, point: dict[str, Any], failed: bool) -> None:
         """The trial at this point reports no more."""
         trial = point[NUMBER]
-        passes = self.at.get(trial, (0, 0.0))[0]
-        self.over[trial] = why or ("finished" if passes >= self.passes else "stopped")
+        passes, total, _ = self.at.get(trial, (0, self.passes, 0.0))
+        self.over[trial] = "failed" if failed else "finished" if passes >= total else "stopped"
         self._show(trial)
 
     def eta_s(self) -> float | None:
@@ -64,7 +64,7 @@ class Watch:
         return (time.monotonic() - self.start_s) / now * (total - done) if now else None
 
     def _done(self) -> int:
-        return sum(passes for passes, _ in self.at.values()) if self.all_finish else len(self.over)
+        return sum(passes for passes, _, _ in self.at.values()) if self.all_finish else len(self.over)
 
     def _show(self, trial: int) -> None:
         if not self.began:  # what an earlier run trained says nothing of how long the rest takes
@@ -72,9 +72,9 @@ class Watch:
         if self.live is not None:
             self.live.update(self._table())
             return
-        passes, score = self.at.get(trial, (0, None))
+        passes, _, score = self.at.get(trial, (0, 0, None))
         eta = self.eta_s()
-        best = max((score for _, score in self.at.values()), default=None)
+        best = max((score for _, _, score in self.at.values()), default=None)
         line = {
             "stage": "tune", "done": len(self.over), "total": self.trials, "unit": "trials",
             "eta_s": eta and round(eta, 1), "trial": trial, "state": self.over.get(trial, "running"),
@@ -88,11 +88,11 @@ class Watch:
         table = Table(title=f"{len(self.over)} of {self.trials} trials{left}", title_justify="left")
         for name in ("trial", "score", "passes", "state", "point"):
             table.add_column(name, justify="left" if name in ("state", "point") else "right")
-        for trial in sorted(self.at, key=lambda name: -self.at[name][1])[:SHOWN]:
-            passes, score = self.at[trial]
+        for trial in sorted(self.at, key=lambda name: -self.at[name][2])[:SHOWN]:
+            passes, total, score = self.at[trial]
             point = "  ".join(f"{name.rpartition('.')[2]} {short(v)}" for name, v in self.points[trial].items())
             state = self.over.get(trial, "running")
-            table.add_row(str(trial), f"{score:.4f}", f"{passes}/{self.passes}", state, point)
+            table.add_row(str(trial), f"{score:.4f}", f"{passes}/{total}", state, point)
         return table
 
 

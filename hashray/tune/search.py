@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -18,6 +19,7 @@ from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hashray.artifact import canonical
 from hashray.data.corpus import Corpus
@@ -36,6 +38,7 @@ from hashray.tune.trial import (
     FOLDER,
     PASSES,
     SCORE,
+    TOTAL,
     TRAINED,
     TurnsActor,
     failure_of,
@@ -49,26 +52,28 @@ class _Callbacks(tune.Callback):
 
     def __init__(self, turns: Any, watch: Watch, in_step: bool) -> None:
         self.turns, self.watch, self.in_step = turns, watch, in_step
-        self.ended: dict[int, tuple[dict[str, Any], int, bool]] = {}
+        self.ended: dict[int, tuple[dict[str, Any], int, str | None]] = {}
         self.folders: dict[int, set[str]] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         point = result["config"]  # with which it was trained; an exchange may have given the trial another by now
         self.folders.setdefault(point[NUMBER], set()).add(result[FOLDER])
-        self.watch.reported(point, result[PASSES], result[SCORE], result[TRAINED])
+        self.watch.reported(point, result[PASSES], result[TOTAL], result[SCORE], result[TRAINED])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, failed=False)
+        self._end(trial, None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        # Its last line; where a segment failed, what lies beside the segments says more.
+        reason = Path(trial.error_file).read_text().strip().rpartition("\n")[2].strip()
         if self.in_step:  # the others would wait for it at the next exchange
-            raise RunError(f"the process of trial {trial.config[NUMBER]} was lost; run the same command again to go on")
-        self._end(trial, failed=True)
+            raise RunError(f"trial {trial.config[NUMBER]}: {reason}; run the same command again to go on")
+        self._end(trial, reason)
 
-    def _end(self, trial: Any, failed: bool) -> None:
+    def _end(self, trial: Any, failed: str | None) -> None:
         passes = int((trial.last_result or {}).get(PASSES, 0))
         self.ended[trial.config[NUMBER]] = trial.config, passes, failed
-        self.watch.ended(trial.config, "failed" if failed else "")
+        self.watch.ended(trial.config, failed is not None)
         ray.get(self.turns.end.remote(trial.trial_id))
 
 
@@ -86,34 +91,64 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
     if population:
         _require_exchanges(config, most, corpus.num_classes)
     source = training_data(config.base, corpus)
-    store = open_store(out)
-    at_once = _at_once(config, corpus, source, store, plan)
-    # On the head node, without which the cluster ends anyway: any other lost node costs no more than its segments.
-    node = "node:__internal_head__"
-    # A population is in step, whoever reports first; all its members are there, and so many at once may train.
-    here = {node: 0.9 / at_once if population else 0.001}
-    turns = TurnsActor.options(resources={node: 0.001}).remote(  # type: ignore[attr-defined]
-        0 if population else at_once, config.search.trials
-    )
-    for key in _files(store, FAILED):
-        if json.loads(store.read(key))["lost"]:
-            store.delete(key)
+    store, trials_at = open_store(out), join(out, "trials", plan)
+    own, searched = open_store(trials_at), f"progress/searched-{plan}.json"
+    if not store.exists(searched):  # else later trials were drawn, and winners trained, by what is
+        for key in _files(own, FAILED):
+            if json.loads(own.read(key))["lost"]:
+                own.delete(key)
     sweep = {"config": config.model_dump(mode="json", exclude_unset=True), "corpus": corpus.store.url,
-             "source": source.store.url, "out": out, "most": most}  # fmt: skip
+             "source": source.store.url, "trials": trials_at, "most": most}  # fmt: skip
+    callbacks = _fit(config, sweep, _at_once(config, corpus, source, store, plan))
+    if len(callbacks.ended) < config.search.trials:
+        raise RunError(
+            f"the search was interrupted after {len(callbacks.ended)} of {config.search.trials} trials; "
+            "run the same command again to go on"
+        )
+    trials = [_trial(config, corpus, trials_at, most, *callbacks.ended[number]) for number in sorted(callbacks.ended)]
+    _write_costs(trials, callbacks.folders, out)
+    if all(trial.state == "failed" for trial in trials):
+        for key in _files(own, FAILED):  # so that they are tried again once the cause is mended
+            own.delete(key)
+        raise RunError(f"all {len(trials)} trials failed; trial 0: {trials[0].reason}")
+    store.write(searched, canonical(len(trials)))
+    if population:
+        ends = {f"{trial.folder.rpartition('/')[2]}/{trial.passes}/{TENSORS}" for trial in trials}
+        for key in set(_files(own, TENSORS)) - ends:
+            own.delete(key)
+    return trials
+
+
+def _fit(config: SweepConfig, sweep: dict[str, Any], at_once: int) -> _Callbacks:
+    """Run Ray Tune over the sweep; what became of each trial."""
+    population = config.search.scheduler == "pbt"
+    # Beside the driver, without which the sweep ends anyway: any other lost node costs no more than its segments.
+    node_id = ray.get_runtime_context().get_node_id()
+    address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+    # A population is in step, whoever reports first; all its members are there, and so many at once may train.
+    here = {f"node:{address}": 0.9 / at_once if population else 0.001}
+    beside = tune.PlacementGroupFactory([here], bundle_label_selector=[{"ray.io/node-id": node_id}])
+    turns = TurnsActor.options(  # type: ignore[attr-defined]
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+    ).remote(0 if population else at_once, config.search.trials)
     how: dict[str, Any] = {}
     if not population:
         how = {"num_samples": config.search.trials, "max_concurrent_trials": at_once, "search_alg": _searcher(config)}
     _quiet()
-    with tempfile.TemporaryDirectory() as folder, Watch(config.search.trials, most, population) as watch:
+    with tempfile.TemporaryDirectory() as folder, Watch(config.search.trials, sweep["most"], population) as watch:
         trainable = tune.with_parameters(run_trial, sweep=sweep, turns=turns)
         callbacks = _Callbacks(turns, watch, population)
         tuner = tune.Tuner(
-            tune.with_resources(trainable, tune.PlacementGroupFactory([here])),
+            tune.with_resources(trainable, beside),
             param_space=first_members(config) if population else None,
             tune_config=tune.TuneConfig(
-                metric=SCORE, mode="max", scheduler=_scheduler(config, most), reuse_actors=True, **how
+                metric=SCORE, mode="max", scheduler=_scheduler(config, sweep["most"]), reuse_actors=True, **how
             ),
-            run_config=tune.RunConfig(name="sweep", storage_path=folder, callbacks=[callbacks], verbose=0),
+            run_config=tune.RunConfig(
+                name="sweep", storage_path=folder, callbacks=[callbacks], verbose=0,
+                # What begins again is a trial whose process was lost; one that failed only says so again.
+                failure_config=tune.FailureConfig(max_failures=0 if population else config.search.max_failures),
+            ),
         )  # fmt: skip
         try:
             tuner.fit()
@@ -122,22 +157,7 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
                 raise error.__context__ from None
             raise
     ray.kill(turns)
-    if len(callbacks.ended) < config.search.trials:
-        raise RunError(
-            f"the search was interrupted after {len(callbacks.ended)} of {config.search.trials} trials; "
-            "run the same command again to go on"
-        )
-    trials = [_trial(config, corpus, out, most, *callbacks.ended[number]) for number in sorted(callbacks.ended)]
-    _write_costs(trials, callbacks.folders, out)
-    if all(trial.state == "failed" for trial in trials):
-        for key in _files(store, FAILED):  # so that they are tried again once the cause is mended
-            store.delete(key)
-        raise RunError(f"all {len(trials)} trials failed; trial 0: {trials[0].reason}")
-    if population:
-        ends = {f"trials/{trial.folder}/{trial.passes}/{TENSORS}" for trial in trials}
-        for key in set(_files(store, TENSORS)) - ends:
-            store.delete(key)
-    return trials
+    return callbacks
 
 
 def _require_exchanges(config: SweepConfig, passes: int, num_classes: int) -> None:
@@ -148,16 +168,17 @@ def _require_exchanges(config: SweepConfig, passes: int, num_classes: int) -> No
 
 
 def _files(store: Store, name: str) -> list[str]:
-    return [key for key, _ in store.list("trials/") if key.endswith(f"/{name}")]
+    return [key for key, _ in store.list("") if key.endswith(f"/{name}")]
 
 
 def _trial(
-    config: SweepConfig, corpus: Corpus, out: str, most: int, point: dict[str, Any], done: int, failed: bool
-) -> Trial:
+    config: SweepConfig, corpus: Corpus, trials_at: str, most: int,
+    point: dict[str, Any], done: int, failed: str | None,
+) -> Trial:  # fmt: skip
     number, values = point[NUMBER], values_of(point)
     try:
         chosen = config.at(point)
-        total, folder = total_passes(chosen, corpus.num_classes), folder_of(out, point, chosen, corpus)
+        total, folder = total_passes(chosen, corpus.num_classes), folder_of(trials_at, point, chosen, corpus)
     except HashrayError as error:
         return Trial(number, values, "", "failed", None, 0, 0, " ".join(str(error).split()), [], None)
     lines: list[dict[str, Any]] = []
@@ -165,25 +186,27 @@ def _trial(
     if reason is not None:  # the last that it reported may never have been trained
         reported = [until for until in milestones(config.search, most, total) if until <= done]
         done = max((until for until in reported if ended_at(join(folder, str(until)))), default=0)
-    elif failed:
-        reason = "the process that waited for it was lost"
+    else:
+        reason = failed
     before = folder
     if not done and origin is not None:
         done, donor = origin
-        before = folder_of(out, donor, config.at(donor), corpus)
+        before = folder_of(trials_at, donor, config.at(donor), corpus)
     if done:
         position = ended_at(join(before, str(done)))
         assert position is not None
         lines, score = position.notes["history"], position.best_score
     state = "failed" if reason is not None else "finished" if done == total else "stopped"
-    return Trial(number, values, folder.rpartition("/")[2], state, score, done, total, reason or "", lines, chosen)
+    name = "/".join(folder.split("/")[-2:])
+    return Trial(number, values, name, state, score, done, total, reason or "", lines, chosen)
 
 
 def _write_costs(trials: list[Trial], folders: dict[int, set[str]], out: str) -> None:
     """Seconds that each trial's segments took where they were trained, failures too: measured, so never compared."""
     costs = {}
     for trial in trials:
-        stores = [open_store(folder) for folder in folders.get(trial.number, ())]
+        own = {join(out, "trials", trial.folder)} if trial.folder else set()
+        stores = [open_store(folder) for folder in folders.get(trial.number, set()) | own]
         seconds = sum(json.loads(store.read(SECONDS)) for store in stores if store.exists(SECONDS))
         costs[str(trial.number)] = {"passes": trial.passes, "seconds": seconds}
     open_store(out).write("costs.json", canonical(costs))
@@ -199,7 +222,9 @@ def _at_once(config: SweepConfig, corpus: Corpus, source: Corpus, store: Store, 
             cpus_per_worker=config.cpus_per_worker * config.workers + streams,
             gpus_per_worker=float(config.gpu) * config.workers,
         )
-        store.write(key, canonical(min(config.search.at_once or pool.most(), config.search.trials)))
+        most = pool.most()
+        wanted = config.search.at_once or most
+        store.write(key, canonical(min(wanted, config.search.trials, most if streams else wanted)))
     return int(json.loads(store.read(key)))
 
 

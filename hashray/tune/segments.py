@@ -1,10 +1,11 @@
 """[Ray] A trial in segments: from one report to the next, each a function of the config and the state before it.
 
-What a segment ends with is kept under <out>/trials/<number>-<run>/<passes>/, where <run> is the hash of all that
-the trial's weights depend on. A segment that is there is read, not trained: a sweep that was killed and is run again
-goes through the same reports in the same order, from these files, up to where it stopped, and on from there. So the
-searcher and the scheduler need no state of their own on disk. (Ray's own restore brings back the searcher and the
-trials but no scheduler: TuneController.__getstate__ leaves it out, 2.60.0 as well, ray#30838.)
+What a segment ends with is kept under <out>/trials/<plan>/<number>-<run>/<passes>/, where <plan> is the hash of the
+sweep and <run> that of all that the trial's weights depend on. A segment that is there is read, not trained: a sweep
+that was killed and is run again goes through the same reports in the same order, from these files, up to where it
+stopped, and on from there. So the searcher and the scheduler need no state of their own on disk. (Ray's own restore
+brings back the searcher and the trials but no scheduler: TuneController.__getstate__ leaves it out, 2.60.0 as well,
+ray#30838.)
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def train_here(job: dict[str, Any], segment: Segment) -> None:
 
 def train_by_ray_train(job: dict[str, Any], segment: Segment) -> None:
     """Train a segment as a Ray Train run of its own, for several workers or images that are streamed."""
-    config = TrainConfig.model_validate(job["config"])
+    # Tries are counted by the sweep, which goes on from the same checkpoints.
+    config = TrainConfig.model_validate(job["config"]).model_copy(update={"max_failures": 0})
     with _seconds_counted(segment):
         fit_until(config, job, segment.start, segment.until, segment.end)
 

@@ -14,7 +14,7 @@ member of a population after how many passes it went on from which other member'
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -29,7 +29,7 @@ from hashray.storage import read_url
 from hashray.train.config import TrainConfig, can_change
 
 KIND, NUMBER, ORIGIN = "method.kind", "trial", "origin"
-MOST_DRAWS = 100
+MOST_DRAWS, MOST_CHECKED, SHOWN = 100, 1_000, 4
 KINDS = ("log", "linear", "integer", "choice")
 # A trial's score must mean the same for all of them, and all find the same corpus.
 FIXED = {
@@ -70,6 +70,11 @@ class Dimension(Config):
     def ends(self) -> tuple[Any, ...]:
         """Both ends of a range, or every value of a choice."""
         return next(ends for name in KINDS if (ends := getattr(self, name)) is not None)
+
+    def checked(self) -> Sequence[Any]:
+        """The values that are tried before any trial: both ends, of a range of integers each one."""
+        every = range(self.integer[0], self.integer[1] + 1) if self.integer else self.ends
+        return every if len(every) <= MOST_CHECKED else self.ends
 
     def holds(self, value: Any) -> bool:
         """Whether a value is one that this dimension could draw."""
@@ -229,10 +234,14 @@ class SweepConfig(TrainConfig):
 
     def ends_of(self, name: str) -> list[Point]:
         """A dimension at each of its ends, for every method that has it."""
+        return self.points_of(name, self.space[name].ends)
+
+    def points_of(self, name: str, values: Iterable[Any]) -> list[Point]:
+        """A dimension at each of these values, for every method that has it."""
         dimension = self.space[name]
         kinds = (dimension.when,) if dimension.when else self.kinds()
         own: list[Point] = [{KIND: kind} for kind in kinds] if KIND in self.space and name != KIND else [{}]
-        return [{**point, name: end} for point in own for end in dimension.ends]
+        return [{**point, name: value} for value in values for point in own]
 
 
 def read_sweep(url: str) -> SweepConfig:
@@ -288,14 +297,16 @@ def _faults(config: SweepConfig, name: str, dimension: Dimension) -> list[str]:
     if dimension.when is not None and dimension.when not in config.kinds():
         trained = ", ".join(config.kinds())
         return [f"space.{name}: when = {dimension.when!r}, and the sweep trains {trained} only"]
-    faults = []
-    for point in config.ends_of(name):
+    faults: dict[str, None] = {}
+    for point in config.points_of(name, dimension.checked()):
         try:
             config.at(point)
         except ConfigError as error:
             lines = [line.strip() for line in str(error).splitlines()[1:]]
-            faults += [f"space.{name}: {line}" for line in lines]
-    return list(dict.fromkeys(faults))
+            faults |= dict.fromkeys(f"space.{name}: {line}" for line in lines)
+    found = list(faults)
+    more = f"space.{name}: and {len(found) - SHOWN} more such values; name those that hold, as a choice"
+    return found if len(found) <= SHOWN else [*found[:SHOWN], more]
 
 
 def _flat(space: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

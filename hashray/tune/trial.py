@@ -37,7 +37,7 @@ from hashray.tune.segments import (
 from hashray.tune.space import NUMBER, SweepConfig, donor_of, milestones
 from hashray.tune.turns import Turns
 
-SCORE, PASSES, FOLDER, TRAINED = "score", "passes", "folder", "trained"
+SCORE, PASSES, TOTAL, FOLDER, TRAINED = "score", "passes", "of_passes", "folder", "trained"
 FAILED = "failed.json"
 
 
@@ -49,9 +49,9 @@ class TurnsActor:
         self.turns = Turns(at_once, trials)
         self.gates: dict[str, asyncio.Event] = {}
 
-    async def enter(self, trial: str, number: int, passes: int) -> None:
-        """Set out for the next report."""
-        self.turns.enter(trial, number, passes)
+    async def enter(self, trial: str, number: int, until: int) -> None:
+        """Set out for the report after `until` passes in all."""
+        self.turns.enter(trial, number, until)
         self._release()
 
     async def turn(self, trial: str) -> None:
@@ -90,12 +90,12 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
         chosen = config.at(point)
         corpus, data = open_corpus(sweep["corpus"]), open_corpus(sweep["source"], None)
         own = total_passes(chosen, corpus.num_classes)
-        trial, current = folder_of(sweep["out"], point, chosen, corpus), chosen.stretches()[-1][1]
+        trial, current = folder_of(sweep["trials"], point, chosen, corpus), chosen.stretches()[-1][1]
         job = plan_job(current, corpus, data)
         origin = donor_of(point)
         if origin is not None and origin[0] >= done:
             done, donor = origin
-            start = join(folder_of(sweep["out"], donor, config.at(donor), corpus), str(done))
+            start = join(folder_of(sweep["trials"], donor, config.at(donor), corpus), str(done))
         elif done:
             start = join(trial, str(done))
     except HashrayError:
@@ -106,7 +106,7 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
         if until <= done:
             continue
         segment, reason = Segment(trial, start, until), None
-        ray.get(turns.enter.remote(me, point[NUMBER], until - done))
+        ray.get(turns.enter.remote(me, point[NUMBER], until))
         trained = ended_at(segment.end) is None
         if trained:
             reason = _train(config, current, job, segment)
@@ -121,14 +121,14 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
             # Of a population the weights of now are handed on, not the best there were.
             reached = last_validation if population else score_of
             score = WORST if position is None else reached(position)
-            told = {SCORE: score, PASSES: until, FOLDER: trial, TRAINED: trained}
+            told = {SCORE: score, PASSES: until, TOTAL: own, FOLDER: trial, TRAINED: trained}
             tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
         done, start = until, segment.end
 
 
-def folder_of(out: str, point: dict[str, Any], chosen: TrainConfig, corpus: Corpus) -> str:
+def folder_of(trials_at: str, point: dict[str, Any], chosen: TrainConfig, corpus: Corpus) -> str:
     """Where a trial's segments are: two trials at one point do not share them."""
-    return join(out, "trials", f"{point[NUMBER]:04d}-{run_of(chosen, corpus)[0]}")
+    return join(trials_at, f"{point[NUMBER]:04d}-{run_of(chosen, corpus)[0]}")
 
 
 def failure_of(trial: str) -> str | None:

@@ -22,16 +22,20 @@ class Turns:
         self.at_once, self.trials = at_once, trials
         self.now = 0
         self.number: dict[str, int] = {}
+        self.start: dict[str, int] = {}
         self.due: dict[str, int] = {}
-        self.done: dict[str, int] = {}
         self.arrived: set[str] = set()
         self.ended: set[str] = set()
 
-    def enter(self, trial: str, number: int, passes: int) -> None:
-        """The trial drawn as `number` sets out for its next report, `passes` from its last; again, if it got lost."""
+    def enter(self, trial: str, number: int, until: int) -> None:
+        """The trial drawn as `number` sets out for its report after `until` passes in all.
+
+        Again for the same report, if its process was lost on the way, even if its turn had come: nobody has been told
+        anything since.
+        """
         self.number[trial] = number
         self.arrived.discard(trial)
-        self.due.setdefault(trial, self.done.get(trial, self.now) + passes)
+        self.due[trial] = self.start.setdefault(trial, self.now) + until
 
     def arrive(self, trial: str) -> None:
         """A trial is ready to report."""
@@ -50,6 +54,6 @@ class Turns:
         first = min(self.due, key=lambda trial: (self.due[trial], self.number[trial]))
         if first not in self.arrived:
             return None
-        self.now = self.done[first] = self.due.pop(first)
+        self.now = self.due.pop(first)
         self.arrived.discard(first)
         return first

@@ -5,23 +5,32 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import tomli_w
-from tiny import head_config, kill_command_when, write_corpus, write_trunk
+import torch
+from tiny import head_config, kill_command_when, killing_worker_when, write_corpus, write_trunk
 
 from hashray import artifact
 from hashray.cli import main
+from hashray.config import validate
+from hashray.data.corpus import open_corpus
+from hashray.errors import CorruptArtifact, Diverged
+from hashray.train.checkpoint import read_checkpoint
+from hashray.train.config import TrainConfig
+from hashray.train.self_training import train_model
+from hashray.train.trainer import plan_job, training_data
+from hashray.tune.segments import Segment, train_here
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 WEIGHTS = Path(tempfile.gettempdir()) / f"tune-trunk-{os.getpid()}.pth"
+TRAINING: dict[str, Any] = {**head_config(WEIGHTS), "validation_rows": 8}
 CONFIG: dict[str, Any] = {
-    **head_config(WEIGHTS),
-    "validation_rows": 8,
+    **TRAINING,
     "space": {"optim.lr": {"log": [1e-4, 1e-1]}, "method.margin_ratio": {"linear": [0.05, 1.0]}},
     "search": {"trials": 6, "grace_epochs": 1, "reduction_factor": 2, "at_once": 2, "report_seeds": []},
 }
@@ -49,7 +58,7 @@ def board(out: Path) -> list[dict[str, Any]]:
 
 def ends(out: Path) -> dict[str, int]:
     """Every segment that has ended, and when its file was written."""
-    found = out.glob("trials/*/*/state.json")
+    found = out.glob("trials/*/*/*/state.json")
     return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in found if p.parent.name.isdigit()}
 
 
@@ -117,6 +126,75 @@ def test_a_trial_that_fails_is_reported_with_its_reason_and_the_others_go_on(
     assert not (tmp_path / "none/manifest.json").exists()
 
 
+def test_a_segment_goes_on_from_where_it_was_interrupted(corpus: str, tmp_path: Path) -> None:
+    config = validate(TrainConfig, {**TRAINING, "corpus": corpus, "epochs": 3, "validation_every": 1}, "test")
+    opened = open_corpus(corpus)
+    job = plan_job(config, opened, training_data(config, opened))
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    train_here(job, Segment(whole, None, 3))
+    train_here(job, Segment(broken, None, 2))
+    partial = Path(broken) / "3-partial"
+    (Path(broken) / "2").rename(partial)
+    state = json.loads((partial / "state.json").read_text())
+    state["position"]["notes"]["history"][0]["loss"] = 123.0  # so that it shows from where it went on
+    (partial / "state.json").write_text(json.dumps(state))
+    train_here(job, Segment(broken, None, 3))
+    ours, theirs = read_checkpoint(f"{broken}/3"), read_checkpoint(f"{whole}/3")
+    assert ours.position.notes["history"][0]["loss"] == 123.0
+    assert ours.position.notes["history"][1:] == theirs.position.notes["history"][1:]
+    for name, tensor in theirs.tensors.items():
+        assert torch.equal(ours.tensors[name], tensor), name
+    # The tensors of one checkpoint beside the state of another.
+    (partial / "tensors.safetensors").write_bytes((Path(whole) / "3/tensors.safetensors").read_bytes())
+    with pytest.raises(CorruptArtifact, match="belongs to another"):
+        read_checkpoint(str(partial))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["ImplicitFunc", "train_here"])
+def test_a_trial_whose_process_is_killed_goes_on_and_nothing_comes_out_differently(
+    corpus: str, tmp_path: Path, title: str
+) -> None:
+    path = written(tmp_path)
+    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+    assert main(["tune", path, "--corpus", corpus, "--out", str(whole)]) == 0
+    with killing_worker_when(lambda: len(ends(hurt)) >= 3, title) as killed:
+        assert main(["tune", path, "--corpus", corpus, "--out", str(hurt)]) == 0
+    assert killed and board(hurt) == board(whole)
+    assert artifact.load_manifest(hurt, "sweep").id == artifact.load_manifest(whole, "sweep").id
+
+
+@pytest.mark.slow
+def test_an_unfinished_sweep_of_other_settings_in_the_same_folder_is_no_obstacle(corpus: str, tmp_path: Path) -> None:
+    path, out, alone = written(tmp_path), tmp_path / "sweep", tmp_path / "alone"
+    assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
+    (out / "manifest.json").unlink()
+    other = ["--search.reduction-factor", "3"]
+    for folder in (out, alone):
+        assert main(["tune", path, "--corpus", corpus, "--out", str(folder), *other]) == 0
+    assert board(out) == board(alone)
+
+
+@pytest.mark.slow
+def test_a_seed_with_which_the_winner_diverges_is_reported_and_the_sweep_is_published(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(config: TrainConfig) -> artifact.Manifest:
+        if config.seed == 2:
+            raise Diverged("the loss is not finite at phase 0")
+        return train_model(config)
+
+    monkeypatch.setattr("hashray.sweep.train_model", diverging)
+    search = {**CONFIG["search"], "trials": 2, "scheduler": "none", "report_seeds": [1, 2]}
+    out = tmp_path / "sweep"
+    assert main(["tune", written(tmp_path, search=search), "--corpus", corpus, "--out", str(out)]) == 0
+    found = artifact.load_manifest(out, "sweep").info
+    winner = found["compared"]["winner"]
+    assert [line["seed"] for line in winner["seeds"]] == [1]
+    assert winner["failed"] == [{"seed": 2, "reason": "the loss is not finite at phase 0"}]
+    assert "The loss of the winner is not finite with seed 2." in (out / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_the_winner_trains_to_its_score_and_is_scored_beside_the_default(corpus: str, tmp_path: Path) -> None:
     search = {**CONFIG["search"], "scheduler": "median", "report_seeds": [1, 2]}
@@ -174,18 +252,32 @@ def test_trials_of_two_workers_are_ray_train_runs(corpus: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_kill_9_at_three_points_leaves_the_leaderboard_of_an_unbroken_sweep(corpus: str, tmp_path: Path) -> None:
-    path = written(tmp_path)
+@pytest.mark.parametrize(
+    "search",
+    [{"report_seeds": [1]}, {"scheduler": "pbt", "algorithm": "random", "trials": 4}],
+    ids=["asha", "pbt"],
+)
+def test_kill_9_at_three_points_leaves_the_sweep_that_an_unbroken_one_makes(
+    corpus: str, tmp_path: Path, search: dict[str, Any]
+) -> None:
+    path = written(tmp_path, search={**CONFIG["search"], **search})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main(["tune", path, "--corpus", corpus, "--out", str(whole)]) == 0
     words = ["tune", path, "--corpus", corpus, "--out", str(broken)]
     total = len(ends(whole))
     seen: dict[str, int] = {}
-    for share in (0.1, 0.4, 0.8):
-        kill_command_when(words, lambda share=share: len(ends(broken)) >= total * share, tmp_path / "log")  # type: ignore[misc]
+    points: list[Callable[[], Any]] = [
+        lambda share=share: len(ends(broken)) >= total * share  # type: ignore[misc]
+        for share in (0.1, 0.5, 0.8)
+    ]
+    if "report_seeds" in search:  # and while the winner is trained anew
+        points.append(lambda: list(broken.glob("models/*/checkpoints/**/state.json")))
+    for point in points:
+        kill_command_when(words, point, tmp_path / "log")
         now = ends(broken)
         assert {key: now[key] for key in seen} == seen, "a finished stretch was trained again"
         seen = now
     assert main(words) == 0
     assert board(broken) == board(whole)
+    assert artifact.load_manifest(broken, "sweep").id == artifact.load_manifest(whole, "sweep").id
     assert {key: time for key, time in ends(broken).items() if key in seen} == seen

@@ -188,6 +188,13 @@ def test_shipped_sweeps_are_whole() -> None:
         check_sweep(config, path.name)
 
 
+def test_every_integer_between_the_ends_is_checked(tmp_path: Path) -> None:
+    told = faults(tmp_path, {"method.num_bits": {"integer": [16, 24]}})
+    assert "17" in told and "space.method.num_bits: and 3 more such values; name those that hold, as a choice" in told
+    kept = sweep(tmp_path, {"method.num_bits": {"choice": [16, 24]}})
+    assert kept.at({"method.num_bits": 24}).method.num_bits == 24
+
+
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(2, 5), st.sampled_from(["asha", "median", "pbt", "none"]))
 def test_trials_report_in_order_and_at_the_end(passes: int, grace: int, factor: int, scheduler: Any) -> None:
     search = SearchConfig(scheduler=scheduler, algorithm="random", grace_epochs=grace, reduction_factor=factor)
@@ -230,10 +237,11 @@ def test_the_leaderboard_ranks_by_score_then_by_number_and_failures_come_last(tm
         (
             [0.8, 0.82],
             [0.7, 0.71],
-            "by +0.1050 on validation, more than the seed spread (0.0141, 2 seeds)",
+            "leads the default by 0.1050 on validation, more than the seed spread (0.0141, 2 and 2 seeds)",
         ),
-        ([0.8, 0.7], [0.74, 0.75], "by +0.0050 on validation, within the seed spread: the default was already there"),
-        ([0.7, 0.7], [0.8, 0.8], "by -0.1000 on validation, within the seed spread"),
+        ([0.8, 0.7], [0.74, 0.75], "by 0.0050 on validation, within the seed spread: the default was already there"),
+        ([0.7, 0.7], [0.8, 0.8], "is behind the default by 0.1000 on validation, more than the seed spread: keep the"),
+        ([0.8], [0.7], "by 0.1000 on validation, with one seed, which has no spread"),
         ([0.7], None, "The default failed."),
     ],
 )
@@ -242,12 +250,17 @@ def test_the_verdict_compares_the_lead_with_what_seeds_make(
 ) -> None:
     def side(scores: list[float]) -> dict[str, Any]:
         lines = [{"seed": i, "validation": score} for i, score in enumerate(scores)]
-        return {"trial": 1, "seeds": lines, **spread(lines)}
+        return {"trial": 1, "seeds": lines, "failed": [], **spread(lines)}
 
     compared = {"winner": side(winner)} | ({} if default is None else {"default": side(default)})
     assert text in verdict(compared)
     assert verdict({"winner": {**side(winner), "trial": 0}}) == "The default was the best trial."
     assert verdict({}) == ""
+    diverged = {**side([]), "failed": [{"seed": 3, "reason": "…"}]}
+    assert (
+        verdict({"winner": diverged, "default": side([0.5, 0.6])})
+        == "The loss of the winner is not finite with seed 3."
+    )
 
 
 def test_what_an_earlier_run_trained_says_nothing_of_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +269,13 @@ def test_what_an_earlier_run_trained_says_nothing_of_how_long_the_rest_takes(mon
     watch = Watch(trials=10, passes=4)
     for number in range(6):  # found, not trained
         now[0] += 1
-        watch.reported({NUMBER: number}, 4, 0.5, trained=False)
-        watch.ended({NUMBER: number}, "")
+        watch.reported({NUMBER: number}, 4, 4, 0.5, trained=False)
+        watch.ended({NUMBER: number}, failed=False)
     assert watch.eta_s() is None
     now[0] += 100
-    watch.reported({NUMBER: 6}, 4, 0.5, trained=True)
-    watch.ended({NUMBER: 6}, "")
+    watch.reported({NUMBER: 6}, 3, 3, 0.5, trained=True)  # of a trial with fewer passes than others
+    watch.ended({NUMBER: 6}, failed=False)
+    assert watch.over[6] == "finished"
     assert watch.eta_s() == pytest.approx(3 * 100)
 
 

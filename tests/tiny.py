@@ -198,13 +198,14 @@ def killing_worker_when(ready: Callable[[], Any], title: str) -> Iterator[list[i
     def watch() -> None:
         while not over.is_set() and not ready():
             over.wait(0.005)
-        for child in psutil.Process().children(recursive=True):
-            try:
-                if not over.is_set() and not killed and title in " ".join(child.cmdline()):
-                    child.send_signal(signal.SIGKILL)
-                    killed.append(child.pid)
-            except psutil.NoSuchProcess:
-                continue
+        while not over.wait(0.005) and not killed:  # a short task's worker bears its name for a moment only
+            for child in psutil.Process().children(recursive=True):
+                try:
+                    if not over.is_set() and not killed and title in " ".join(child.cmdline()):
+                        child.send_signal(signal.SIGKILL)
+                        killed.append(child.pid)
+                except psutil.NoSuchProcess:
+                    continue
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

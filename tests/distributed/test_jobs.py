@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,9 +54,9 @@ class Cluster:
     folder: Path
     port: int
 
-    def submit(self, *entrypoint: str) -> subprocess.CompletedProcess[str]:
+    def submit(self, *entrypoint: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- …`, from the root of the repository, to its end."""
-        words = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *entrypoint]
+        words = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", *options, "--", *entrypoint]
         return subprocess.run(words, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
 
 
@@ -171,6 +171,7 @@ def second_node(cluster: Cluster) -> Iterator[psutil.Process]:
     with tempfile.TemporaryDirectory(prefix="hr", dir="/tmp", ignore_cleanup_errors=True) as name:
         words = [
             str(BIN / "ray"), "start", "--address", f"127.0.0.1:{cluster.port}", "--block", "--num-cpus", "2",
+            "--resources", '{"second": 1}',
             "--temp-dir", name, "--object-store-memory", str(200 << 20),
             "--dashboard-agent-listen-port", str(free_port()), "--disable-usage-stats",
         ]  # fmt: skip
@@ -200,12 +201,16 @@ def test_a_sweep_as_a_job_on_two_nodes_comes_out_as_on_one_though_a_node_is_lost
         "search": {"trials": 6, "grace_epochs": 1, "reduction_factor": 2, "at_once": 3, "report_seeds": []},
     }  # fmt: skip
     path = write_toml(tmp_path / "sweep.toml", config)
-    two, one = tmp_path / "two", tmp_path / "one"
+    elsewhere, two, one = tmp_path / "elsewhere", tmp_path / "two", tmp_path / "one"
 
     def ended(out: Path) -> int:
         return sum(1 for file in out.glob("trials/*/*/*/state.json") if file.parent.name.isdigit())
 
     with second_node(cluster) as node, ThreadPoolExecutor(1) as pool:
+        # With the driver, and so what waits for the trials, away from the head.
+        words = ["python", "jobs/tune.py", path, "--corpus", corpus, "--out", str(elsewhere)]
+        done = cluster.submit(*words, options=["--entrypoint-resources", '{"second": 1}'])
+        assert done.returncode == 0, done.stdout + done.stderr
         job = pool.submit(cluster.submit, "python", "jobs/tune.py", path, "--corpus", corpus, "--out", str(two))
         wait_until(lambda: ended(two) >= 4 or job.done(), "four stretches")
         kill_tree(node)
@@ -215,5 +220,5 @@ def test_a_sweep_as_a_job_on_two_nodes_comes_out_as_on_one_though_a_node_is_lost
     assert done.returncode == 0, done.stdout + done.stderr
     assert artifact.verify(two) == [] == artifact.verify(one)
     for name in ("leaderboard.parquet", "passes.parquet"):
-        assert (two / name).read_bytes() == (one / name).read_bytes()
-    assert artifact.load_manifest(two, "sweep").id == artifact.load_manifest(one, "sweep").id
+        assert (elsewhere / name).read_bytes() == (two / name).read_bytes() == (one / name).read_bytes()
+    assert len({artifact.load_manifest(out, "sweep").id for out in (elsewhere, two, one)}) == 1

@@ -110,6 +110,12 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     return "\n".join([title, "", *lines, "", *_round_lines(entries), _made(entries, about.get("configs", []))])
 
 
+def _baselines_on(entry: dict[str, Any]) -> str:
+    protocol = entry["protocol"]
+    rows = f", {protocol['baseline_train_rows']:,} train rows" if "baseline_train_rows" in protocol else ""
+    return protocol["baseline_features"] + rows if "baseline_features" in protocol else ""
+
+
 def _seeds(entry: dict[str, Any]) -> Seeds:
     return entry["protocol"]["split_seed"], entry["protocol"]["train_seed"]
 
@@ -129,9 +135,9 @@ def _require_alike(about: dict[str, Any], entries: list[dict[str, Any]]) -> None
     trunks = {entry["training"].get("trunk") for entry in entries}
     if about.get("one_trunk") and (len(trunks) > 1 or None in trunks):
         raise SystemExit(f"{about['title']}: all rows are to be of one trunk, these are of {sorted(map(str, trunks))}")
-    features = {entry["protocol"].get("baseline_features") for entry in entries} - {None}
-    if len(features) > 1:
-        raise SystemExit(f"{about['title']}: baselines on different features in one table: {sorted(features)}")
+    fitted = {_baselines_on(entry) for entry in entries} - {""}
+    if len(fitted) > 1:
+        raise SystemExit(f"{about['title']}: baselines on different features or rows in one table: {sorted(fitted)}")
 
 
 def _require_same_seeds(column: str, seeds: dict[str, set[Seeds]]) -> None:
@@ -210,11 +216,11 @@ def _made(entries: list[dict[str, Any]], configs: list[str]) -> str:
 
     protocols = [entry["protocol"] for entry in entries]
     made = [entry["environment"] for entry in entries]
-    features = [protocol["baseline_features"] for protocol in protocols if "baseline_features" in protocol]
+    fitted = [on for entry in entries if (on := _baselines_on(entry))]
     return (
         f"Protocol `{all_of(p['name'] for p in protocols)}`: {all_of(p['train'] for p in protocols)} train, "
         f"{all_of(p['queries'] for p in protocols)} query, {all_of(p['database'] for p in protocols)} database rows; "
-        f"baselines on {all_of(features) or 'nothing'}; split seeds {all_of(p['split_seed'] for p in protocols)}, "
+        f"baselines on {all_of(fitted) or 'nothing'}; split seeds {all_of(p['split_seed'] for p in protocols)}, "
         f"train seeds {all_of(p['train_seed'] for p in protocols)}; "
         + (f"commands at the head of {all_of(f'`jobs/configs/{name}`' for name in configs)}; " if configs else "")
         + f"commits {all_of(m['commit'] for m in made)}; "

@@ -68,7 +68,7 @@ class EvaluateConfig(Config):
         True, description="random, LSH, PCA-sign, ITQ, ITQ of a linear head, class code, float cosine; same features"
     )
     baseline_limit: int = Field(200_000, ge=1, description="rows above which baselines are left out")
-    baseline_train_rows: int = Field(20_000, ge=1, description="train rows that baselines are fitted on, at most")
+    baseline_train_rows: int = Field(50_000, ge=1, description="train rows that baselines are fitted on, at most")
     gallery: int = Field(12, ge=0, description="queries shown on the page, a quarter of them the hardest")
     seed: int = Field(0, ge=0)
     max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
@@ -117,7 +117,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     database = _encoded(config, corpus, name, config.database_split, features, config.codes)
     protocol = _protocol(config, model, corpus, query, database)
     if config.baselines and len(database.ids) + len(query.ids) <= config.baseline_limit:
-        protocol["baseline_features"] = _add_baselines(config, model, corpus, features, query, database)
+        protocol |= _add_baselines(config, model, corpus, features, query, database)
     elif config.baselines:
         say(f"baselines left out: more than --baseline-limit {config.baseline_limit:,} rows")
     results, parts = [], []
@@ -229,8 +229,8 @@ def _encoded(
 
 def _add_baselines(
     config: EvaluateConfig, model: Model, corpus: Corpus, frozen: str | None, query: Side, database: Side
-) -> str:
-    """Fit the baselines on the train rows, put their codes into both sides; return which features they saw."""
+) -> dict[str, Any]:
+    """Fit the baselines on the train rows, put their codes into both sides; return what they were fitted on."""
     features = BaselineFeatures(model, corpus, frozen, config.pool, config.max_bad)
     rows, known = corpus.rows("train"), features.ids("train")
     able = np.array([i for i, row_id in enumerate(rows.ids) if row_id in known])
@@ -248,7 +248,7 @@ def _add_baselines(
             bar.add(1)
     for side, values in sides:
         side.values[FLOAT] = values
-    return features.name
+    return {"baseline_features": features.name, "baseline_train_rows": len(chosen)}
 
 
 def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Side, database: Side) -> dict[str, Any]:

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {"hashray": {}, "paper": AS_WRITTEN, "relea
 
 
 class AdaLabelHashConfig(MethodConfig):
-    """Settings of AdaLabelHash."""
+    """Settings of AdaLabelHash; its presets say nothing of optim.*, which a config sets beside them."""
 
     presets = PRESETS
     kind: Literal["adalabelhash"] = "adalabelhash"

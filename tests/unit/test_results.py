@@ -31,7 +31,7 @@ def entry(
         "top_k": None, "ties": "expected",
     }  # fmt: skip
     if itq is not None:
-        protocol["baseline_features"] = more.pop("features", "f")
+        protocol |= {"baseline_features": more.pop("features", "f"), "baseline_train_rows": more.pop("fitted", 10)}
     protocol |= more.pop("protocol", {})
     training = {"config": {"epochs": 3, "seed": seed}, "trunk": "t"} | more
     environment = {"commit": "c", "torch": "1", "hardware": "h"}
@@ -79,6 +79,7 @@ def test_rounds_of_self_training_are_told() -> None:
         (entry("b", 0.6, 0, trunk="u"), r"one trunk, these are of \['t', 'u'\]"),
         (entry("b", 0.6, 0, trunk=None), r"one trunk, these are of \['None', 't'\]"),
         (entry("b", 0.6, 0, itq=0.3, features="g"), "baselines on different features"),
+        (entry("b", 0.6, 0, itq=0.3, fitted=9), "different features or rows"),
         (entry("a", 0.6, 1), r"itq is of the seeds \[\(0, 0\)\]"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import tomli_w
 import torch
 from tiny import head_config, kill_command_when, killing_worker_when, write_corpus, write_trunk
@@ -24,7 +25,7 @@ from hashray.train.checkpoint import read_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.self_training import train_model
 from hashray.train.trainer import plan_job, training_data
-from hashray.tune.segments import Segment, train_here
+from hashray.tune.segments import Segment, train_segment
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 WEIGHTS = Path(tempfile.gettempdir()) / f"tune-trunk-{os.getpid()}.pth"
@@ -131,14 +132,14 @@ def test_a_segment_goes_on_from_where_it_was_interrupted(corpus: str, tmp_path: 
     opened = open_corpus(corpus)
     job = plan_job(config, opened, training_data(config, opened))
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    train_here(job, Segment(whole, None, 3))
-    train_here(job, Segment(broken, None, 2))
+    ray.get(train_segment.remote(job, Segment(whole, None, 3)))
+    ray.get(train_segment.remote(job, Segment(broken, None, 2)))
     partial = Path(broken) / "3-partial"
     (Path(broken) / "2").rename(partial)
     state = json.loads((partial / "state.json").read_text())
     state["position"]["notes"]["history"][0]["loss"] = 123.0  # so that it shows from where it went on
     (partial / "state.json").write_text(json.dumps(state))
-    train_here(job, Segment(broken, None, 3))
+    ray.get(train_segment.remote(job, Segment(broken, None, 3)))
     ours, theirs = read_checkpoint(f"{broken}/3"), read_checkpoint(f"{whole}/3")
     assert ours.position.notes["history"][0]["loss"] == 123.0
     assert ours.position.notes["history"][1:] == theirs.position.notes["history"][1:]

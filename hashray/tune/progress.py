@@ -28,6 +28,10 @@ class Watch:
         self.over: dict[int, str] = {}
         self.live: Live | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune pickles its callbacks when a search begins, and a live table holds a lock.
+        return self.__dict__ | {"live": None}
+
     def __enter__(self) -> Watch:
         if console.is_terminal:
             self.live = Live(self._table(), console=console, refresh_per_second=2)

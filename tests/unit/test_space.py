@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from hashray.cli import main
 from hashray.config import parse_toml, validate
@@ -277,6 +280,19 @@ def test_what_an_earlier_run_trained_says_nothing_of_how_long_the_rest_takes(mon
     watch.ended({NUMBER: 6}, failed=False)
     assert watch.over[6] == "finished"
     assert watch.eta_s() == pytest.approx(3 * 100)
+
+
+def test_in_a_terminal_a_table_of_the_best_trials_lives_while_ray_pickles_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = io.StringIO()
+    monkeypatch.setattr("hashray.tune.progress.console", Console(file=sink, force_terminal=True, width=100))
+    with Watch(trials=3, passes=4) as watch:
+        watch.reported({NUMBER: 1, "optim.lr": 1e-3}, 2, 4, 0.5, trained=True)
+        watch.reported({NUMBER: 0, "optim.lr": 2e-3}, 4, 4, 0.75, trained=True)
+        watch.ended({NUMBER: 0, "optim.lr": 2e-3}, failed=False)
+        assert pickle.loads(pickle.dumps(watch)).at == watch.at
+    shown = sink.getvalue()
+    assert "1 of 3 trials" in shown and shown.rindex("0.7500") < shown.rindex("0.5000")
+    assert "finished" in shown and "lr 0.002" in shown
 
 
 def test_the_page_of_a_sweep_shows_stopped_and_failed_trials(tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def tune(config: SweepConfig) -> Manifest:
     )  # fmt: skip
     for key, _ in list(store.list("progress/")):
         store.delete(key)
-    say(judged)
+    if judged:
+        say(judged)
     say(f"{out}: {spent:,} of {full:,} passes trained ({spent / full:.0%}); hashray train {join(out, 'best.toml')}")
     return manifest
 

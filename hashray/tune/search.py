@@ -131,10 +131,10 @@ def _fit(config: SweepConfig, sweep: dict[str, Any], at_once: int) -> _Callbacks
     turns = TurnsActor.options(  # type: ignore[attr-defined]
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
     ).remote(0 if population else at_once, config.search.trials)
+    _quiet()
     how: dict[str, Any] = {}
     if not population:
         how = {"num_samples": config.search.trials, "max_concurrent_trials": at_once, "search_alg": _searcher(config)}
-    _quiet()
     with tempfile.TemporaryDirectory() as folder, Watch(config.search.trials, sweep["most"], population) as watch:
         trainable = tune.with_parameters(run_trial, sweep=sweep, turns=turns)
         callbacks = _Callbacks(turns, watch, population)
@@ -252,6 +252,7 @@ def _scheduler(config: SweepConfig, most: int) -> TrialScheduler:
 def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told by their reasons
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # whose banner names a folder that is gone at the end, even at verbose=0
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # else an interrupted search looks like a finished one

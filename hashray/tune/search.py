@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from hashray.tune.segments import SECONDS, ended_at
 from hashray.tune.space import NUMBER, ORIGIN, SweepConfig, donor_of, grace_epochs, milestones, values_of
 from hashray.tune.trial import (
     FAILED,
-    FOLDER,
     PASSES,
     SCORE,
     TOTAL,
@@ -43,6 +43,7 @@ from hashray.tune.trial import (
     TurnsActor,
     failure_of,
     folder_of,
+    number_of,
     run_trial,
 )
 
@@ -53,11 +54,9 @@ class _Callbacks(tune.Callback):
     def __init__(self, turns: Any, watch: Watch, in_step: bool) -> None:
         self.turns, self.watch, self.in_step = turns, watch, in_step
         self.ended: dict[int, tuple[dict[str, Any], int, str | None]] = {}
-        self.folders: dict[int, set[str]] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         point = result["config"]  # with which it was trained; an exchange may have given the trial another by now
-        self.folders.setdefault(point[NUMBER], set()).add(result[FOLDER])
         self.watch.reported(point, result[PASSES], result[TOTAL], result[SCORE], result[TRAINED])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -106,7 +105,7 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
             "run the same command again to go on"
         )
     trials = [_trial(config, corpus, trials_at, most, *callbacks.ended[number]) for number in sorted(callbacks.ended)]
-    _write_costs(trials, callbacks.folders, out)
+    _write_costs(trials, own, store)
     if all(trial.state == "failed" for trial in trials):
         for key in _files(own, FAILED):  # so that they are tried again once the cause is mended
             own.delete(key)
@@ -201,15 +200,13 @@ def _trial(
     return Trial(number, values, name, state, score, done, total, reason or "", lines, chosen)
 
 
-def _write_costs(trials: list[Trial], folders: dict[int, set[str]], out: str) -> None:
+def _write_costs(trials: list[Trial], own: Store, out: Store) -> None:
     """Seconds that each trial's segments took where they were trained, failures too: measured, so never compared."""
-    costs = {}
-    for trial in trials:
-        own = {join(out, "trials", trial.folder)} if trial.folder else set()
-        stores = [open_store(folder) for folder in folders.get(trial.number, set()) | own]
-        seconds = sum(json.loads(store.read(SECONDS)) for store in stores if store.exists(SECONDS))
-        costs[str(trial.number)] = {"passes": trial.passes, "seconds": seconds}
-    open_store(out).write("costs.json", canonical(costs))
+    seconds: Counter[int] = Counter()
+    for key in _files(own, SECONDS):
+        seconds[number_of(key)] += json.loads(own.read(key))
+    costs = {str(trial.number): {"passes": trial.passes, "seconds": seconds[trial.number]} for trial in trials}
+    out.write("costs.json", canonical(costs))
 
 
 def _at_once(config: SweepConfig, corpus: Corpus, source: Corpus, store: Store, plan: str) -> int:

@@ -80,7 +80,7 @@ def train_here(job: dict[str, Any], segment: Segment) -> None:
     """Train a segment in this process, from the state before it or from where it was interrupted.
 
     Raises:
-        RunError: the loss is not finite.
+        Diverged: the loss is not finite.
     """
     config = TrainConfig.model_validate(job["config"])
     if not config.gpu:

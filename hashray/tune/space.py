@@ -230,11 +230,7 @@ class SweepConfig(TrainConfig):
 
     def corners(self) -> list[Point]:
         """The default, and it with one dimension after another at each of its ends."""
-        return [self.default(), *[point for name in self.space for point in self.ends_of(name)]]
-
-    def ends_of(self, name: str) -> list[Point]:
-        """A dimension at each of its ends, for every method that has it."""
-        return self.points_of(name, self.space[name].ends)
+        return [self.default(), *[point for name, d in self.space.items() for point in self.points_of(name, d.ends)]]
 
     def points_of(self, name: str, values: Iterable[Any]) -> list[Point]:
         """A dimension at each of these values, for every method that has it."""

@@ -37,7 +37,7 @@ from hashray.tune.segments import (
 from hashray.tune.space import NUMBER, SweepConfig, donor_of, milestones
 from hashray.tune.turns import Turns
 
-SCORE, PASSES, TOTAL, FOLDER, TRAINED = "score", "passes", "of_passes", "folder", "trained"
+SCORE, PASSES, TOTAL, TRAINED = "score", "passes", "of_passes", "trained"
 FAILED = "failed.json"
 
 
@@ -121,7 +121,7 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
             # Of a population the weights of now are handed on, not the best there were.
             reached = last_validation if population else score_of
             score = WORST if position is None else reached(position)
-            told = {SCORE: score, PASSES: until, TOTAL: own, FOLDER: trial, TRAINED: trained}
+            told = {SCORE: score, PASSES: until, TOTAL: own, TRAINED: trained}
             tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
         done, start = until, segment.end
 
@@ -129,6 +129,11 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
 def folder_of(trials_at: str, point: dict[str, Any], chosen: TrainConfig, corpus: Corpus) -> str:
     """Where a trial's segments are: two trials at one point do not share them."""
     return join(trials_at, f"{point[NUMBER]:04d}-{run_of(chosen, corpus)[0]}")
+
+
+def number_of(key: str) -> int:
+    """The number of the trial in whose folder a file lies, from its key."""
+    return int(key.partition("-")[0])
 
 
 def failure_of(trial: str) -> str | None:

@@ -57,19 +57,31 @@ def override(config: ConfigT, arguments: list[str], program: str) -> ConfigT:
     """Apply `--method.num-bits 32`-style flags over a config, by tyro; exits 2 on an unknown flag.
 
     What neither the config nor a flag sets is filled in anew, so that a field that others follow (a preset)
-    works on the command line as it does in a file.
+    works on the command line as it does in a file. A flag of an optional table that the config lacks adds the table.
 
     Raises:
         ConfigError: each flag is allowed, all together are not.
     """
+    flags = {text.partition("=")[0].replace("_", "-") for text in arguments if text.startswith("-")}
+    config = _with_tables(config, flags)
     parsed = _flags(type(config), arguments, program, config)
-    flags = {text.partition("=")[0].replace("_", "-") for text in arguments if text.startswith("--")}
     return validate(type(config), _given(config, parsed, flags, "--"), "the command line")
 
 
 def parse_flags(config_class: type[ConfigT], arguments: list[str], program: str) -> ConfigT:
     """Build a config from flags alone; as `override`."""
     return _flags(config_class, arguments, program, None)
+
+
+def _with_tables(config: ConfigT, flags: set[str]) -> ConfigT:
+    """The config with the optional tables that it lacks and that flags are about, each at its defaults."""
+    about = {flag.removeprefix("--").partition(".")[0] for flag in flags if "." in flag}
+    added = {}
+    for name, field in type(config).model_fields.items():
+        wanted = name.replace("_", "-") in about or flags & {"-h", "--help"}
+        if getattr(config, name) is None and wanted and (tables := _models(field.annotation)):
+            added[name] = tables[0]()
+    return config.model_copy(update=added)
 
 
 def _flags(config_class: type[ConfigT], arguments: list[str], program: str, default: ConfigT | None) -> ConfigT:

@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from hashray.config import Config
 from hashray.data.ingest import IngestConfig, ingest
 from hashray.data.sources import SourceConfig
-from hashray.data.splits import Protocol
+from hashray.data.splits import SplitConfig
 from hashray.encode import EncodeConfig, encode
 from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.index.build import IndexConfig, build_index
@@ -21,17 +20,13 @@ from hashray.train.features import features_of_model
 from hashray.train.self_training import train_model
 
 
-class PipelineConfig(Config):
+class PipelineConfig(SplitConfig):
     """Ingest, train, encode, index and evaluate; everything lands below one folder."""
 
     config: Annotated[str, tyro.conf.Positional] = Field(description="training config, TOML")
     source: str = Field(description="images: folder, list files, Parquet or tar shards; local or s3://")
     out: str = Field(description="folder or s3:// prefix: corpus, model, codes, index and evaluation go below it")
     reader: Annotated[SourceConfig, tyro.conf.arg(name="")] = SourceConfig()
-    split_protocol: Protocol = "as-given"
-    seed: int = Field(0, ge=0, description="of the split protocol")
-    query_per_class: int = Field(100, ge=1)
-    train_per_class: int = Field(500, ge=1)
     max_bad: float = Field(0.05, ge=0, le=1)
     kind: Literal["flat", "ivf"] = "flat"
     shards: int | None = Field(None, ge=1)
@@ -52,9 +47,8 @@ def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
     at = {name: join(config.out, name) for name in ("corpus", "model", "codes", "index", "evaluation")}
     ingest(
         IngestConfig(
-            source=config.source, out=at["corpus"], reader=config.reader, split_protocol=config.split_protocol,
-            seed=config.seed, query_per_class=config.query_per_class, train_per_class=config.train_per_class,
-            max_bad=config.max_bad, pool=config.pool,
+            source=config.source, out=at["corpus"], reader=config.reader, max_bad=config.max_bad, pool=config.pool,
+            **{name: getattr(config, name) for name in SplitConfig.model_fields},
         )
     )  # fmt: skip
     train_model(training.model_copy(update={"corpus": at["corpus"], "out": at["model"]}))

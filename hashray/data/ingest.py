@@ -18,11 +18,10 @@ from pydantic import Field
 
 from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical, sha256_hex
-from hashray.config import Config
 from hashray.data.corpus import CORPUS_SCHEMA
 from hashray.data.images import BadImage, decode
 from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
-from hashray.data.splits import Protocol, SplitConfig, assign_splits, order_key
+from hashray.data.splits import SplitConfig, assign_splits, class_split, order_key
 from hashray.data.units import BadRow, Part, UnitWorker, already_made, clear_progress, run_units, write_quarantine
 from hashray.errors import InputError
 from hashray.progress import say
@@ -33,35 +32,16 @@ FETCH_THREADS = 8
 MOST_CLASSES = 1_000_000
 
 
-class IngestConfig(Config):
+class IngestConfig(SplitConfig):
     """Read images from a folder, list files, Parquet or tar shards into a corpus."""
 
     source: Annotated[str, tyro.conf.Positional] = Field(description="folder, file or s3:// url")
     out: str = Field(description="the corpus to write")
     reader: Annotated[SourceConfig, tyro.conf.arg(name="")] = SourceConfig()
-    split_protocol: Protocol = "as-given"
-    seed: int = Field(0, ge=0, description="of the split protocol and of the order of rows")
-    query_per_class: int = Field(100, ge=1, description="per-class protocol")
-    train_per_class: int = Field(500, ge=1, description="per-class protocol")
-    train_in_database: bool = True
-    unseen_classes: int | None = Field(None, ge=1, description="class-split protocol; unset: a quarter of the classes")
-    pseudo_unseen_classes: int = Field(0, ge=0, description="class-split protocol: kept aside for tuning")
     store: Literal["bytes", "reference"] = Field("bytes", description="keep the images, or only where they are")
     max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
     rows_per_part: int = Field(1024, ge=1)
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
-
-    def splits(self) -> SplitConfig:
-        """The split protocol's own config."""
-        return SplitConfig(
-            protocol=self.split_protocol,
-            seed=self.seed,
-            query_per_class=self.query_per_class,
-            train_per_class=self.train_per_class,
-            train_in_database=self.train_in_database,
-            unseen_classes=self.unseen_classes,
-            pseudo_unseen_classes=self.pseudo_unseen_classes,
-        )
 
 
 class _IngestWorker(UnitWorker):
@@ -107,7 +87,7 @@ def ingest(config: IngestConfig) -> Manifest:
     listing = list_source(source, config.reader)
     classes, labels = name_classes(listing)
     ids = [row.id for row in listing.rows]
-    splits = assign_splits(ids, labels, [row.split for row in listing.rows], config.splits())
+    splits = assign_splits(ids, labels, [row.split for row in listing.rows], config)
     items: list[dict[str, Any]] = [
         {"id": row.id, "uri": row.locator, "labels": labels[i], "split": splits[i]}
         for i, row in enumerate(listing.rows)
@@ -128,7 +108,10 @@ def ingest(config: IngestConfig) -> Manifest:
     chunks = [items[i : i + config.rows_per_part] for i in range(0, len(items), config.rows_per_part)]
     units = [{"index": i, "rows": len(chunk), "items": chunk} for i, chunk in enumerate(chunks)]
     parts = run_units(store, plan, units, _IngestWorker, {"store": config.store}, config.pool, "ingest", config.max_bad)
-    return _publish(store, plan, result_of, classes, listing, parts)
+    info = {"plan": plan, "format": listing.format, "num_classes": len(classes)}
+    if config.split_protocol == "class-split":
+        info["class_split"] = class_split(labels, classes, config)
+    return _publish(store, result_of, classes, parts, info)
 
 
 def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
@@ -159,7 +142,7 @@ def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
 
 
 def _publish(
-    store: Store, plan: str, config: dict[str, Any], classes: list[str], listing: Listing, parts: list[Part]
+    store: Store, config: dict[str, Any], classes: list[str], parts: list[Part], info: dict[str, Any]
 ) -> Manifest:
     files: list[FileRecord] = [part.file for part in parts]
     files.append(artifact.write_file(store, "classes.json", canonical(classes)))
@@ -177,7 +160,7 @@ def _publish(
             kind="corpus", project_version=__version__, config=config, parents={}, files=tuple(files),
             columns={field.name: str(field.type) for field in CORPUS_SCHEMA},
             rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
-            info={"plan": plan, "format": listing.format, "num_classes": len(classes), "leaked_queries": leaked},
+            info={**info, "leaked_queries": leaked},
         ),
     )  # fmt: skip
     clear_progress(store)

@@ -1,6 +1,6 @@
 """Which rows of a corpus are trained on, and what is known of their labels. No Ray.
 
-pseudo-labels/  parts/part-00000.parquet … (id, labels int8 [c], confidence, best, hidden)
+pseudo-labels/  parts/part-00000-<plan>.parquet … (id, labels int8 [c], confidence, hidden)
                 accepted.parquet (accepted, labels) · quarantine.parquet · manifest.json
 """
 

@@ -38,13 +38,13 @@ class SplitConfig(Config):
                            they are query-pseudo and database-pseudo
     """
 
-    protocol: Protocol = "as-given"
-    seed: int = Field(0, ge=0)
-    query_per_class: int = Field(100, ge=1)
-    train_per_class: int = Field(500, ge=1)
-    train_in_database: bool = True
-    unseen_classes: int | None = Field(None, ge=1)
-    pseudo_unseen_classes: int = Field(0, ge=0)
+    split_protocol: Protocol = "as-given"
+    seed: int = Field(0, ge=0, description="of the split protocol and of the order of rows")
+    query_per_class: int = Field(100, ge=1, description="per-class protocol")
+    train_per_class: int = Field(500, ge=1, description="per-class protocol")
+    train_in_database: bool = Field(True, description="per-class protocol")
+    unseen_classes: int | None = Field(None, ge=1, description="class-split protocol; unset: a quarter of the classes")
+    pseudo_unseen_classes: int = Field(0, ge=0, description="class-split protocol: kept aside for tuning")
 
     def parts_of_classes(self, present: Sequence[int]) -> dict[int, str]:
         """class-split: seen, unseen or pseudo, for each class that occurs; unset, a quarter of them is unseen.
@@ -82,13 +82,13 @@ def assign_splits(
             row that is also in another split.
     """
     _check_unique(ids)
-    if config.protocol == "as-given":
+    if config.split_protocol == "as-given":
         splits = _as_given(given)
-    elif config.protocol == "adalabelhash-cifar10":
+    elif config.split_protocol == "adalabelhash-cifar10":
         splits = _train_is_database(given)
-    elif config.protocol == "cifar10-semi":
+    elif config.split_protocol == "cifar10-semi":
         splits = _per_class(ids, labels, config.seed, 100, 500, rest="database+unlabelled", train="database+train")
-    elif config.protocol == "class-split":
+    elif config.split_protocol == "class-split":
         splits = _class_split(ids, labels, given, config)
     else:
         train = "database+train" if config.train_in_database else "train"
@@ -151,6 +151,14 @@ def _train_is_database(given: Sequence[str | None]) -> list[str]:
             "Give a folder with train/ and test/, or choose per-class"
         )
     return ["database+train" if split == "train" else "query" for split in given]
+
+
+def class_split(labels: Sequence[Sequence[int]], classes: Sequence[str], config: SplitConfig) -> dict[str, list[str]]:
+    """class-split: names of the seen, unseen and pseudo-unseen classes, of rows with one label each."""
+    found: dict[str, list[str]] = {}
+    for label, part in sorted(config.parts_of_classes(sorted({own[0] for own in labels})).items()):
+        found.setdefault(part, []).append(classes[label])
+    return found
 
 
 def _class_split(

@@ -114,7 +114,7 @@ def comparable(runs: Mapping[str, Mapping[str, Any]], scenario: str | None) -> l
         told = f"{own[0]['name']} {name}" if len(runs) > 1 else own[0]["name"]
         bits = f", {own[0]['num_bits']} bits" if len(lengths) > 1 else ""
         found.append({**own[0], "run": place, "label": told + bits})
-        baselines = baselines or own[1:]
+        baselines = baselines or [{**r, "label": r["name"] + (bits if r["num_bits"] else "")} for r in own[1:]]
     return found + baselines
 
 

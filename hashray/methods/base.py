@@ -17,10 +17,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 from torch import Tensor, nn
 
 from hashray.codes import Codes, check_num_bits
@@ -38,11 +38,15 @@ class MethodConfig(Config):
     kind: str
     num_bits: int = Field(32, description="bits of a code; a positive multiple of 8")
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _apply_preset(cls, data: Any) -> Any:
+    def _apply_preset(cls, data: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
         name = data.get("preset") if isinstance(data, dict) else None
-        return cls.presets[name] | data if isinstance(name, str) and name in cls.presets else data
+        if not isinstance(name, str) or name not in cls.presets:
+            return build(data)
+        made = build(cls.presets[name] | data)
+        made.model_fields_set.intersection_update(data)  # another preset replaces what this one filled in
+        return made
 
     @field_validator("num_bits")
     @classmethod
@@ -201,7 +205,7 @@ class Method(nn.Module, ABC):
         """Hash logits [n, num_bits], float32; bit j of the code is logit j >= 0."""
 
     def after_step(self, phase: Phase, means: Mapping[str, float]) -> None:
-        """Told the means of a step's terms over all workers, after the step."""
+        """Told the means of a step's terms over all workers, after the step, without those that were of no row."""
         return
 
     def class_scores(self, inputs: Tensor) -> Tensor:
@@ -211,6 +215,11 @@ class Method(nn.Module, ABC):
             InputError: this method has no scores of classes.
         """
         raise InputError(f"{self.kind} gives no class scores, which self-training needs")
+
+    @classmethod
+    def scores_classes(cls) -> bool:
+        """Whether this method has class scores."""
+        return cls.class_scores is not Method.class_scores
 
     def class_codes(self) -> Codes | None:
         """The codeword of each class, packed uint8 [c, num_bits // 8]; None for a method without codewords."""

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from hashray.codes import Codes
-from hashray.errors import InputError
+from hashray.errors import ConfigError, InputError
 from hashray.methods.backbone import Trunk
 from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term
 from hashray.methods.codewords import CodewordInit, Codewords
@@ -132,8 +132,11 @@ class LCGH(Method):
         self._pretrained = (copy.deepcopy(trunk).requires_grad_(False).eval(),) if trained else ()
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
-        warm = min(epochs - 1, round(epochs * self.config.warmup_share))
+        share = self.config.warmup_share
+        warm = min(epochs - 1, max(1, round(epochs * share))) if share else 0
         if not warm:
+            if self.config.priority == "dual":
+                raise ConfigError('method.priority = "dual" needs a warm-up and a pass after it: epochs = 2 or more')
             return (Phase("codes", 0, epochs),)
         # Validation on seen classes would always prefer the labels alone.
         return Phase("labels", 0, warm, selectable=False), Phase("codes", 1, epochs - warm)
@@ -143,6 +146,7 @@ class LCGH(Method):
             self.dual[2] = (1 + self.config.dual_slack) * self.dual[1]
             return {"label_plateau": float(self.dual[1])}
         self.codewords.learn_classes(table)
+        self.dual.copy_(torch.tensor([1.0, 0.0, 0.0]))  # what a model before has left is of its own warm-up
 
         def moments(inputs: Tensor) -> Tensor:
             target = self._raw_target(inputs)
@@ -159,7 +163,10 @@ class LCGH(Method):
         return {}
 
     def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
-        """Equation: METHODS 3.2. The decoder learns from its loss as it is; `beta` scales what of it reaches codes."""
+        """Equation: METHODS 3.2. The decoder learns from its loss as it is; `beta` scales what of it reaches codes.
+
+        Differs: `dual` keeps beta, where METHODS has 1, so that its multiplier starts from the balance of the others.
+        """
         config = self.config
         warm = phase.name == "labels"
         beta = 0.0 if warm else config.reconstruction_weight
@@ -186,7 +193,7 @@ class LCGH(Method):
         }
 
     def after_step(self, phase: Phase, means: Mapping[str, float]) -> None:
-        if self.config.priority != "dual":
+        if self.config.priority != "dual" or "label_hinge" not in means:  # no labelled row in this step
             return
         multiplier, average, bound = self.dual.tolist()
         average = means["label_hinge"] if average == 0 else AVERAGE * average + (1 - AVERAGE) * means["label_hinge"]
@@ -199,13 +206,19 @@ class LCGH(Method):
         return full_precision(self.hash(self.trunk(inputs)))
 
     def class_scores(self, inputs: Tensor) -> Tensor:
-        """Inner products of the bits that see the labels with the codewords."""
+        """Inner products of the bits that see the labels with the codewords.
+
+        Raises:
+            InputError: label_weight = 0, with which no codeword was ever trained.
+        """
+        if not self.config.label_weight:
+            raise InputError("method.label_weight = 0 trains no codewords, so there are no class scores")
         code = torch.tanh(self.logits(inputs))
         return self.codewords.scores(F.pad(code[:, : self._label_bits], (0, code.shape[1] - self._label_bits)))
 
     def class_codes(self) -> Codes | None:
-        """The codewords' bits; None for `split`, where only some of them were trained."""
-        return None if self.config.priority == "split" else self.codewords.bits()
+        """The codewords' bits; None where not all of them were trained: for `split`, and without labels."""
+        return self.codewords.bits() if self.config.label_weight and self.config.priority != "split" else None
 
     def trained(self, phase: Phase) -> list[ParameterGroup]:
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -71,8 +72,8 @@ class SelfTrainingConfig(Config):
     @field_validator("temperature")
     @classmethod
     def _positive(cls, value: float | str) -> float | str:
-        if isinstance(value, float) and value <= 0:
-            raise ValueError("a temperature is above 0")
+        if isinstance(value, float) and not 0 < value < math.inf:
+            raise ValueError("a temperature is a number above 0")
         return value
 
 
@@ -157,6 +158,13 @@ class TrainConfig(Config):
         if self.unlabelled and not known_methods()[self.method.kind][1].uses_unlabelled:
             able = [kind for kind, (_, method) in known_methods().items() if method.uses_unlabelled]
             raise ValueError(f"{self.method.kind} learns nothing from rows without labels; unlabelled is for {able}")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_need_class_scores(self) -> TrainConfig:
+        if self.self_training is not None and not known_methods()[self.method.kind][1].scores_classes():
+            able = [kind for kind, (_, method) in known_methods().items() if method.scores_classes()]
+            raise ValueError(f"{self.method.kind} gives no class scores, which self_training needs; it is for {able}")
         return self
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ from hashray.methods.base import Crew, LabelTable, Method, ParameterGroup, Phase
 from hashray.train.checkpoint import Checkpoint, Position, save_checkpoint
 from hashray.train.config import OptimConfig, TrainConfig
 
+NO_MASS = 1e-12  # of a term that no row of a step has
 # Given the metrics of an epoch and, when a checkpoint is due, a function that writes it into a folder.
 Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
 
@@ -262,7 +263,7 @@ class Loop:
             group["lr"] = rate * group["factor"]
         self.optimizer.step()
         self._update_average()
-        self.method.after_step(phase, means)
+        self.method.after_step(phase, {name: mean for name, mean in means.items() if masses[name] > NO_MASS})
         loss = sum(means[name] for name, term in terms.items() if term.in_loss)
         return means | {"loss": loss, "rows": float(piece.rows)}
 
@@ -274,7 +275,7 @@ class Loop:
         ).tolist()
         if seen != rows:
             raise RunError(f"step {self.position.step}: workers hold {seen:,.0f} rows of a batch of {rows:,}")
-        masses = {name: max(mass, 1e-12) for name, mass in zip(terms, sums[1::2], strict=True)}
+        masses = {name: max(mass, NO_MASS) for name, mass in zip(terms, sums[1::2], strict=True)}
         means = {name: total / masses[name] for name, total in zip(terms, sums[::2], strict=True)}
         if not all(math.isfinite(value) for value in means.values()):
             raise Diverged(

@@ -59,6 +59,7 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
     unlabelled = corpus.require("unlabelled", "self-training")
     require_validation(config, corpus, "self-training chooses its round")
+    Shape.of(corpus.rows("train").labels, rounds.top_classes, rounds.bottom_classes)  # before hours of round 0
     store = open_store(out)
     run, parents = run_of(config, corpus)
     made = already_made(store, "model", run, "run")

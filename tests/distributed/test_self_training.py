@@ -99,6 +99,8 @@ def test_what_self_training_needs_is_said_before_anything_runs(corpus: str, tmp_
         train_model(config_of(validation_rows=0))
     with pytest.raises(ConfigError, match=r"self_training\.temperature: .*above 0"):
         config_of(self_training={"temperature": -1.0})
+    with pytest.raises(ConfigError, match=r"self_training\.temperature: .*above 0"):
+        config_of(self_training={"temperature": float("nan")})
     with pytest.raises(ConfigError, match="would freeze random numbers"):
         config_of(backbone={**BACKBONE, "frozen": True})
     with pytest.raises(ConfigError, match="adalabelhash learns nothing from rows without labels"):
@@ -107,6 +109,8 @@ def test_what_self_training_needs_is_said_before_anything_runs(corpus: str, tmp_
         train_model(
             config_of(corpus=plain, self_training=None, unlabelled=True, method={"kind": "lcgh"}, backbone=BACKBONE)
         )
+    with pytest.raises(InputError, match=r"top_classes = 50, and the labelled rows have"):
+        train_model(config_of(self_training={"top_classes": 50}))
     assert not (tmp_path / "m" / "rounds").exists()
 
 

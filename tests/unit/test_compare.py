@@ -17,7 +17,7 @@ from hashray.cli import main
 from hashray.codes import hamming
 from hashray.errors import InputError, MismatchError
 from hashray.evaluate.codewords import analyse, layout
-from hashray.evaluate.compare import FiguresConfig, compare, embed
+from hashray.evaluate.compare import FiguresConfig, comparable, compare, embed
 from hashray.evaluate.scoring import harmonic_means
 from hashray.storage import open_store
 
@@ -89,6 +89,19 @@ def test_figures_of_two_evaluations(tmp_path: Path, capsys: pytest.CaptureFixtur
     before = (tmp_path / "out/codes_a.png").read_bytes()
     compare(FiguresConfig(evaluations=urls, out=str(tmp_path / "again")))
     assert (tmp_path / "again/codes_a.png").read_bytes() == before
+
+
+def test_rows_of_several_lengths_say_which_they_are() -> None:
+    def run(bits: int) -> dict[str, Any]:
+        own = [
+            {"name": "dseh", "num_bits": bits},
+            {"name": "itq", "num_bits": bits},
+            {"name": "float-cosine", "num_bits": 0},
+        ]
+        return {"protocol": {}, "results": own}
+
+    told = [row["label"] for row in comparable({"a": run(24), "b": run(48)}, None)]
+    assert told == ["dseh a, 24 bits", "dseh b, 48 bits", "itq, 24 bits", "float-cosine"]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from hashray.config import Config, override, parse_toml, require_path, validate
 from hashray.errors import ConfigError, InputError, StorageError, perhaps
+from hashray.methods.base import Method
+from hashray.methods.dseh import DSEH
 from hashray.storage import open_store
-from hashray.train.config import TrainConfig, read_training_config
+from hashray.train.config import SelfTrainingConfig, TrainConfig, read_training_config
 
 
 class Alpha(Config):
@@ -160,6 +162,31 @@ def test_a_preset_on_the_command_line_works_as_in_a_file() -> None:
         validate(TrainConfig, {"method": {"kind": "dseh"}}, "f"), ["--method.preset", "paper"], "p"
     ).method
     assert method.label_hidden == 4096  # type: ignore[attr-defined]
+
+
+def test_one_preset_replaces_another_whole() -> None:
+    released = validate(TrainConfig, {"method": {"kind": "dseh", "preset": "released", "num_bits": 64}}, "f")
+    paper = validate(TrainConfig, {"method": {"kind": "dseh", "preset": "paper", "num_bits": 64}}, "f")
+    assert released.method != paper.method
+    assert override(released, ["--method.preset", "paper"], "p").method == paper.method
+    kept = override(released, ["--method.preset", "paper", "--method.beta", "0.7"], "p").method
+    assert kept == paper.method.model_copy(update={"beta": 0.7})
+
+
+def test_rounds_are_for_methods_with_class_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DSEH, "class_scores", Method.class_scores)
+    with pytest.raises(ConfigError, match=r"dseh gives no class scores, .* it is for \['adalabelhash', 'lcgh'\]"):
+        validate(TrainConfig, {"method": {"kind": "dseh"}, "self_training": {}}, "f")
+
+
+def test_a_flag_adds_the_optional_table_that_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:
+    config = validate(TrainConfig, {"method": {"kind": "adalabelhash"}}, "f")
+    assert override(config, ["--epochs", "2"], "p").self_training is None
+    rounds = override(config, ["--self-training.rounds", "3", "--self_training.threshold=0.5"], "p").self_training
+    assert rounds == SelfTrainingConfig(rounds=3, threshold=0.5)
+    with pytest.raises(SystemExit):
+        override(config, ["--help"], "p")
+    assert "--self-training.rounds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hashray.codes import binarize
-from hashray.errors import InputError
+from hashray.errors import ConfigError, InputError
 from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods import build_method
 from hashray.methods.backbone import BackboneConfig, build_trunk
@@ -36,6 +36,16 @@ class Give(torch.nn.Module):
 
     def forward(self, _: torch.Tensor) -> torch.Tensor:
         return self.logits
+
+
+class OneRow(TorchCrew):
+    """A crew whose training images are one row."""
+
+    def __init__(self) -> None:
+        pass
+
+    def sum_by_group(self, outputs: Any, group: Any, groups: int) -> torch.Tensor:
+        return outputs(torch.as_tensor(make_rows(1)[0])).double()
 
 
 def code_gradients(**fields: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,6 +185,25 @@ def test_dual_raises_the_multiplier_while_the_label_loss_is_above_its_plateau() 
         method.after_step(rest, {"label_hinge": 0.0})
     assert float(method.dual[0]) < 1
     assert "dual" in method.state_dict()  # a resumed run goes on with it
+    before = method.dual.clone()
+    method.after_step(rest, {"reconstruction": 1.0})  # a step without any labelled row says nothing of their loss
+    assert torch.equal(method.dual, before)
+    method.begin_phase(warm, table, 0, OneRow())
+    assert method.dual.tolist() == [1.0, 0.0, 0.0]  # a training that goes on from this one has its own plateau
+
+
+def test_a_warm_up_is_a_pass_at_least() -> None:
+    assert [phase.epochs for phase in method_of(priority="dual", warmup_share=0.01).phases(4)] == [1, 3]
+    assert [phase.epochs for phase in method_of(warmup_share=0.01).phases(1)] == [1]
+    with pytest.raises(ConfigError, match="a warm-up and a pass after it"):
+        method_of(priority="dual", warmup_share=0.5).phases(1)
+
+
+def test_without_labels_no_codeword_is_shown_or_scored() -> None:
+    method = method_of(label_weight=0.0)
+    assert method.class_codes() is None
+    with pytest.raises(InputError, match="label_weight = 0 trains no codewords"):
+        method.class_scores(torch.zeros(1, 4))
 
 
 def test_rows_without_labels_teach_the_decoder_and_nothing_else() -> None:

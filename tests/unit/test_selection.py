@@ -12,7 +12,7 @@ from hashray import artifact
 from hashray.artifact import Manifest, canonical
 from hashray.data.corpus import Corpus, open_corpus, table_bytes
 from hashray.data.selection import ACCEPTED, Selection
-from hashray.data.splits import SplitConfig, assign_splits
+from hashray.data.splits import SplitConfig, assign_splits, class_split
 from hashray.errors import InputError
 from hashray.storage import open_store
 
@@ -72,27 +72,27 @@ def test_a_train_row_of_the_pool_is_a_train_row() -> None:
     assert found == ["database+train", "database+unlabelled"]
 
 
-def class_split(**fields: int | None) -> SplitConfig:
-    return SplitConfig(protocol="class-split", **fields)  # type: ignore[arg-type]
+def split_of_classes(**fields: int | None) -> SplitConfig:
+    return SplitConfig(split_protocol="class-split", **fields)  # type: ignore[arg-type]
 
 
 def test_class_split_trains_on_seen_classes_only() -> None:
     ids, labels = [str(i) for i in range(80)], [[i % 8] for i in range(80)]
     given = ["query" if i // 8 < 2 else "train" for i in range(80)]
-    splits = assign_splits(ids, labels, given, class_split(unseen_classes=2, pseudo_unseen_classes=1))
+    splits = assign_splits(ids, labels, given, split_of_classes(unseen_classes=2, pseudo_unseen_classes=1))
     assert Counter(splits) == {
         "database+database-seen+train": 40, "database+database-unseen": 16, "query+query-seen": 10,
         "query+query-unseen": 4, "database-pseudo": 8, "query-pseudo": 2,
     }  # fmt: skip
     kinds = {(labels[i][0], splits[i].split("-")[-1].removesuffix("+train")) for i in range(80)}
     assert len(kinds) == 8  # a class is in one part alone
-    other = assign_splits(ids, labels, given, class_split(unseen_classes=2, pseudo_unseen_classes=1, seed=1))
+    other = assign_splits(ids, labels, given, split_of_classes(unseen_classes=2, pseudo_unseen_classes=1, seed=1))
     assert other != splits
 
 
 def test_class_split_of_a_source_without_halves_draws_the_queries() -> None:
     ids, labels = [str(i) for i in range(40)], [[i % 4] for i in range(40)]
-    splits = assign_splits(ids, labels, [None] * 40, class_split(query_per_class=3))
+    splits = assign_splits(ids, labels, [None] * 40, split_of_classes(query_per_class=3))
     assert Counter(splits) == {
         "database+database-seen+train": 21, "database+database-unseen": 7, "query+query-seen": 9,
         "query+query-unseen": 3,
@@ -101,6 +101,16 @@ def test_class_split_of_a_source_without_halves_draws_the_queries() -> None:
 
 def test_class_split_refuses_what_it_cannot_split() -> None:
     with pytest.raises(InputError, match=r"exactly one class a row; '0' has 2"):
-        assign_splits(["0", "1"], [[0, 1], [1]], [None] * 2, class_split())
+        assign_splits(["0", "1"], [[0, 1], [1]], [None] * 2, split_of_classes())
     with pytest.raises(InputError, match="one left: lower --unseen-classes"):
-        assign_splits(["0", "1"], [[0], [1]], [None] * 2, class_split(unseen_classes=2))
+        assign_splits(["0", "1"], [[0], [1]], [None] * 2, split_of_classes(unseen_classes=2))
+
+
+def test_the_parts_of_a_class_split_are_written_down_by_name() -> None:
+    config = split_of_classes(unseen_classes=2, pseudo_unseen_classes=1)
+    labels = [[i % 5] for i in range(20)]
+    found = class_split(labels, list("abcde"), config)
+    assert {part: len(names) for part, names in found.items()} == {"seen": 2, "unseen": 2, "pseudo": 1}
+    splits = assign_splits([str(i) for i in range(20)], labels, ["query"] * 5 + ["train"] * 15, config)
+    for part, names in found.items():
+        assert {"abcde"[labels[i][0]] for i in range(20) if f"-{part}" in splits[i]} == set(names)

@@ -21,7 +21,7 @@ def source(rows: int, classes: int, several: bool = False) -> tuple[list[str], l
 
 
 def per_class(**fields: Any) -> SplitConfig:
-    return SplitConfig(protocol="per-class", **fields)
+    return SplitConfig(split_protocol="per-class", **fields)
 
 
 @given(
@@ -64,18 +64,18 @@ def test_another_seed_draws_other_rows() -> None:
 
 def test_cifar10_semi_has_the_counts_of_the_papers() -> None:
     ids, labels = source(60_000, 10)
-    splits = Counter(assign_splits(ids, labels, [None] * 60_000, SplitConfig(protocol="cifar10-semi")))
+    splits = Counter(assign_splits(ids, labels, [None] * 60_000, SplitConfig(split_protocol="cifar10-semi")))
     assert splits == {"query": 1_000, "database+train": 5_000, "database+unlabelled": 54_000}
 
 
 def test_adalabelhash_cifar10_trains_on_the_database() -> None:
     given_splits = ["train"] * 50 + ["query"] * 10
     ids, labels = source(60, 10)
-    out = assign_splits(ids, labels, given_splits, SplitConfig(protocol="adalabelhash-cifar10"))
+    out = assign_splits(ids, labels, given_splits, SplitConfig(split_protocol="adalabelhash-cifar10"))
     assert Counter(out) == {"database+train": 50, "query": 10}
     for wrong in ([None] * 60, ["train"] * 60, [*given_splits[:-1], "database"]):
         with pytest.raises(InputError, match="needs a source split into train and test; found"):
-            assign_splits(ids, labels, wrong, SplitConfig(protocol="adalabelhash-cifar10"))
+            assign_splits(ids, labels, wrong, SplitConfig(split_protocol="adalabelhash-cifar10"))
 
 
 @pytest.mark.parametrize(

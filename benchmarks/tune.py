@@ -50,7 +50,7 @@ def main() -> None:
                 training_data(config.base, corpus)
                 features_s = time.perf_counter() - start
             start = time.perf_counter()
-            trials = search(config, corpus, join(folder, "cached" if frozen else "trunk"), "benchmark")
+            trials, _ = search(config, corpus, join(folder, "cached" if frozen else "trunk"), "benchmark")
             assert all(trial.state == "finished" for trial in trials)
             rates[frozen] = given.trials / (time.perf_counter() - start) * 3600
     with_features = given.trials / (given.trials / rates[True] * 3600 + features_s) * 3600

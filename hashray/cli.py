@@ -43,7 +43,7 @@ STAGES: dict[str, tuple[str, str, str | None, str]] = {
 
 
 class ArtifactConfig(Config):
-    """Look at one artifact: corpus, features, model, codes, index or evaluation."""
+    """Look at one artifact: corpus, features, pseudo-labels, model, codes, index, evaluation or sweep."""
 
     artifact: Annotated[str, tyro.conf.Positional] = Field(description="local folder or s3:// url")
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print JSON")

@@ -1,8 +1,8 @@
 """[Ray] `hashray tune`: search a space of training configs, then train the winner and the default anew and score both.
 
-sweep/  leaderboard.parquet · passes.parquet · best.toml · sweep.json · report.html · figures/ · costs.json ·
-        trials/<plan>/<number>-<run>/ · models/<winner or default>-<seed>/ · evaluations/<winner or default>-<seed>/ ·
-        manifest.json
+sweep/  leaderboard.parquet · passes.parquet · best.toml · sweep.json · report.html · figures/ · manifest.json
+        costs.json · environment.json      of one machine, so no part of the artifact
+        trials/<plan>/<number>-<run>/ · models/<plan>/<winner or default>-<seed>/ · evaluations/<plan>/…
 
 Trials are compared by validation rows alone. The query split is read once, at the end: by the winner and the
 config's own values, each trained with the same seeds.
@@ -18,7 +18,8 @@ from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.config import require_path
 from hashray.data.corpus import Corpus, open_corpus, table_bytes
 from hashray.data.units import already_made, refuse_taken
-from hashray.errors import Diverged
+from hashray.errors import Diverged, RunError
+from hashray.evaluate.environment import environment
 from hashray.evaluate.figures import png
 from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.evaluate.sweep_page import draw, sweep_page
@@ -61,16 +62,18 @@ def tune(config: SweepConfig) -> Manifest:
     if made is not None:
         return made
     connect()
-    trials = search(config, corpus, out, plan)
+    trials, at_once = search(config, corpus, out, plan)
     best = ranked(trials)[0]
+    if best.score is None:
+        raise RunError(f"no trial came to weights that may be chosen; trial {best.number} {_score(best)}")
     default = _default(config, trials)
     told = "is not among the trials" if default is None else _score(default)
     say(f"best of {len(trials)}: trial {best.number}, validation {best.score:.4f}; the default {told}")
-    compared = _compare(config, corpus, best, default, out)
+    compared = _compare(config, corpus, best, default, out, plan)
     judged = verdict(compared)
     spent, full = sum(trial.passes for trial in trials), sum(trial.total for trial in trials)
     summary = {
-        "trials": len(trials), "best_trial": best.number, "best_score": best.score,
+        "trials": len(trials), "at_once": at_once, "best_trial": best.number, "best_score": best.score,
         "default_score": default and default.score,
         "stopped": sum(trial.state == "stopped" for trial in trials),
         "failed": [trial.number for trial in trials if trial.state == "failed"],
@@ -78,6 +81,7 @@ def tune(config: SweepConfig) -> Manifest:
         "compared": compared, "verdict": judged,
     }  # fmt: skip
     refuse_taken(store, plan)
+    store.write("environment.json", canonical(environment()))
     files = _write(store, trials, best, summary)
     manifest = artifact.publish(
         store,
@@ -104,7 +108,9 @@ def _score(trial: Trial) -> str:
     return f"{trial.score:.4f}" if trial.score is not None else " ".join([trial.state, trial.reason]).strip()
 
 
-def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial | None, out: str) -> dict[str, Any]:
+def _compare(
+    config: SweepConfig, corpus: Corpus, best: Trial, default: Trial | None, out: str, plan: str
+) -> dict[str, Any]:
     """Train the winner and the default with every report seed; validation and query mAP of each."""
     if not config.search.report_seeds:
         return {}
@@ -116,8 +122,7 @@ def _compare(config: SweepConfig, corpus: Corpus, best: Trial, default: Trial | 
     for who, number, chosen in sides:
         lines, failed = [], []
         for seed in config.search.report_seeds:
-            name = f"{who}-{seed}"
-            model, at = join(out, "models", name), join(out, "evaluations", name)
+            model, at = (join(out, name, plan, f"{who}-{seed}") for name in ("models", "evaluations"))
             places = {"corpus": corpus.store.url, "out": model, "seed": seed, "features": config.features}
             try:
                 made = train_model(chosen.model_copy(update=places))

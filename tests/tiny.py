@@ -64,6 +64,7 @@ def write_corpus(
     reference: str | Path | None = None,
     split_of: Callable[[int], str] = lambda number: "database+train",
     config: Mapping[str, Any] | None = None,
+    label_of: Callable[[int], int] = lambda number: number % 3,
 ) -> Manifest:
     """A corpus as ingest leaves it, without Ray; every row is in train and in database, or where `split_of` says.
 
@@ -78,7 +79,7 @@ def write_corpus(
         numbers = range(start, min(rows, start + rows_per_part))
         items = [
             {"id": f"{i:04d}", "image": None if reference else png(i), "uri": reference and f"{reference}/{i:04d}.png",
-             "labels": [i % 3], "split": split_of(i)}
+             "labels": [label_of(i)], "split": split_of(i)}
             for i in numbers
         ]  # fmt: skip
         table = pa.Table.from_pylist(items, schema=CORPUS_SCHEMA)

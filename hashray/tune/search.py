@@ -43,6 +43,7 @@ from hashray.tune.trial import (
     TurnsActor,
     failure_of,
     folder_of,
+    keep_failure,
     number_of,
     run_trial,
 )
@@ -76,29 +77,29 @@ class _Callbacks(tune.Callback):
         ray.get(self.turns.end.remote(trial.trial_id))
 
 
-def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Trial]:
-    """Run every trial; return them in the order in which they were drawn. Rerun = resume.
+def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[list[Trial], int]:
+    """Run every trial; return them in the order in which they were drawn, and how many were in flight. Rerun = resume.
 
     Args:
         config: with paths that a worker in any folder finds (`placed`).
 
     Raises:
-        RunError: the search was interrupted, or every trial failed; the text says why the first did.
+        ConfigError: the first rung or exchange comes after the last pass. RunError: the search was interrupted, every
+            trial failed (the text says why the first did), or this cluster is too small to go on.
     """
     most = max(total_passes(config.at(point), corpus.num_classes) for point in config.corners())
     population = config.search.scheduler == "pbt"
     if population:
         _require_exchanges(config, most, corpus.num_classes)
+    if grace_epochs(config.search, most) > most:
+        raise ConfigError(f"search.grace_epochs = {config.search.grace_epochs}, and a trial has {most} passes at most")
     source = training_data(config.base, corpus)
     store, trials_at = open_store(out), join(out, "trials", plan)
-    own, searched = open_store(trials_at), f"progress/searched-{plan}.json"
-    if not store.exists(searched):  # else later trials were drawn, and winners trained, by what is
-        for key in _files(own, FAILED):
-            if json.loads(own.read(key))["lost"]:
-                own.delete(key)
+    own = open_store(trials_at)
     sweep = {"config": config.model_dump(mode="json", exclude_unset=True), "corpus": corpus.store.url,
              "source": source.store.url, "trials": trials_at, "most": most}  # fmt: skip
-    callbacks = _fit(config, sweep, _at_once(config, corpus, source, store, plan))
+    at_once = _at_once(config, corpus, source, store, plan)
+    callbacks = _fit(config, sweep, at_once)
     if len(callbacks.ended) < config.search.trials:
         raise RunError(
             f"the search was interrupted after {len(callbacks.ended)} of {config.search.trials} trials; "
@@ -110,12 +111,11 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> list[Tri
         for key in _files(own, FAILED):  # so that they are tried again once the cause is mended
             own.delete(key)
         raise RunError(f"all {len(trials)} trials failed; trial 0: {trials[0].reason}")
-    store.write(searched, canonical(len(trials)))
     if population:
         ends = {f"{trial.folder.rpartition('/')[2]}/{trial.passes}/{TENSORS}" for trial in trials}
         for key in set(_files(own, TENSORS)) - ends:
             own.delete(key)
-    return trials
+    return trials, at_once
 
 
 def _fit(config: SweepConfig, sweep: dict[str, Any], at_once: int) -> _Callbacks:
@@ -185,7 +185,8 @@ def _trial(
     if reason is not None:  # the last that it reported may never have been trained
         reported = [until for until in milestones(config.search, most, total) if until <= done]
         done = max((until for until in reported if ended_at(join(folder, str(until)))), default=0)
-    else:
+    elif failed is not None:  # its process was lost once too often
+        keep_failure(folder, failed)
         reason = failed
     before = folder
     if not done and origin is not None:
@@ -212,17 +213,23 @@ def _write_costs(trials: list[Trial], own: Store, out: Store) -> None:
 def _at_once(config: SweepConfig, corpus: Corpus, source: Corpus, store: Store, plan: str) -> int:
     """Trials in flight: fixed by the first run of a sweep, for the decisions of a later one depend on it."""
     key = f"progress/at-once-{plan}.json"
+    # A stream needs a CPU of its own beside the workers that it feeds, or both wait for ever.
+    streams = any(not plan_job(config.at(point), corpus, source)["memory"] for point in config.corners())
+    pool = WorkersConfig(
+        cpus_per_worker=config.cpus_per_worker * config.workers + streams,
+        gpus_per_worker=float(config.gpu) * config.workers,
+    )
+    most = pool.most()
     if not store.exists(key):
-        # A stream needs a CPU of its own beside the workers that it feeds, or both wait for ever.
-        streams = not plan_job(config.base, corpus, source)["memory"]
-        pool = WorkersConfig(
-            cpus_per_worker=config.cpus_per_worker * config.workers + streams,
-            gpus_per_worker=float(config.gpu) * config.workers,
-        )
-        most = pool.most()
         wanted = config.search.at_once or most
         store.write(key, canonical(min(wanted, config.search.trials, most if streams else wanted)))
-    return int(json.loads(store.read(key)))
+    at_once = int(json.loads(store.read(key)))
+    if streams and at_once > most:
+        raise RunError(
+            f"this sweep was begun with {at_once} trials in flight, and with their streams this cluster has CPUs for "
+            f"{most}: go on where there are more, or begin anew with --search.at-once {most}"
+        )
+    return at_once
 
 
 def _searcher(config: SweepConfig) -> OptunaSearch:

@@ -72,9 +72,14 @@ class Dimension(Config):
         return next(ends for name in KINDS if (ends := getattr(self, name)) is not None)
 
     def checked(self) -> Sequence[Any]:
-        """The values that are tried before any trial: both ends, of a range of integers each one."""
-        every = range(self.integer[0], self.integer[1] + 1) if self.integer else self.ends
-        return every if len(every) <= MOST_CHECKED else self.ends
+        """The values that are tried before any trial: both ends and a fraction, of a range of integers each one."""
+        if self.integer is not None:
+            every = range(self.integer[0], self.integer[1] + 1)
+            return every if len(every) <= MOST_CHECKED else self.ends
+        if self.choice is not None:
+            return self.choice
+        low, high = self.ends
+        return low, high, low + (high - low) / math.pi  # which a field of integers does not take
 
     def holds(self, value: Any) -> bool:
         """Whether a value is one that this dimension could draw."""
@@ -123,7 +128,9 @@ class SearchConfig(Config):
     reduction_factor: int = Field(3, ge=2, description="asha: one of so many trials goes on from a rung to the next")
     at_once: int | None = Field(None, ge=1, description="trials in flight; unset: as many as the cluster can train")
     seed: int = Field(0, ge=0, description="of the search; trials are trained with the config's own seed")
-    max_failures: int = Field(1, ge=0, description="times that a failed trial is tried again")
+    max_failures: int = Field(
+        1, ge=0, description="times that a stretch of a trial is tried again, and a trial whose own process is lost"
+    )
     report_seeds: tuple[int, ...] = Field(
         (1, 2, 3), description="seeds that the winner and the default are trained with, to be scored on the queries"
     )
@@ -286,13 +293,16 @@ def _faults(config: SweepConfig, name: str, dimension: Dimension) -> list[str]:
     known = sorted(TrainConfig.model_fields)
     if top not in known:
         return [f"space.{name}: unknown key{perhaps(top, known) or '.'} Known here: {', '.join(known)}"]
-    if name in FIXED or (top == "backbone" and config.backbone.frozen) or name in ("method", "optim", "augment"):
+    if name in FIXED or top in FIXED or name in ("method", "optim", "augment"):
         return [f"space.{name}: this is the same for all trials of a sweep"]
+    if config.backbone.frozen and (top in ("backbone", "augment") or name == "optim.trunk_lr_factor"):
+        return [f"space.{name}: with backbone.frozen trials train on the same features, and this changes nothing"]
     if config.search.scheduler == "pbt" and not can_change(name):
         return [f'space.{name}: scheduler = "pbt" changes values while a trial trains, and this is settled before']
     if dimension.when is not None and dimension.when not in config.kinds():
         trained = ", ".join(config.kinds())
-        return [f"space.{name}: when = {dimension.when!r}, and the sweep trains {trained} only"]
+        meant = perhaps(dimension.when, config.kinds())
+        return [f"space.{name}: when = {dimension.when!r}, and the sweep trains {trained} only{meant}"]
     faults: dict[str, None] = {}
     for point in config.points_of(name, dimension.checked()):
         try:
@@ -322,6 +332,8 @@ def _put(table: dict[str, Any], name: str, value: Any) -> None:
     *parents, last = name.split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"the space\n  {name}: {parent} is a value and holds no {last}")
     table[last] = value
 
 

@@ -74,8 +74,8 @@ class TurnsActor:
 def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
     """One trial of the sweep, as Tune runs it: segment after segment, each followed by a report.
 
-    A segment that fails is tried again here, as often as the sweep says, and the last failure is kept beside the
-    segments: only what is final is told, and in its turn, for what follows depends on when it is known.
+    A segment that fails is tried again here, as often as the sweep says. Only what is final is told, in its turn, and
+    kept beside the segments once it is: what follows depends on when it is known.
     """
     # Tune reuses this process and gives the trial before it two seconds to leave, else it drops the new one unsaid.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
@@ -113,8 +113,10 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
         if reason is None:
             forget_before(segment, start_too=not population)
         ray.get(turns.turn.remote(me))
-        if reason is not None and not population:
-            raise RunError(reason)
+        if reason is not None:
+            keep_failure(trial, reason)  # now that it counts: what is drawn from here on is drawn with it
+            if not population:
+                raise RunError(reason)
         position = ended_at(segment.end)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / PASSES).write_text(str(until))
@@ -142,12 +144,17 @@ def failure_of(trial: str) -> str | None:
     return str(json.loads(store.read(FAILED))["reason"]) if store.exists(FAILED) else None
 
 
+def keep_failure(trial: str, reason: str) -> None:
+    """Remember that a trial failed, so that a sweep that is run again does not draw as if it had not."""
+    open_store(trial).write(FAILED, canonical({"reason": reason}))
+
+
 def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segment: Segment) -> str | None:
     """Train a segment; the reason why it could not be, where it has failed once too often."""
     before = failure_of(segment.trial)
     if before is not None:
         return before
-    store, reason, lost = open_store(segment.trial), "", False
+    reason = ""
     for _ in range(config.search.max_failures + 1):
         try:
             if chosen.workers > 1 or not job["memory"]:
@@ -159,12 +166,15 @@ def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segmen
                 task = train_segment.options(**takes, scheduling_strategy="DEFAULT", max_retries=0)
                 ray.get(task.remote(job, segment))
         except Exception as error:  # whatever it was is the trial's reason, kept and reported; the sweep goes on
-            found = unwrap(error)
-            reason = str(found.cause if isinstance(found, RayTaskError) else found).strip().partition("\n")[0]
-            reason = f"{type(found).__name__}: {reason}"
-            lost = not isinstance(found, HashrayError | RayTaskError)
+            reason = reason_of(error)
         else:
             return None
-    # A worker or a node was lost, not the training's fault: final for this run of the sweep, tried again by the next.
-    store.write(FAILED, canonical({"reason": reason, "lost": lost}))
     return reason
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a segment failed, in a line: the first worker's error, of a run of several."""
+    found = unwrap(error)
+    found = unwrap(next(iter(getattr(found, "worker_failures", {}).values()), found))
+    text = str(found.cause if isinstance(found, RayTaskError) else found).strip().partition("\n")[0]
+    return f"{type(found).__name__}: {text}"

@@ -4,7 +4,7 @@ A scheduler such as ASHA and a searcher such as TPE decide by what they have bee
 again only if they are told in the same order. Here that order is the one of a machine on which every pass over the
 images takes equally long: of all trials in flight, the one whose report is due first in passes is told first (of
 equal ones, the one that was drawn first), and those that are ready earlier wait. Nothing here decides anything.
-A population is told in step (tune/population.py), and its members wait for nobody here (at_once = 0).
+A population is told in step (tune/population.py), and its members wait for nobody here (`at_once` = 0).
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class Turns:
         """The trial that reports now, if every trial that could come before it is known; it is then on its way."""
         if not self.due or len(self.due) < min(self.at_once, self.trials - len(self.ended)):
             return None
-        first = min(self.due, key=lambda trial: (self.due[trial], self.number[trial]))
-        if first not in self.arrived:
+        coming = self.due if self.at_once else self.arrived
+        first = min(coming, key=lambda trial: (self.due[trial], self.number[trial]), default=None)
+        if first is None or first not in self.arrived:
             return None
         self.now = self.due.pop(first)
         self.arrived.discard(first)

@@ -14,6 +14,7 @@ import pytest
 import ray
 import tomli_w
 import torch
+from ray.train.v2.api.exceptions import WorkerGroupError
 from tiny import head_config, kill_command_when, killing_worker_when, write_corpus, write_trunk
 
 from hashray import artifact
@@ -26,6 +27,7 @@ from hashray.train.config import TrainConfig
 from hashray.train.self_training import train_model
 from hashray.train.trainer import plan_job, training_data
 from hashray.tune.segments import Segment, train_segment
+from hashray.tune.trial import reason_of
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 WEIGHTS = Path(tempfile.gettempdir()) / f"tune-trunk-{os.getpid()}.pth"
@@ -105,6 +107,33 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_leaderboard_and_trains_not
     assert main(["tune", path, "--corpus", corpus, "--out", str(out), "--search.seed", "1"]) == 1
 
 
+def test_the_labels_of_the_queries_are_no_part_of_the_search(corpus: str, tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    write_corpus(
+        other, 60, 25, split_of=lambda i: "query" if i % 5 == 4 else "database+train",
+        label_of=lambda i: (i + (i % 5 == 4)) % 3,
+    )  # fmt: skip
+    path = written(tmp_path, search={**CONFIG["search"], "trials": 3, "scheduler": "none"}, epochs=1)
+    found = []
+    for name, url in (("a", corpus), ("b", other)):
+        assert main(["tune", path, "--corpus", url, "--out", str(tmp_path / name)]) == 0
+        found.append([(row["trial"], row["point"], row["score"]) for row in board(tmp_path / name)])
+    assert found[0] == found[1]
+
+
+def test_rungs_beyond_the_last_pass_are_refused(corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["tune", written(tmp_path), "--corpus", corpus, "--out", str(tmp_path / "sweep")]
+    assert main([*words, "--search.grace-epochs", "9"]) == 2
+    assert "search.grace_epochs = 9, and a trial has 4 passes at most" in capfd.readouterr().err
+
+
+def test_the_reason_of_a_trial_of_several_workers_is_the_first_workers() -> None:
+    error = WorkerGroupError("[Rank 1]\nboom", {1: ValueError("boom\nat line 3")})
+    assert reason_of(error) == "ValueError: boom"
+    assert reason_of(WorkerGroupError("lost", {0: Diverged("not finite")})) == "Diverged: not finite"
+    assert reason_of(RuntimeError("out of memory")) == "RuntimeError: out of memory"
+
+
 @pytest.mark.slow
 def test_a_trial_that_fails_is_reported_with_its_reason_and_the_others_go_on(
     corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -167,7 +196,8 @@ def test_a_trial_whose_process_is_killed_goes_on_and_nothing_comes_out_different
 
 @pytest.mark.slow
 def test_an_unfinished_sweep_of_other_settings_in_the_same_folder_is_no_obstacle(corpus: str, tmp_path: Path) -> None:
-    path, out, alone = written(tmp_path), tmp_path / "sweep", tmp_path / "alone"
+    path = written(tmp_path, search={**CONFIG["search"], "report_seeds": [1]})  # whose winners lie there too
+    out, alone = tmp_path / "sweep", tmp_path / "alone"
     assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
     (out / "manifest.json").unlink()
     other = ["--search.reduction-factor", "3"]
@@ -272,7 +302,7 @@ def test_kill_9_at_three_points_leaves_the_sweep_that_an_unbroken_one_makes(
         for share in (0.1, 0.5, 0.8)
     ]
     if "report_seeds" in search:  # and while the winner is trained anew
-        points.append(lambda: list(broken.glob("models/*/checkpoints/**/state.json")))
+        points.append(lambda: list(broken.glob("models/*/*/checkpoints/**/state.json")))
     for point in points:
         kill_command_when(words, point, tmp_path / "log")
         now = ends(broken)

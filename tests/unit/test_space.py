@@ -153,6 +153,8 @@ def test_every_fault_of_a_space_is_listed_with_what_was_perhaps_meant(tmp_path: 
     assert "margin_ratio" in text and "perhaps" in text.lower()
     assert "space.epochs: this is the same for all trials" in text
     assert "when = 'lcgh', and the sweep trains adalabelhash only" in text
+    text = faults(tmp_path, {"method.margin_ratio": {"linear": [0.1, 1.0], "when": "adalabelhahs"}})
+    assert "perhaps you meant 'adalabelhash'" in text
 
 
 @pytest.mark.parametrize(
@@ -164,10 +166,19 @@ def test_every_fault_of_a_space_is_listed_with_what_was_perhaps_meant(tmp_path: 
         ({"optim.lr": {"logg": [1e-4, 1e-2]}}, "logg"),
         ({"optim.name": {"choice": ["sgd"]}}, "two values or more"),
         ({"optim.lr": {"log": [1e-2, 1e-1]}}, "the config's own value 0.001 is not in the range"),
+        ({"batch_size": {"log": [32, 256]}}, "a number with a fractional part"),
+        ({"self_training.rounds": {"integer": [1, 3]}}, "the same for all trials"),
+        ({"optim.lr.peak": {"log": [1e-4, 1e-2]}}, "lr is a value and holds no peak"),
     ],
 )
 def test_a_range_that_cannot_be_searched_is_refused(tmp_path: Path, space: dict[str, Any], text: str) -> None:
     assert text in faults(tmp_path, space)
+
+
+@pytest.mark.parametrize("name", ["augment.shift", "optim.trunk_lr_factor", "backbone.image_size"])
+def test_what_changes_nothing_on_cached_features_is_not_searched(tmp_path: Path, name: str) -> None:
+    space = {name: {"choice": [0, 1]}}
+    assert "this changes nothing" in faults(tmp_path, space, backbone={"weights": "x.pth", "frozen": True})
 
 
 def test_a_sweep_needs_a_space_and_rows_to_compare_trials_by(tmp_path: Path, capsys: Any) -> None:

@@ -97,3 +97,12 @@ def test_a_new_trial_begins_where_the_one_before_it_ended() -> None:
     assert turns.next() == "c"
     turns.end("c")
     assert turns.next() == "b"
+
+
+def test_a_population_is_released_as_it_comes() -> None:
+    turns = Turns(0, 2)
+    turns.enter("a", 0, 2)
+    turns.enter("b", 1, 2)
+    assert turns.next() is None
+    turns.arrive("b")
+    assert (turns.next(), turns.next()) == ("b", None)

@@ -1,6 +1,7 @@
 """The results tables of README.md, made from benchmarks/results/ and never typed.
 
 python benchmarks/results.py --add TABLE ROW DIR/metrics.json   keep an evaluation as a result (--replace another)
+python benchmarks/results.py --add-sweep DIR                    keep a sweep as a result
 python benchmarks/results.py --write                            write the tables into README.md
 python benchmarks/results.py --check                            exit 1 if README.md says otherwise
 
@@ -26,6 +27,8 @@ BEGIN, END = "<!-- results: made by `make results` -->", "<!-- end of results --
 BASELINES = ("class-code", "float-cosine", "itq-linear", "itq", "pca-sign", "lsh", "random")
 LABEL_NET = {"label_map": "map_l", "label_n_h": "n_h"}
 SIZES = ("name", "train", "queries", "database", "classes")
+NO_SWEEPS = ("about.json", "speed.json")
+SIDES = ("default", "winner")
 SHOWN = {"within": "within", "cross": "cross", "generalised": "gen."}
 Seeds = tuple[int, int]
 Cells = dict[tuple[str, str], dict[Seeds, float]]
@@ -71,7 +74,7 @@ def tables() -> str:
         files = [file for file in sorted(path.parent.glob("*.json")) if file.name != path.name]
         if files:
             parts.append(table_of(json.loads(path.read_text()), [json.loads(file.read_text()) for file in files]))
-    return "\n\n".join([*parts, *_label_lines()])
+    return "\n\n".join([*parts, *_sweep_lines(), *_label_lines()])
 
 
 def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
@@ -228,6 +231,53 @@ def _made(entries: list[dict[str, Any]], configs: list[str]) -> str:
     )
 
 
+def add_sweep(folder: Path) -> Path:
+    """Keep what the table of sweeps needs: what was found, with which winner and default, and what made it."""
+    found = json.loads((folder / "sweep.json").read_text())
+    metrics = json.loads(next(iter(sorted(folder.glob("evaluations/**/metrics.json")))).read_text())
+    method = metrics["training"]["config"]["method"]
+    names = ("trials", "passes", "passes_of_full_grid", "best_trial", "best_score", "default_score", "failed")
+    kept = {
+        **{name: found[name] for name in names},
+        "compared": found["compared"], "verdict": found["verdict"], "method": method["kind"],
+        "num_bits": method["num_bits"], "protocol": metrics["protocol"], "environment": metrics["environment"],
+    }  # fmt: skip
+    path = RESULTS / "sweeps" / f"{method['kind']}.json"
+    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+def _sweep_lines() -> list[str]:
+    """What sweeps found beside the values that they began from, each trained anew with several seeds."""
+    folder = RESULTS / "sweeps"
+    sweeps = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name not in NO_SWEEPS]
+    if not sweeps:
+        return []
+    about = json.loads((folder / "about.json").read_text())
+    names = [f"{kind}: {who}" for kind in ("validation", "queries") for who in SIDES]
+    lines = [f"**{about['title']}.** {about['protocol']}", ""]
+    lines += ["| | trials | passes of the full grid | " + " | ".join(names) + " |", "|---|" + "---:|" * 6]
+    for sweep in sweeps:
+        spent, full = sweep["passes"], sweep["passes_of_full_grid"]
+        cells = [sweep["method"], str(sweep["trials"]), f"{spent:,} of {full:,} ({spent / full:.0%})"]
+        sides = [sweep["compared"].get(who, {}).get("seeds", []) for who in SIDES]
+        for score in ("validation", "query_harmonic" if "query_harmonic" in sides[1][0] else "query_mAP"):
+            cells += [_mean([line[score] for line in seeds]) if seeds else "" for seeds in sides]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *[f"- {sweep['method']}: {sweep['verdict']}" for sweep in sweeps]]
+    if (folder / "speed.json").exists():
+        ran = json.loads((folder / "speed.json").read_text())
+        lines.append(
+            f"- Trials an hour, each of {ran['epochs']} passes over {ran['rows']:,} rows, in one run of "
+            f"`benchmarks/tune.py`: {ran['cached_trials_per_hour']:.0f} on cached features and "
+            f"{ran['trunk_trials_per_hour']:.1f} through the trunk, {ran['ratio']:.0f} times as many "
+            f"({ran['ratio_with_features']:.0f} where the pass that makes the features counts as well)."
+        )
+    made = [sweep["environment"] for sweep in sweeps]
+    by = [", ".join(dict.fromkeys(str(own[name]) for own in made)) for name in ("commit", "torch", "hardware")]
+    return ["\n".join([*lines, "", f"Commits {by[0]}; torch {by[1]}; {by[2]}."])]
+
+
 def _label_lines() -> list[str]:
     """LabNet alone, from label matrices: map_l and n_h beside the paper's Table 2."""
     lines = [
@@ -254,12 +304,15 @@ def main() -> int:
     """Run one of the three commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", nargs=3, metavar=("TABLE", "ROW", "METRICS"))
+    parser.add_argument("--add-sweep", type=Path, metavar="DIR")
     parser.add_argument("--replace", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     wanted = parser.parse_args()
     if wanted.add:
         print(f"kept in {add(*wanted.add[:2], Path(wanted.add[2]), wanted.replace).relative_to(ROOT)}")
+    if wanted.add_sweep:
+        print(f"kept in {add_sweep(wanted.add_sweep).relative_to(ROOT)}")
     if not (wanted.write or wanted.check):
         return 0
     text = README.read_text()

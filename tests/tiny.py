@@ -64,7 +64,8 @@ def write_corpus(
     reference: str | Path | None = None,
     split_of: Callable[[int], str] = lambda number: "database+train",
     config: Mapping[str, Any] | None = None,
-    label_of: Callable[[int], int] = lambda number: number % 3,
+    labels_of: Callable[[int], list[int]] = lambda number: [number % 3],
+    image_of: Callable[[int], bytes] = png,
 ) -> Manifest:
     """A corpus as ingest leaves it, without Ray; every row is in train and in database, or where `split_of` says.
 
@@ -78,8 +79,8 @@ def write_corpus(
     for index, start in enumerate(range(0, rows, rows_per_part)):
         numbers = range(start, min(rows, start + rows_per_part))
         items = [
-            {"id": f"{i:04d}", "image": None if reference else png(i), "uri": reference and f"{reference}/{i:04d}.png",
-             "labels": [label_of(i)], "split": split_of(i)}
+            {"id": f"{i:04d}", "image": None if reference else image_of(i),
+             "uri": reference and f"{reference}/{i:04d}.png", "labels": labels_of(i), "split": split_of(i)}
             for i in numbers
         ]  # fmt: skip
         table = pa.Table.from_pylist(items, schema=CORPUS_SCHEMA)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load, load_file
-from tiny import BACKBONE, files_of, head_config, write_corpus, write_tiny_model, write_toml, write_trunk
+from tiny import BACKBONE, files_of, head_config, png, write_corpus, write_tiny_model, write_toml, write_trunk
 
 from hashray import artifact
 from hashray.artifact import Manifest
@@ -23,7 +23,7 @@ from hashray.config import validate
 from hashray.errors import AlreadyExists, ConfigError, InputError, MismatchError
 from hashray.storage import open_store
 from hashray.train.config import TrainConfig
-from hashray.train.self_training import train_model
+from hashray.train.self_training import pseudo_label, train_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 ROWS, LABELLED = 72, 24
@@ -112,6 +112,38 @@ def test_what_self_training_needs_is_said_before_anything_runs(corpus: str, tmp_
     with pytest.raises(InputError, match=r"top_classes = 50, and the labelled rows have"):
         train_model(config_of(self_training={"top_classes": 50}))
     assert not (tmp_path / "m" / "rounds").exists()
+
+
+def test_pseudo_labels_of_images_count_every_row_and_go_on_from_the_parts_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, model, out = str(tmp_path / "corpus"), str(tmp_path / "model"), tmp_path / "pseudo"
+    write_corpus(
+        url, 40, 10, split_of=lambda i: "database+train" if i < 16 else "database+unlabelled",
+        labels_of=lambda i: [i % 3, (i + 1) % 3], image_of=lambda i: b"no image" if i == 20 else png(i),
+    )  # fmt: skip
+    write_tiny_model(model, kind="adalabelhash")
+    table = {**CONFIG, "backbone": BACKBONE, "corpus": url, "self_training": {"threshold": 0.0, "balance": 2.0}}
+    config = validate(TrainConfig, table, "test")
+    assert config.self_training is not None
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(artifact, "publish", killed)
+        pseudo_label(model, config, config.self_training, str(out))
+    parts = {path: path.stat().st_mtime_ns for path in sorted((out / "parts").iterdir())}
+    lost = next(iter(parts))
+    lost.unlink()
+    made = pseudo_label(model, config, config.self_training, str(out))
+    assert {path for path in parts if path.stat().st_mtime_ns != parts[path]} == {lost} and len(parts) == 3
+    assert (made.rows_in, made.rows_out, made.rows_quarantined) == (24, 23, 1)
+    assert artifact.verify(str(out)) == [] and made.info["summary"]["accepted"] == 23
+    assert pq.read_table(out / "quarantine.parquet").column("id").to_pylist() == ["0020"]
+    # Labelled rows have two classes each: the two likeliest are set, and of the third nothing is known.
+    labels = pq.read_table(out / "accepted.parquet").column("labels").to_pylist()
+    assert all(sorted(row) == [-1, 1, 1] for row in labels)
 
 
 def test_a_start_that_does_not_fit_is_refused_before_training(corpus: str, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_the_labels_of_the_queries_are_no_part_of_the_search(corpus: str, tmp_pa
     other = str(tmp_path / "other")
     write_corpus(
         other, 60, 25, split_of=lambda i: "query" if i % 5 == 4 else "database+train",
-        label_of=lambda i: (i + (i % 5 == 4)) % 3,
+        labels_of=lambda i: [(i + (i % 5 == 4)) % 3],
     )  # fmt: skip
     path = written(tmp_path, search={**CONFIG["search"], "trials": 3, "scheduler": "none"}, epochs=1)
     found = []

@@ -109,3 +109,26 @@ def test_an_evaluation_is_kept_once_and_only_where_it_belongs(tmp_path: Path, mo
         results.add("t", "a", metrics)
     with pytest.raises(SystemExit, match="no row 'c'"):
         results.add("t", "c", metrics)
+
+
+def test_a_sweep_is_a_row_with_its_seeds_and_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    made = tmp_path / "sweep/evaluations/plan/winner-1"
+    made.mkdir(parents=True)
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps/about.json").write_text(json.dumps({"title": "T", "protocol": "In words."}))
+    method = {"kind": "lcgh", "num_bits": 32}
+    (made / "metrics.json").write_text(json.dumps(entry("", 0.5, config={"method": method})))
+    seeds = {
+        who: {"seeds": [{"seed": s, "validation": value, "query_mAP": value + s / 10} for s in (1, 2)]}
+        for who, value in (("winner", 0.6), ("default", 0.5))
+    }
+    found = {"trials": 4, "passes": 30, "passes_of_full_grid": 40, "best_trial": 2, "best_score": 0.6,
+             "default_score": 0.5, "failed": [], "compared": seeds, "verdict": "It leads."}  # fmt: skip
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps(found))
+    results.add_sweep(tmp_path / "sweep")
+    text = results.tables()
+    assert (
+        "| lcgh | 4 | 30 of 40 (75%) | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.6500 ± 0.0707 | 0.7500 ± 0.0707 |" in text
+    )
+    assert "- lcgh: It leads." in text and "**T.** In words." in text

@@ -15,7 +15,7 @@ import ray
 import tomli_w
 import torch
 from ray.train.v2.api.exceptions import WorkerGroupError
-from tiny import head_config, kill_command_when, killing_worker_when, write_corpus, write_trunk
+from tiny import BACKBONE, head_config, kill_command_when, killing_worker_when, write_corpus, write_trunk
 
 from hashray import artifact
 from hashray.cli import main
@@ -280,6 +280,15 @@ def test_trials_of_two_workers_are_ray_train_runs(corpus: str, tmp_path: Path) -
     ours, theirs = (sorted(board(folder), key=lambda row: row["trial"]) for folder in (out, alone))
     for two, one in zip(ours, theirs, strict=True):
         assert two["point"] == one["point"] and two["score"] == pytest.approx(one["score"], abs=0.05)
+
+
+@pytest.mark.slow
+def test_trials_that_stream_their_images_find_what_those_in_memory_find(corpus: str, tmp_path: Path) -> None:
+    changes = {"backbone": BACKBONE, "epochs": 2, "search": {**CONFIG["search"], "trials": 2, "at_once": 2}}
+    for name in ("memory", "stream"):
+        path = written(tmp_path, **changes, input=name)
+        assert main(["tune", path, "--corpus", corpus, "--out", str(tmp_path / name)]) == 0
+    assert board(tmp_path / "stream") == board(tmp_path / "memory")
 
 
 @pytest.mark.slow

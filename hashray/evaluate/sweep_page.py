@@ -66,10 +66,13 @@ def parallel_coordinates(trials: Sequence[Trial]) -> Figure:
         axes.plot(
             [x for x, _ in kept], [y for _, y in kept], color=tint, linewidth=0.8 + 1.4 * share**4, zorder=1 + rank
         )
-    for x, (_, low, high) in enumerate(columns.values()):
+    for x, (_, told) in enumerate(columns.values()):
         axes.plot([x, x], [0, 1], color=INK, linewidth=0.8, zorder=0)
-        axes.text(x, -0.04, low, ha="center", va="top", fontsize=7, color=INK)
-        axes.text(x, 1.04, high, ha="center", va="bottom", fontsize=7, color=INK)
+        for y, name in told.items():
+            if y in (0, 1):
+                axes.text(x, 1.08 * y - 0.04, name, ha="center", va="bottom" if y else "top", fontsize=7, color=INK)
+            else:
+                axes.text(x + 0.04, y, name, ha="left", va="center", fontsize=7, color=INK, zorder=2 * len(scored))
     axes.set_xticks(range(len(columns)), [name.rpartition(".")[2] for name in columns], rotation=20)
     axes.set_ylim(-0.12, 1.14)
     for side in ("left", "bottom"):
@@ -77,22 +80,19 @@ def parallel_coordinates(trials: Sequence[Trial]) -> Figure:
     return figure
 
 
-def _places(values: Sequence[Any], log: bool = True) -> tuple[list[float | None], str, str]:
-    """Where each value stands between the lowest (0) and the highest (1), and what those two are called."""
+def _places(values: Sequence[Any], log: bool = True) -> tuple[list[float | None], dict[float, str]]:
+    """Where each value stands between the lowest (0) and the highest (1), and what the ends, or choices, are called."""
     present = [value for value in values if value is not None]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
         scale = math.log if log and min(present) > 0 else float
         low, high = scale(min(present)), scale(max(present))
         span = (high - low) or 1.0
-        return (
-            [None if v is None else (scale(v) - low) / span for v in values],
-            short(min(present)),
-            short(max(present)),
-        )
+        places = [None if v is None else (scale(v) - low) / span for v in values]
+        return places, {0.0: short(min(present)), 1.0: short(max(present))}
     names = sorted({str(value) for value in present})
     span = max(1, len(names) - 1)
     places = [None if v is None else names.index(str(v)) / span for v in values]
-    return places, names[0], names[-1]
+    return places, {i / span: name for i, name in enumerate(names)}
 
 
 def importance_bars(found: Mapping[str, Any]) -> Figure:

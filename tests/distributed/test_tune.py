@@ -196,7 +196,8 @@ def test_a_trial_whose_process_is_killed_goes_on_and_nothing_comes_out_different
 
 @pytest.mark.slow
 def test_an_unfinished_sweep_of_other_settings_in_the_same_folder_is_no_obstacle(corpus: str, tmp_path: Path) -> None:
-    path = written(tmp_path, search={**CONFIG["search"], "report_seeds": [1]})  # whose winners lie there too
+    # Whose winners lie there too.
+    path = written(tmp_path, epochs=2, search={**CONFIG["search"], "trials": 2, "report_seeds": [1]})
     out, alone = tmp_path / "sweep", tmp_path / "alone"
     assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
     (out / "manifest.json").unlink()
@@ -284,7 +285,7 @@ def test_trials_of_two_workers_are_ray_train_runs(corpus: str, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_trials_that_stream_their_images_find_what_those_in_memory_find(corpus: str, tmp_path: Path) -> None:
-    changes = {"backbone": BACKBONE, "epochs": 2, "search": {**CONFIG["search"], "trials": 2, "at_once": 2}}
+    changes = {"backbone": BACKBONE, "epochs": 1, "search": {**CONFIG["search"], "trials": 2, "scheduler": "none"}}
     for name in ("memory", "stream"):
         path = written(tmp_path, **changes, input=name)
         assert main(["tune", path, "--corpus", corpus, "--out", str(tmp_path / name)]) == 0
@@ -292,6 +293,7 @@ def test_trials_that_stream_their_images_find_what_those_in_memory_find(corpus: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # six sweeps' worth of processes, each with a Ray of its own
 @pytest.mark.parametrize(
     "search",
     [{"report_seeds": [1]}, {"scheduler": "pbt", "algorithm": "random", "trials": 4}],

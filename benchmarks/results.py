@@ -269,9 +269,9 @@ def _sweep_lines() -> list[str]:
         ran = json.loads((folder / "speed.json").read_text())
         lines.append(
             f"- Trials an hour, each of {ran['epochs']} passes over {ran['rows']:,} rows, in one run of "
-            f"`benchmarks/tune.py`: {ran['cached_trials_per_hour']:.0f} on cached features and "
-            f"{ran['trunk_trials_per_hour']:.1f} through the trunk, {ran['ratio']:.0f} times as many "
-            f"({ran['ratio_with_features']:.0f} where the pass that makes the features counts as well)."
+            f"`benchmarks/tune.py`: {ran['cached_trials_per_hour']:.0f} on cached features ({ran['trials']} trials), "
+            f"{ran['trunk_trials_per_hour']:.1f} through the trunk ({ran['trunk_trials']}); "
+            f"{ran['ratio']:.1f} times as many ({ran['ratio_with_features']:.1f} with the features' own pass)."
         )
     made = [sweep["environment"] for sweep in sweeps]
     by = [", ".join(dict.fromkeys(str(own[name]) for own in made)) for name in ("commit", "torch", "hardware")]

@@ -1,9 +1,11 @@
 """Trials of a sweep on cached trunk features against trials that run the trunk, in one run on the same rows.
 
-    python benchmarks/tune.py CORPUS --weights FILE [--trials 4] [--epochs 3] [--image-size 128] [--out FILE.json]
+    python benchmarks/tune.py CORPUS --weights FILE [--trials 24] [--trunk-trials 2] [--epochs 3] [--image-size 128]
+        [--out FILE.json]
 
-AdaLabelHash on MobileNetV2, random search, nothing stopped early, so both kinds train the same passes over the same
-rows; the trunk that runs is fine-tuned, as it would be where features cannot be cached. The pass that computes the
+AdaLabelHash on MobileNetV2, random search, nothing stopped early, so trials of both kinds train the same passes over
+the same rows; the trunk that runs is fine-tuned, as it would be where features cannot be cached, with all cores for one
+trial, and heads train one on each core. What a sweep takes to begin counts for both. The pass that computes the
 features is made once and shared by all trials: it is shown by itself, and in the ratio that counts it as well.
 """
 
@@ -34,17 +36,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus")
     parser.add_argument("--weights", required=True)
-    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--trunk-trials", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     corpus = open_corpus(absolute(given.corpus))
     connect()
-    rates, features_s = {}, 0.0
+    counts, rates, features_s = {True: given.trials, False: given.trunk_trials}, {}, 0.0
     with tempfile.TemporaryDirectory() as folder:
         for frozen in (True, False):
-            config = _config(given, frozen, join(folder, "features") if frozen else None)
+            config = _config(given, frozen, counts[frozen], join(folder, "features") if frozen else None)
             if frozen:
                 start = time.perf_counter()
                 training_data(config.base, corpus)
@@ -52,10 +55,11 @@ def main() -> None:
             start = time.perf_counter()
             trials, _ = search(config, corpus, join(folder, "cached" if frozen else "trunk"), "benchmark")
             assert all(trial.state == "finished" for trial in trials)
-            rates[frozen] = given.trials / (time.perf_counter() - start) * 3600
+            rates[frozen] = counts[frozen] / (time.perf_counter() - start) * 3600
     with_features = given.trials / (given.trials / rates[True] * 3600 + features_s) * 3600
     found: dict[str, Any] = {
-        "rows": corpus.count("train"), "trials": given.trials, "epochs": given.epochs, "image_size": given.image_size,
+        "rows": corpus.count("train"), "trials": given.trials, "trunk_trials": given.trunk_trials,
+        "epochs": given.epochs, "image_size": given.image_size,
         "cached_trials_per_hour": rates[True], "trunk_trials_per_hour": rates[False], "features_s": features_s,
         "ratio": rates[True] / rates[False], "ratio_with_features": with_features / rates[False],
         "ray": ray.__version__,
@@ -66,15 +70,15 @@ def main() -> None:
         write_json(given.out, found)
 
 
-def _config(given: argparse.Namespace, frozen: bool, features: str | None) -> SweepConfig:
+def _config(given: argparse.Namespace, frozen: bool, trials: int, features: str | None) -> SweepConfig:
     table = {
         "method": {"kind": "adalabelhash", "num_bits": 32, "margin_ratio": 0.5},
         "backbone": {"name": "mobilenet_v2", "weights": given.weights, "image_size": given.image_size,
                      "frozen": frozen, "frozen_norms": not frozen},
         "epochs": given.epochs, "batch_size": 256, "validation_rows": 500, "features": features,
-        "cpus_per_worker": os.cpu_count(), "memory_limit_mib": 16_384,
+        "cpus_per_worker": 1 if frozen else os.cpu_count(), "memory_limit_mib": 16_384,
         "space": {"optim.lr": {"log": [1e-4, 1e-2]}},
-        "search": {"trials": given.trials, "algorithm": "random", "scheduler": "none"},
+        "search": {"trials": trials, "algorithm": "random", "scheduler": "none"},
     }  # fmt: skip
     return placed(validate(SweepConfig, table, "the benchmark"))
 

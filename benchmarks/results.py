@@ -234,7 +234,7 @@ def _made(entries: list[dict[str, Any]], configs: list[str]) -> str:
 def add_sweep(folder: Path) -> Path:
     """Keep what the table of sweeps needs: what was found, with which winner and default, and what made it."""
     found = json.loads((folder / "sweep.json").read_text())
-    metrics = json.loads(next(iter(sorted(folder.glob("evaluations/**/metrics.json")))).read_text())
+    metrics = json.loads(min(folder.glob("evaluations/**/metrics.json")).read_text())
     method = metrics["training"]["config"]["method"]
     names = ("trials", "passes", "passes_of_full_grid", "best_trial", "best_score", "default_score", "failed")
     kept = {

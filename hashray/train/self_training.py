@@ -59,12 +59,12 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
     unlabelled = corpus.require("unlabelled", "self-training")
     require_validation(config, corpus, "self-training chooses its round")
-    Shape.of(corpus.rows("train").labels, rounds.top_classes, rounds.bottom_classes)  # before hours of round 0
     store = open_store(out)
     run, parents = run_of(config, corpus)
     made = already_made(store, "model", run, "run")
     if made is not None:
         return made
+    Shape.of(corpus.rows("train").labels, rounds.top_classes, rounds.bottom_classes)  # before hours of round 0
     plain = config.model_copy(update={"self_training": None})
     at = join(out, "rounds", "0", "model")
     models = [(at, train(plain.model_copy(update={"out": at})))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import ray
 from pydantic import Field
@@ -14,6 +15,7 @@ from hashray.errors import HashrayError
 
 # A worker must look for objects where the driver does; credentials come from the node, never from here.
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
+API_SERVER, NOBODY = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
 
 
 class WorkersConfig(Config):
@@ -48,15 +50,23 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env={"env_vars": forwarded}, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        cpus = max(4, os.cpu_count() or 1)
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        start_local(num_cpus=max(4, os.cpu_count() or 1), logging_level=logging.WARNING)
     _quiet_data()
+
+
+def start_local(**options: Any) -> None:
+    """Start Ray on this machine, without its dashboard; `options` are ray.init's.
+
+    Ray Train asks the dashboard whether its controller is alive. Where there is none, the question looks 40 s for an
+    address, and every training waits 12 s of them at its end; an address at which nobody listens answers at once.
+    """
+    given = os.environ.get(API_SERVER)
+    os.environ.setdefault(API_SERVER, NOBODY)
+    try:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
+    finally:
+        if given is None:  # Ray's own processes have it now; `ray job submit` from this one would believe it
+            del os.environ[API_SERVER]
 
 
 def memory_environment() -> dict[str, str]:

@@ -65,13 +65,9 @@ def ray_session(s3_server: str) -> Iterator[Any]:
     """One local Ray for the whole session; its workers inherit the environment of `s3_server`."""
     import ray
 
+    from hashray.runtime import start_local
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=600 * 1024**2,
-        log_to_driver=False,
-    )
+    start_local(num_cpus=4, object_store_memory=600 * 1024**2)
     yield ray
     ray.shutdown()

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.exceptions import RayTaskError
+from ray.util.state import get_actor
 from safetensors.torch import load_file
 from tiny import BACKBONE, METHOD, files_of, kill_command_when, killing_worker_when, write_corpus, write_toml
 
@@ -129,6 +131,12 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(
     assert main([*words, "--seed", "7"]) == 1
     assert "holds a finished model" in capfd.readouterr().err
     assert files_of(out) == before
+
+
+def test_where_there_is_no_dashboard_the_question_for_an_actor_is_refused_at_once() -> None:
+    # Looked for, its address would not be found: ConnectionError, after 40 s.
+    with pytest.raises(RayTaskError, match="Failed to connect to API server"):
+        ray.get(ray.remote(num_cpus=0)(get_actor).remote("0" * 32, timeout=10))
 
 
 @pytest.mark.slow

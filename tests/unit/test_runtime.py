@@ -16,7 +16,7 @@ from ray.exceptions import RayTaskError
 
 from hashray.errors import InputError, TooManyBadRows
 from hashray.progress import Bar, console, say, show_table
-from hashray.runtime import WorkersConfig, connect, memory_environment, unwrap
+from hashray.runtime import API_SERVER, NOBODY, WorkersConfig, connect, memory_environment, unwrap
 
 
 def raised(error: BaseException, cause: BaseException | None) -> BaseException:
@@ -75,7 +75,12 @@ def test_size_of_a_pool(
 
 def test_connect_starts_no_second_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
-    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    monkeypatch.delenv(API_SERVER, raising=False)
+
+    def init(**options: Any) -> None:
+        started.append({**options, API_SERVER: os.environ.get(API_SERVER)})
+
+    monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     connect()
     assert started == []
@@ -84,12 +89,14 @@ def test_connect_starts_no_second_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     connect()
     assert started[0]["address"] == "local"
     assert started[0]["num_cpus"] >= 4
+    assert started[0][API_SERVER] == NOBODY and API_SERVER not in os.environ
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     connect()
     assert started[1]["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == "http://store:9000"
     assert "secret" not in str(started[1])
+    assert started[1][API_SERVER] is None
 
 
 def test_without_a_terminal_progress_is_json_lines(

@@ -31,7 +31,8 @@ class WorkersConfig(Config):
         if self.workers is not None:
             return self.workers
         if self.gpus_per_worker:
-            return max(1, int(total.get("GPU", 0) / self.gpus_per_worker))
+            fit = int(total.get("CPU", 1) / self.cpus_per_worker)
+            return max(1, min(fit, int(total.get("GPU", 0) / self.gpus_per_worker)))
         # A local instance counts more logical CPUs than there are cores; more workers than cores only wait.
         cpus = min(total.get("CPU", 1), os.cpu_count() or 1) if _is_local() else total.get("CPU", 1)
         return max(1, int(cpus / self.cpus_per_worker))

@@ -52,7 +52,7 @@ def tune(config: SweepConfig) -> Manifest:
     store = open_store(out)
     base = config.base.result_of()
     del base["backbone"]["weights"]  # "start" knows what they hold, wherever they are
-    asked = {
+    asked: dict[str, Any] = {
         "base": base, "space": {n: d.model_dump(mode="json") for n, d in config.space.items()},
         "search": config.search.model_dump(mode="json"), "corpus": corpus.manifest.id,
         "start": run_of(config.base, corpus)[0],
@@ -61,15 +61,18 @@ def tune(config: SweepConfig) -> Manifest:
     made = already_made(store, "sweep", plan)
     if made is not None:
         return made
+    # By this the folders of trials, models and evaluations are named: of the report seeds no trial knows.
+    searched = asked | {"search": config.search.model_dump(mode="json", exclude={"report_seeds"})}
+    of_search = sha256_hex(canonical(searched))[:16]
     connect()
-    trials, at_once = search(config, corpus, out, plan)
+    trials, at_once = search(config, corpus, out, of_search)
     best = ranked(trials)[0]
     if best.score is None:
         raise RunError(f"no trial came to weights that may be chosen; trial {best.number} {_score(best)}")
     default = _default(config, trials)
     told = "is not among the trials" if default is None else _score(default)
     say(f"best of {len(trials)}: trial {best.number}, validation {best.score:.4f}; the default {told}")
-    compared = _compare(config, corpus, best, default, out, plan)
+    compared = _compare(config, corpus, best, default, out, of_search)
     judged = verdict(compared)
     spent, full = sum(trial.passes for trial in trials), sum(trial.total for trial in trials)
     summary = {

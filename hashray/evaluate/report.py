@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from hashray.data.images import BadImage, decode
+from hashray.evaluate.scoring import reached_by
 
 THUMB_PIXELS = 72
 CAPTIONS = {
@@ -185,7 +186,9 @@ def _table(results: Sequence[Mapping[str, Any]], depth: str) -> str:
             _number(near.get("10")), _number(near.get("100")), _number(result.get("precision_radius_2")),
         ]  # fmt: skip
         rows.append(f"<tr{_css(result['name'], results)}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    reached = ", ".join(reached_by(results))
+    note = f"<p>{html.escape(results[0]['name'])} is not above {html.escape(reached)} here.</p>" if reached else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{note}"
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import tyro
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical
@@ -37,6 +37,7 @@ from hashray.evaluate.scoring import (
     distance_shares,
     gallery,
     harmonic_means,
+    reached_by,
     score,
 )
 from hashray.index.build import code_matrix
@@ -87,6 +88,12 @@ class EvaluateConfig(Config):
         if value is not None and value < 1 and value != -1:
             raise ValueError("R must be at least 1 (or -1, as deephash_pytorch writes the whole ranking)")
         return value
+
+    @model_validator(mode="after")
+    def _minus_one_is_of_one_convention(self) -> EvaluateConfig:
+        if self.top_k == -1 and self.ties != "deephash_pytorch":
+            raise ValueError('top_k = -1 is of ties = "deephash_pytorch"; leave it out to rank the whole database')
+        return self
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -154,8 +161,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     words = model.method.class_codes()
     taught = np.flatnonzero(corpus.rows("train").labels.any(0))
     if words is not None and 1 < len(taught) <= CODEWORD_CLASSES:
-        names = [corpus.classes[i] for i in taught]
-        metrics["codewords"] = analyse(words[taught], names, model.num_bits, config.seed)
+        if model.classes == corpus.classes:
+            names = [corpus.classes[i] for i in taught]
+            metrics["codewords"] = analyse(words[taught], names, model.num_bits, config.seed)
+        else:
+            say("codewords left out: the model was trained on other classes than the corpus has")
     _write(config, corpus, model, metrics)
     depth = f"mAP@{config.top_k}" if config.top_k else "mAP"
     for scenario in scenarios:
@@ -163,6 +173,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         table = [[row["name"], str(row["num_bits"] or "float"), f"{row['mAP']:.4f}"] for row in own]
         title = f"{own[0]['queries']:,} queries, {own[0]['database']:,} rows"
         show_table(f"{scenario.name}: {title}" if scenario.name else title, ["method", "bits", depth], table)
+        if reached := reached_by(own):
+            say(f"{own[0]['name']} is not above {', '.join(reached)} on the same features")
     say(f"the page: {join(config.out, 'report.html')}")
     return metrics
 
@@ -187,7 +199,7 @@ def _score_all(
         for name, values in query.values.items():
             if name == FLOAT:
                 sides = values, query.labels, database.values[name], database.labels
-                mean = mean_average_precision_float(*sides, config.top_k)
+                mean = mean_average_precision_float(*sides, None if config.top_k == -1 else config.top_k)
                 results.append(
                     {"name": name, "num_bits": None, "top_k": config.top_k, "ties": None, "mAP": mean} | where
                 )

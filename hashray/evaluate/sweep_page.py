@@ -126,7 +126,8 @@ def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Map
     columns = ["rank", "trial", "score", "passes", "state", *[name.rpartition(".")[2] for name in names]]
     failed = [[str(t.number), t.reason] for t in trials if t.state == "failed"]
     body = (
-        f"<h2>Leaderboard</h2>{grid(columns, rows, ours=0)}"
+        f"<h2>Leaderboard{f': the best {SHOWN} of {len(order)}' if len(order) > SHOWN else ''}</h2>"
+        f"{grid(columns, rows, ours=0)}"
         f"{_changes(order[0])}{_compared(summary['compared'], summary['verdict'])}"
         f'<h2>Trials</h2><div class="figures">{pictures(figures)}</div>'
         + ("" if summary["importance"] else f"<p>{UNEXPLAINED}</p>")

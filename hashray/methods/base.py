@@ -217,8 +217,8 @@ class Method(nn.Module, ABC):
         raise InputError(f"{self.kind} gives no class scores, which self-training needs")
 
     @classmethod
-    def scores_classes(cls) -> bool:
-        """Whether this method has class scores."""
+    def scores_classes(cls, config: Any) -> bool:
+        """Whether this method, with these settings, learns class scores."""
         return cls.class_scores is not Method.class_scores
 
     def class_codes(self) -> Codes | None:

@@ -284,6 +284,8 @@ class DSEH(Method):
 
     Differs: unless `bank` is per_sample, the banks of rounds >= 1 hold, per distinct label row, the mean of ImgNet's
         features and the majority bits of its codes (METHODS 1.7); LabNet's optimizer starts anew each round.
+        A row's place in a bank is overwritten by its own batch before the loss reads it (METHODS 1.5), so where one
+        batch holds all distinct rows nothing of ImgNet comes back, and a later round is more training of both nets.
     """
 
     kind = "dseh"
@@ -372,6 +374,11 @@ class DSEH(Method):
 
     def logits(self, inputs: Tensor) -> Tensor:
         return self._image_net(inputs)[1]
+
+    @classmethod
+    def scores_classes(cls, config: DSEHConfig) -> bool:
+        """J4 alone trains the label head."""
+        return config.ablation != "L" and config.gamma > 0
 
     def class_scores(self, inputs: Tensor) -> Tensor:
         """LabNet's label head, read from ImgNet's relaxed codes."""

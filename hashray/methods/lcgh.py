@@ -171,7 +171,8 @@ class LCGH(Method):
         warm = phase.name == "labels"
         beta = 0.0 if warm else config.reconstruction_weight
         code = torch.tanh(self.logits(inputs))
-        for_labels, for_decoder = _Fork.apply(code, beta, config.priority == "project")
+        first = config.priority == "project" and config.label_weight > 0  # quantisation alone does not come first
+        for_labels, for_decoder = _Fork.apply(code, beta, first)
         if config.priority == "split":  # no conflict: the decoder reads the label bits, and moves the others
             own = self._label_bits
             for_decoder = torch.cat([for_decoder[:, :own].detach(), for_decoder[:, own:]], dim=1)
@@ -205,6 +206,11 @@ class LCGH(Method):
     def logits(self, inputs: Tensor) -> Tensor:
         return full_precision(self.hash(self.trunk(inputs)))
 
+    @classmethod
+    def scores_classes(cls, config: LCGHConfig) -> bool:
+        """Labels alone train the codewords."""
+        return config.label_weight > 0
+
     def class_scores(self, inputs: Tensor) -> Tensor:
         """Inner products of the bits that see the labels with the codewords.
 
@@ -230,7 +236,9 @@ class LCGH(Method):
     @property
     def _label_bits(self) -> int:
         bits = self.config.num_bits
-        return max(1, round(bits * self.config.split_share)) if self.config.priority == "split" else bits
+        if self.config.priority != "split":
+            return bits
+        return min(bits - 1, max(1, round(bits * self.config.split_share)))  # some for the decoder too
 
     def _margins(self, codes: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Delta_i [n] of the relaxed codes, and kappa_i [n]: whether it is positive for the bits themselves."""

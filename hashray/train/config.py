@@ -120,7 +120,7 @@ class TrainConfig(Config):
     unlabelled: bool = Field(False, description="train on the unlabelled split too, where the method can use it")
     epochs: int = Field(20, ge=1, description="passes over the images in each round of the method")
     batch_size: int = Field(128, ge=1, description="rows of a global batch, whatever the number of workers")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the trunk; losses stay fp32")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the weights; it is what is saved")
     validation_rows: int = Field(500, ge=0, description="train rows held out for model selection, at most a fifth")
@@ -162,9 +162,8 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _rounds_need_class_scores(self) -> TrainConfig:
-        if self.self_training is not None and not known_methods()[self.method.kind][1].scores_classes():
-            able = [kind for kind, (_, method) in known_methods().items() if method.scores_classes()]
-            raise ValueError(f"{self.method.kind} gives no class scores, which self_training needs; it is for {able}")
+        if self.self_training is not None and not known_methods()[self.method.kind][1].scores_classes(self.method):
+            raise ValueError(f"{self.method.kind} with these settings learns no class scores, self_training needs them")
         return self
 
     @model_validator(mode="after")

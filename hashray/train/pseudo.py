@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,3 +121,12 @@ def precision(proposed: NDArray[np.int8], hidden: NDArray[np.uint8]) -> float | 
     known = hidden.any(1)
     positive = (proposed[known] == 1).sum()
     return float(((proposed[known] == 1) & (hidden[known] == 1)).sum() / positive) if positive else None
+
+
+def falls_of(scores: Sequence[float]) -> int:
+    """How many rounds scored below the one before them, in a row or not (the guard of METHODS 2.5).
+
+    >>> falls_of([0.9, 0.8, 0.85, 0.85, 0.84])
+    2
+    """
+    return sum(after < before for before, after in pairwise(scores))

@@ -36,7 +36,7 @@ from hashray.runtime import connect
 from hashray.storage import join, open_store
 from hashray.train.config import SelfTrainingConfig, TrainConfig
 from hashray.train.features import features_of_model, lost_before, pool_of, settle
-from hashray.train.pseudo import Shape, accept, fit_temperature, most_per_class, precision, propose
+from hashray.train.pseudo import Shape, accept, falls_of, fit_temperature, most_per_class, precision, propose
 from hashray.train.trainer import placed, require_validation, run_of, train
 from hashray.train.workers import load_rows
 
@@ -69,7 +69,6 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
     at = join(out, "rounds", "0", "model")
     models = [(at, train(plain.model_copy(update={"out": at})))]
     history: list[dict[str, Any]] = []
-    falls = 0
     for number in range(1, rounds.rounds + 1):
         folder = join(out, "rounds", str(number))
         pseudo = pseudo_label(models[-1][0], config, rounds, join(folder, "pseudo-labels"))
@@ -89,7 +88,7 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
         right = "" if found["precision"] is None else f", {found['precision']:.1%} of their labels true"
         say(f"round {number}: {found['accepted']:,} of {unlabelled:,} rows accepted{right}")
         say(f"round {number}: validation mAP {before:.4f} -> {after:.4f}")
-        falls += after < before
+        falls = falls_of([found.info["validation_map"] for _, found in models])
         if falls >= rounds.most_falls:
             say(f"stopped: the validation mAP has fallen {falls} times")
             break

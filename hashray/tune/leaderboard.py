@@ -79,8 +79,9 @@ def passes_table(trials: Sequence[Trial]) -> pa.Table:
 
 
 def importance(trials: Sequence[Trial], config: SweepConfig, seed: int) -> dict[str, Any]:
-    """Share of the variance of the score that each dimension explains (fANOVA, Hutter et al. 2014), by method.
+    """Share of the variance of the score that each dimension explains alone (fANOVA, Hutter et al. 2014), by method.
 
+    What is left up to 1 is of several dimensions together.
     Trials are compared at the first report that all of them made: a trial that was stopped early is no worse for it.
     """
     found: dict[str, Any] = {}
@@ -102,7 +103,7 @@ def importance(trials: Sequence[Trial], config: SweepConfig, seed: int) -> dict[
             warnings.simplefilter("ignore")
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
             try:
-                shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+                shares = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
             except RuntimeError:  # every score is the same: nothing to explain
                 shares = dict.fromkeys(names, 0.0)
         found[kind] = {"after_passes": shared, "trials": len(own), "shares": {n: float(shares[n]) for n in shares}}

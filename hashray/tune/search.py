@@ -11,12 +11,14 @@ import logging
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import ray
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
@@ -52,28 +54,28 @@ from hashray.tune.trial import (
 class _Callbacks(tune.Callback):
     """Tells the turns and the person who waits what became of each trial, and remembers it."""
 
-    def __init__(self, turns: Any, watch: Watch, in_step: bool) -> None:
-        self.turns, self.watch, self.in_step = turns, watch, in_step
-        self.ended: dict[int, tuple[dict[str, Any], int, str | None]] = {}
+    def __init__(self, turns: Any, watch: Watch, in_step: bool, keep: Callable[[dict[str, Any], str], None]) -> None:
+        self.turns, self.watch, self.in_step, self.keep = turns, watch, in_step, keep
+        self.ended: dict[int, tuple[dict[str, Any], int]] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         point = result["config"]  # with which it was trained; an exchange may have given the trial another by now
         self.watch.reported(point, result[PASSES], result[TOTAL], result[SCORE], result[TRAINED])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, None)
+        self._end(trial, False)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # Its last line; where a segment failed, what lies beside the segments says more.
         reason = Path(trial.error_file).read_text().strip().rpartition("\n")[2].strip()
         if self.in_step:  # the others would wait for it at the next exchange
             raise RunError(f"trial {trial.config[NUMBER]}: {reason}; run the same command again to go on")
-        self._end(trial, reason)
+        self.keep(trial.config, reason)
+        self._end(trial, True)
 
-    def _end(self, trial: Any, failed: str | None) -> None:
-        passes = int((trial.last_result or {}).get(PASSES, 0))
-        self.ended[trial.config[NUMBER]] = trial.config, passes, failed
-        self.watch.ended(trial.config, failed is not None)
+    def _end(self, trial: Any, failed: bool) -> None:
+        self.ended[trial.config[NUMBER]] = trial.config, int((trial.last_result or {}).get(PASSES, 0))
+        self.watch.ended(trial.config, failed)
         ray.get(self.turns.end.remote(trial.trial_id))
 
 
@@ -99,7 +101,14 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[li
     sweep = {"config": config.model_dump(mode="json", exclude_unset=True), "corpus": corpus.store.url,
              "source": source.store.url, "trials": trials_at, "most": most}  # fmt: skip
     at_once = _at_once(config, corpus, source, store, plan)
-    callbacks = _fit(config, sweep, at_once)
+
+    def keep(point: dict[str, Any], reason: str) -> None:
+        """Of a trial whose process was lost once too often; one whose segment failed has said so in its turn."""
+        folder = _folder(config, corpus, trials_at, point)
+        if folder is not None and failure_of(folder) is None:
+            keep_failure(folder, reason)
+
+    callbacks = _fit(config, sweep, at_once, keep)
     if len(callbacks.ended) < config.search.trials:
         raise RunError(
             f"the search was interrupted after {len(callbacks.ended)} of {config.search.trials} trials; "
@@ -118,7 +127,17 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[li
     return trials, at_once
 
 
-def _fit(config: SweepConfig, sweep: dict[str, Any], at_once: int) -> _Callbacks:
+def _folder(config: SweepConfig, corpus: Corpus, trials_at: str, point: dict[str, Any]) -> str | None:
+    """Where a trial's files lie; None for a point that is no training config."""
+    try:
+        return folder_of(trials_at, point, config.at(point), corpus)
+    except HashrayError:
+        return None
+
+
+def _fit(
+    config: SweepConfig, sweep: dict[str, Any], at_once: int, keep: Callable[[dict[str, Any], str], None]
+) -> _Callbacks:
     """Run Ray Tune over the sweep; what became of each trial."""
     population = config.search.scheduler == "pbt"
     # Beside the driver, without which the sweep ends anyway: any other lost node costs no more than its segments.
@@ -136,7 +155,7 @@ def _fit(config: SweepConfig, sweep: dict[str, Any], at_once: int) -> _Callbacks
         how = {"num_samples": config.search.trials, "max_concurrent_trials": at_once, "search_alg": _searcher(config)}
     with tempfile.TemporaryDirectory() as folder, Watch(config.search.trials, sweep["most"], population) as watch:
         trainable = tune.with_parameters(run_trial, sweep=sweep, turns=turns)
-        callbacks = _Callbacks(turns, watch, population)
+        callbacks = _Callbacks(turns, watch, population, keep)
         tuner = tune.Tuner(
             tune.with_resources(trainable, beside),
             param_space=first_members(config) if population else None,
@@ -154,6 +173,8 @@ def _fit(config: SweepConfig, sweep: dict[str, Any], at_once: int) -> _Callbacks
         except TuneError as error:
             if isinstance(error.__context__, HashrayError):  # what a callback raised
                 raise error.__context__ from None
+            if isinstance(error.__context__, RayActorError):
+                raise RunError("who keeps the trials in order was lost; run the same command again to go on") from error
             raise
     ray.kill(turns)
     return callbacks
@@ -172,7 +193,7 @@ def _files(store: Store, name: str) -> list[str]:
 
 def _trial(
     config: SweepConfig, corpus: Corpus, trials_at: str, most: int,
-    point: dict[str, Any], done: int, failed: str | None,
+    point: dict[str, Any], done: int,
 ) -> Trial:  # fmt: skip
     number, values = point[NUMBER], values_of(point)
     try:
@@ -185,9 +206,6 @@ def _trial(
     if reason is not None:  # the last that it reported may never have been trained
         reported = [until for until in milestones(config.search, most, total) if until <= done]
         done = max((until for until in reported if ended_at(join(folder, str(until)))), default=0)
-    elif failed is not None:  # its process was lost once too often
-        keep_failure(folder, failed)
-        reason = failed
     before = folder
     if not done and origin is not None:
         done, donor = origin

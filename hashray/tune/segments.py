@@ -23,8 +23,9 @@ import ray
 import torch
 
 from hashray.artifact import canonical
+from hashray.errors import CorruptArtifact
 from hashray.storage import join, open_store
-from hashray.train.checkpoint import STATE, TENSORS, Position, keep_checkpoint, read_checkpoint
+from hashray.train.checkpoint import STATE, TENSORS, Checkpoint, Position, keep_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.trainer import fit_until
 from hashray.train.workers import build_loop
@@ -67,7 +68,7 @@ def last_validation(position: Position) -> float:
 
 @contextmanager
 def _seconds_counted(segment: Segment) -> Iterator[None]:
-    """Add the seconds that this takes to those of the trial, whatever comes of it."""
+    """Add the seconds that this takes to those of the trial, also where it fails; a killed process adds none."""
     begin, store = time.monotonic(), open_store(segment.trial)
     try:
         yield
@@ -96,9 +97,17 @@ def train_here(job: dict[str, Any], segment: Segment) -> None:
 
     with _seconds_counted(segment):
         loop = build_loop(job, 0, 1, torch.device("cuda" if config.gpu else "cpu"), report, None)
-        begun = open_store(partial).exists(STATE)
-        before = partial if begun else segment.start
-        loop.run(None if before is None else read_checkpoint(before), segment.until)
+        loop.run(_before(segment, partial), segment.until)
+
+
+def _before(segment: Segment, partial: str) -> Checkpoint | None:
+    """The state in which this segment was interrupted, or the one that it begins with; None at the very beginning."""
+    if open_store(partial).exists(STATE):
+        try:
+            return read_checkpoint(partial)
+        except CorruptArtifact:  # of two tries, of which the first was only thought dead; written over by the next
+            pass
+    return None if segment.start is None else read_checkpoint(segment.start)
 
 
 def train_by_ray_train(job: dict[str, Any], segment: Segment) -> None:

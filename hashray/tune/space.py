@@ -72,10 +72,10 @@ class Dimension(Config):
         return next(ends for name in KINDS if (ends := getattr(self, name)) is not None)
 
     def checked(self) -> Sequence[Any]:
-        """The values that are tried before any trial: both ends and a fraction, of a range of integers each one."""
+        """The values that are tried before any trial: both ends and one between; of few integers or a choice, all."""
         if self.integer is not None:
             every = range(self.integer[0], self.integer[1] + 1)
-            return every if len(every) <= MOST_CHECKED else self.ends
+            return every if len(every) <= MOST_CHECKED else (self.ends[0], self.ends[0] + 1, self.ends[1])
         if self.choice is not None:
             return self.choice
         low, high = self.ends
@@ -86,7 +86,8 @@ class Dimension(Config):
         if self.choice is not None:
             return value in self.choice
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and self.ends[0] <= value <= self.ends[1]
+        whole = self.integer is None or (number and value == int(value))
+        return number and whole and self.ends[0] <= value <= self.ends[1]
 
     def within(self, value: Any) -> Any:
         """The nearest value that this dimension could draw."""
@@ -127,11 +128,11 @@ class SearchConfig(Config):
     )
     reduction_factor: int = Field(3, ge=2, description="asha: one of so many trials goes on from a rung to the next")
     at_once: int | None = Field(None, ge=1, description="trials in flight; unset: as many as the cluster can train")
-    seed: int = Field(0, ge=0, description="of the search; trials are trained with the config's own seed")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the search; trials are trained with the config's own seed")
     max_failures: int = Field(
         1, ge=0, description="times that a stretch of a trial is tried again, and a trial whose own process is lost"
     )
-    report_seeds: tuple[int, ...] = Field(
+    report_seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
         (1, 2, 3), description="seeds that the winner and the default are trained with, to be scored on the queries"
     )
 
@@ -232,7 +233,7 @@ class SweepConfig(TrainConfig):
             held = own
         if changes:
             table["changes"] = changes
-        table |= {"validation_every": 1, "checkpoint_every": 1, "checkpoint_steps": None, "tensorboard": False}
+        table |= {"validation_every": 1, "checkpoint_every": 1, "tensorboard": False}
         return validate(TrainConfig, table, ", ".join(f"{n} = {v!r}" for n, v in values.items()) or "the config")
 
     def corners(self) -> list[Point]:
@@ -295,7 +296,9 @@ def _faults(config: SweepConfig, name: str, dimension: Dimension) -> list[str]:
         return [f"space.{name}: unknown key{perhaps(top, known) or '.'} Known here: {', '.join(known)}"]
     if name in FIXED or top in FIXED or name in ("method", "optim", "augment"):
         return [f"space.{name}: this is the same for all trials of a sweep"]
-    if config.backbone.frozen and (top in ("backbone", "augment") or name == "optim.trunk_lr_factor"):
+    if name == KIND and dimension.when is not None:
+        return [f"space.{name}: when = {dimension.when!r} would make the method depend on the method; leave it out"]
+    if config.backbone.frozen and (top in ("backbone", "augment") or name in ("optim.trunk_lr_factor", "precision")):
         return [f"space.{name}: with backbone.frozen trials train on the same features, and this changes nothing"]
     if config.search.scheduler == "pbt" and not can_change(name):
         return [f'space.{name}: scheduler = "pbt" changes values while a trial trains, and this is settled before']

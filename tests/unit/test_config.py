@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from hashray.config import Config, override, parse_toml, require_path, validate
 from hashray.errors import ConfigError, InputError, StorageError, perhaps
+from hashray.methods.adalabelhash import AdaLabelHash
 from hashray.methods.base import Method
-from hashray.methods.dseh import DSEH
 from hashray.storage import open_store
 from hashray.train.config import SelfTrainingConfig, TrainConfig, read_training_config
 
@@ -173,10 +173,20 @@ def test_one_preset_replaces_another_whole() -> None:
     assert kept == paper.method.model_copy(update={"beta": 0.7})
 
 
+@pytest.mark.parametrize(
+    "method",
+    [{"kind": "dseh", "ablation": "L"}, {"kind": "dseh", "gamma": 0.0}, {"kind": "lcgh", "label_weight": 0.0}],
+)
+def test_rounds_are_for_settings_that_learn_class_scores(method: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{method['kind']} with these settings learns no class scores"):
+        validate(TrainConfig, {"method": method, "self_training": {}}, "f")
+    assert validate(TrainConfig, {"method": {"kind": method["kind"]}, "self_training": {}}, "f").self_training
+
+
 def test_rounds_are_for_methods_with_class_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DSEH, "class_scores", Method.class_scores)
-    with pytest.raises(ConfigError, match=r"dseh gives no class scores, .* it is for \['adalabelhash', 'lcgh'\]"):
-        validate(TrainConfig, {"method": {"kind": "dseh"}, "self_training": {}}, "f")
+    monkeypatch.setattr(AdaLabelHash, "class_scores", Method.class_scores)
+    with pytest.raises(ConfigError, match="adalabelhash with these settings learns no class scores"):
+        validate(TrainConfig, {"method": {"kind": "adalabelhash"}, "self_training": {}}, "f")
 
 
 def test_a_flag_adds_the_optional_table_that_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hashray.errors import InputError
 from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods.base import LabelTable
-from hashray.methods.dseh import DSEH, DSEHConfig, LabNet, fit_label_network, label_terms
+from hashray.methods.dseh import DSEH, DSEHConfig, LabNet, fit_label_network, label_terms, train_label_network
 from tests.unit.crew import config_of, make_rows, run_loop
 
 
@@ -190,3 +190,18 @@ def test_rounds_after_the_first_start_from_imgnet_s_outputs(trainings: list[tupl
         assert torch.allclose(banks[0][row], feature[mine].mean(0), atol=1e-9)
         majority = torch.where(bits[mine].mean(0) >= 0, 1.0, -1.0).double()
         assert torch.equal(banks[1][row], majority)
+
+
+@pytest.mark.parametrize(("label_batch", "comes_back"), [(4, True), (256, False)])
+def test_of_imgnet_s_outputs_comes_back_what_a_batch_does_not_overwrite(label_batch: int, comes_back: bool) -> None:
+    table, config = LabelTable.of(torch.as_tensor(make_rows(60)[1])), small(label_batch=label_batch, label_epochs=4)
+    assert 4 < len(table.rows) <= 256
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        net, generator = LabNet(config, 4), torch.Generator().manual_seed(seed)
+        banks = [torch.randn(len(table.rows), width, generator=generator) for width in (16, 16)]
+        train_label_network(net, table, config, 0, 1, (banks[0], banks[1]))
+        found.append(net.state_dict())
+    same = all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    assert same is not comes_back

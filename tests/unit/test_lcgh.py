@@ -82,6 +82,12 @@ def test_sum_adds_both_gradients() -> None:
     torch.testing.assert_close(combined, label + decoder)
 
 
+def test_without_labels_quantisation_does_not_come_first() -> None:
+    found = [code_gradients(priority=name, label_weight=0.0, quantization_weight=1.0) for name in ("project", "sum")]
+    assert bool(((found[0][0] * found[0][1]).sum(1) < 0).any())
+    torch.testing.assert_close(found[0][2], found[1][2])
+
+
 def test_the_fork_against_the_formula_of_the_specification() -> None:
     u = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     a, b = torch.randn(2, 5, 8, dtype=torch.float64)
@@ -164,6 +170,11 @@ def test_split_keeps_the_labels_to_the_first_bits() -> None:
     scores = method.class_scores(torch.as_tensor(features))
     expected = torch.tanh(logits)[:, :4] @ torch.tanh(method.codewords.z)[:, :4].T
     torch.testing.assert_close(scores, expected)
+
+
+def test_split_leaves_the_decoder_a_bit_whatever_the_share() -> None:
+    for share, seen in ((0.99, 7), (0.5, 4), (0.01, 1)):
+        assert method_of(priority="split", split_share=share, num_bits=8)._label_bits == seen
 
 
 def test_dual_raises_the_multiplier_while_the_label_loss_is_above_its_plateau() -> None:

@@ -55,6 +55,14 @@ def test_seeds_become_a_mean_and_a_spread_and_differences_are_taken_seed_by_seed
     assert found["Ours over Labels only, seed by seed"][0] == "+0.1100 ± 0.0141"
 
 
+def test_scores_that_a_calibration_row_reaches_are_marked() -> None:
+    made = [entry("a", 0.5, itq=0.5), entry("b", 0.6), entry("a", 0.5, bits=32, itq=0.4)]
+    found = lines(*made)
+    assert found["Ours"] == ["**0.5000**† (0.5)", "**0.5000** (0.6)"] and found["Labels only"][0] == "**0.6000**"
+    assert results.FLAGGED in results.table_of(ABOUT, made)
+    assert "†" not in results.table_of(ABOUT, [entry("a", 0.5, itq=0.4)])
+
+
 def test_label_network_columns_keep_code_lengths_apart() -> None:
     phases = [{"label_map": 0.9, "label_n_h": 12.0}]
     found = lines(entry("a", 0.5, bits=16, phases=phases), entry("a", 0.6, bits=32, phases=phases), paper={})

@@ -169,13 +169,27 @@ def test_every_fault_of_a_space_is_listed_with_what_was_perhaps_meant(tmp_path: 
         ({"batch_size": {"log": [32, 256]}}, "a number with a fractional part"),
         ({"self_training.rounds": {"integer": [1, 3]}}, "the same for all trials"),
         ({"optim.lr.peak": {"log": [1e-4, 1e-2]}}, "lr is a value and holds no peak"),
+        ({"method.kind": {"choice": ["lcgh", "adalabelhash"], "when": "lcgh"}}, "make the method depend on the method"),
+        ({"method.num_bits": {"integer": [16, 5000]}}, "found 17"),
     ],
 )
 def test_a_range_that_cannot_be_searched_is_refused(tmp_path: Path, space: dict[str, Any], text: str) -> None:
     assert text in faults(tmp_path, space)
 
 
-@pytest.mark.parametrize("name", ["augment.shift", "optim.trunk_lr_factor", "backbone.image_size"])
+def test_the_first_trial_is_the_file_itself_so_a_fraction_is_no_value_of_a_range_of_integers(tmp_path: Path) -> None:
+    space = {"optim.clip_norm": {"integer": [1, 10]}}
+    assert "the config's own value 2.5 is not in the range" in faults(tmp_path, space, optim={"clip_norm": 2.5})
+    config = sweep(tmp_path, space, optim={"clip_norm": 2.0}, checkpoint_steps=7)
+    assert config.at(config.default()).optim.clip_norm == 2.0 and config.base.checkpoint_steps == 7
+
+
+@pytest.mark.parametrize("search", [{"seed": 2**32}, {"report_seeds": [-1]}, {"report_seeds": [2**63]}])
+def test_seeds_that_no_generator_takes_are_refused(tmp_path: Path, search: dict[str, Any]) -> None:
+    assert f"search.{next(iter(search))}" in faults(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}}, search=search)
+
+
+@pytest.mark.parametrize("name", ["augment.shift", "optim.trunk_lr_factor", "backbone.image_size", "precision"])
 def test_what_changes_nothing_on_cached_features_is_not_searched(tmp_path: Path, name: str) -> None:
     space = {name: {"choice": [0, 1]}}
     assert "this changes nothing" in faults(tmp_path, space, backbone={"weights": "x.pth", "frozen": True})
@@ -338,6 +352,9 @@ def test_importance_finds_the_dimension_that_matters_at_the_report_that_all_made
     assert found["after_passes"] == 1 and found["trials"] == 36
     assert found["shares"]["optim.lr"] > 0.9 > 0.1 > found["shares"]["optim.weight_decay"]
     assert importance(trials[:3], config, seed=0) == {}
+    # Of a score that only both together explain, neither explains much alone.
+    both = [trial(config, i, p, [float((i % 6 < 3) == (i // 6 < 3))]) for i, p in enumerate(points)]
+    assert sum(importance(both, config, seed=0)["adalabelhash"]["shares"].values()) < 0.95
 
 
 def test_best_toml_comes_back_as_the_winners_config(tmp_path: Path) -> None:

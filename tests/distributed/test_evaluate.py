@@ -26,6 +26,26 @@ def split_of(number: int) -> str:
     return f"{half}+{half}-{part}" + ("+train" if (half, part) == ("database", "seen") else "")
 
 
+def test_codewords_are_shown_under_the_names_of_the_classes_that_they_were_trained_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    corpus, model, out = (str(tmp_path / name) for name in ("corpus", "model", "out"))
+    write_tiny_model(model, kind="adalabelhash")
+    monkeypatch.setattr("tiny.CLASSES", ("bee", "ant", "cat", "dog"))  # more of them, in another order
+    write_corpus(
+        corpus, 20, 20, split_of=lambda i: "query" if i % 5 == 4 else "database+train", labels_of=lambda i: [i % 4]
+    )
+    words = ["evaluate", "--model", model, "--corpus", corpus, "--out", out, "--no-baselines", "--top-k", "-1"]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "top_k = -1 is of ties" in capfd.readouterr().err
+    assert main([*words, "--ties", "deephash_pytorch"]) == 0
+    assert "codewords left out" in capfd.readouterr().err
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert "codewords" not in metrics and metrics["results"][0]["top_k"] == -1
+
+
 def test_a_class_split_is_scored_within_across_and_generalised(tmp_path: Path) -> None:
     corpus, model, out = (str(tmp_path / name) for name in ("corpus", "model", "out"))
     write_corpus(corpus, 72, 30, split_of=split_of, config={"split_protocol": "class-split", "seed": 0})

@@ -223,7 +223,7 @@ def test_an_unfinished_sweep_of_other_settings_in_the_same_folder_is_no_obstacle
     assert kept and main(["tune", path, "--corpus", corpus, "--out", str(out), "--search.report-seeds"]) == 0
     assert ends(out) == kept
     (out / "manifest.json").unlink()
-    other = ["--search.reduction-factor", "3"]
+    other = ["--search.reduction-factor", "3", "--search.report-seeds"]
     for folder in (out, alone):
         assert main(["tune", path, "--corpus", corpus, "--out", str(folder), *other]) == 0
     assert board(out) == board(alone)

@@ -24,6 +24,7 @@ import torch
 
 from hashray.artifact import canonical
 from hashray.errors import CorruptArtifact
+from hashray.progress import say
 from hashray.storage import join, open_store
 from hashray.train.checkpoint import STATE, TENSORS, Checkpoint, Position, keep_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
@@ -105,8 +106,8 @@ def _before(segment: Segment, partial: str) -> Checkpoint | None:
     if open_store(partial).exists(STATE):
         try:
             return read_checkpoint(partial)
-        except CorruptArtifact:  # of two tries, of which the first was only thought dead; written over by the next
-            pass
+        except CorruptArtifact:  # of two tries, of which the first was only thought dead
+            say(f"{partial} is of two tries, so the stretch begins anew")
     return None if segment.start is None else read_checkpoint(segment.start)
 
 

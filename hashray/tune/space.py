@@ -86,8 +86,7 @@ class Dimension(Config):
         if self.choice is not None:
             return value in self.choice
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        whole = self.integer is None or (number and value == int(value))
-        return number and whole and self.ends[0] <= value <= self.ends[1]
+        return number and self.ends[0] <= value <= self.ends[1] and (self.integer is None or value == int(value))
 
     def within(self, value: Any) -> Any:
         """The nearest value that this dimension could draw."""

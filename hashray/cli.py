@@ -180,7 +180,7 @@ def _run(words: list[str]) -> int:
         return 0 if len(words) > 1 else 2
     name = " ".join(words[:2]) if words[0] == "index" else words[0]
     if name not in STAGES:
-        raise InputError(f"{name!r} is not a command{perhaps(name, STAGES)} Commands: {', '.join(STAGES)}")
+        raise InputError(f"{name!r} is not a command{perhaps(name, STAGES) or '.'} Commands: {', '.join(STAGES)}")
     module_name, function_name, config_name, _ = STAGES[name]
     module = importlib.import_module(module_name)
     function: Callable[[Any], Any] = getattr(module, function_name)
@@ -193,13 +193,14 @@ def _run(words: list[str]) -> int:
 
 
 def _take_endpoint(words: list[str]) -> list[str]:
-    """`--endpoint-url URL` is every command's: it becomes AWS_ENDPOINT_URL, which workers inherit."""
+    """`--endpoint-url URL` is every command's, before what the environment names; workers inherit it."""
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag == "--endpoint-url":
             if not equals and i + 1 == len(words):
                 raise InputError("--endpoint-url needs a value, such as http://127.0.0.1:9000")
-            os.environ["AWS_ENDPOINT_URL"] = value if equals else words[i + 1]
+            url = value if equals else words[i + 1]
+            os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_ENDPOINT_URL_S3": url}
             return words[:i] + words[i + (1 if equals else 2) :]
     return words
 

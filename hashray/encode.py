@@ -21,7 +21,7 @@ from hashray.codes import BIT_ORDER, Codes, binarize
 from hashray.config import Config
 from hashray.data.corpus import Corpus, feature_matrix, open_corpus
 from hashray.data.images import Pixels
-from hashray.data.units import BadRow, UnitWorker, already_made, clear_progress, map_part, run_units, write_quarantine
+from hashray.data.units import BadRow, UnitWorker, already_made, map_part, run_units, write_quarantine
 from hashray.errors import MismatchError
 from hashray.model import load_model
 from hashray.progress import say
@@ -129,6 +129,6 @@ def encode(config: EncodeConfig) -> Manifest:
             info={"plan": plan, "num_bits": num_bits, "split": config.split},
         ),
     )  # fmt: skip
-    clear_progress(store)
+    store.clear("progress/")
     say(f"{config.out}: {total:,} rows in = {total - bad:,} codes out + {bad:,} quarantined")
     return manifest

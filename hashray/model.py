@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -21,7 +22,7 @@ from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical
 from hashray.codes import BIT_ORDER, StampedCodes, binarize
 from hashray.data.images import to_pixels, to_rgb
-from hashray.errors import InputError, MismatchError
+from hashray.errors import ConfigError, InputError, MismatchError
 from hashray.methods import build_method, parse_method_config
 from hashray.methods.backbone import BackboneConfig, build_trunk, state_fingerprint, without_place
 from hashray.methods.base import Method
@@ -133,12 +134,12 @@ def load_model(url: str, endpoint_url: str | None = None, device: str | None = N
     manifest = artifact.load_manifest(store, "model")
     description = json.loads(artifact.read_file(store, manifest.record("model.json")))
     state = load_tensors(artifact.read_file(store, manifest.record("model.safetensors")))
-    trunk = build_trunk(BackboneConfig.model_validate(description["backbone"]), load_weights=False)
-    method = build_method(parse_method_config(description["method"]), trunk, description["num_classes"])
     try:
+        trunk = build_trunk(BackboneConfig.model_validate(description["backbone"]), load_weights=False)
+        method = build_method(parse_method_config(description["method"]), trunk, description["num_classes"])
         method.load_state_dict(state)
-    except RuntimeError as error:
-        fault = str(error).splitlines()[1].strip()
+    except (RuntimeError, ValidationError, ConfigError) as error:
+        fault = " ".join(" ".join(str(error).splitlines()[1:3]).split()) or str(error)
         raise MismatchError(f"{url} was written by another version of hashray: {fault}; train it again") from error
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Model(method.to(target), description["classes"], str(manifest.fingerprint), manifest)

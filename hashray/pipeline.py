@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
@@ -13,6 +13,7 @@ from hashray.data.splits import SplitConfig
 from hashray.encode import EncodeConfig, encode
 from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.index.build import IndexConfig, build_index
+from hashray.index.shard import Kind
 from hashray.runtime import WorkersConfig
 from hashray.storage import join
 from hashray.train.config import TrainConfig, read_training_config
@@ -21,15 +22,20 @@ from hashray.train.self_training import train_model
 
 
 class PipelineConfig(SplitConfig):
-    """Ingest, train, encode, index and evaluate; everything lands below one folder."""
+    """Ingest, train, encode, index and evaluate; everything lands below one folder.
+
+    The workers given here are those of every stage but training, whose own are the TOML's.
+    """
 
     config: Annotated[str, tyro.conf.Positional] = Field(description="training config, TOML")
     source: str = Field(description="images: folder, list files, Parquet or tar shards; local or s3://")
     out: str = Field(description="folder or s3:// prefix: corpus, model, codes, index and evaluation go below it")
     reader: Annotated[SourceConfig, tyro.conf.arg(name="")] = SourceConfig()
-    max_bad: float = Field(0.05, ge=0, le=1)
-    kind: Literal["flat", "ivf"] = "flat"
-    shards: int | None = Field(None, ge=1)
+    max_bad: float | None = Field(
+        None, ge=0, le=1, description="share of rows that may be quarantined, in each stage; unset: the TOML's"
+    )
+    kind: Kind = Field("flat", description="of the index; flat: exact; ivf: for shards above 5 million rows")
+    shards: int | None = Field(None, ge=1, description="of the index; unset: one per 5 million rows")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
 
@@ -44,18 +50,19 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
 
 def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
     """The stages, with a training config that is read already."""
+    max_bad = training.max_bad if config.max_bad is None else config.max_bad
     at = {name: join(config.out, name) for name in ("corpus", "model", "codes", "index", "evaluation")}
     ingest(
         IngestConfig(
-            source=config.source, out=at["corpus"], reader=config.reader, max_bad=config.max_bad, pool=config.pool,
+            source=config.source, out=at["corpus"], reader=config.reader, max_bad=max_bad, pool=config.pool,
             **{name: getattr(config, name) for name in SplitConfig.model_fields},
         )
     )  # fmt: skip
-    train_model(training.model_copy(update={"corpus": at["corpus"], "out": at["model"]}))
-    features = features_of_model(at["model"], at["corpus"], config.pool, config.max_bad)
+    train_model(training.model_copy(update={"corpus": at["corpus"], "out": at["model"], "max_bad": max_bad}))
+    features = features_of_model(at["model"], at["corpus"], config.pool, max_bad, training.features)
     encode(
         EncodeConfig(
-            model=at["model"], corpus=at["corpus"], features=features, out=at["codes"], max_bad=config.max_bad,
+            model=at["model"], corpus=at["corpus"], features=features, out=at["codes"], max_bad=max_bad,
             pool=config.pool,
         )
     )  # fmt: skip
@@ -64,6 +71,7 @@ def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
     )
     return evaluate(
         EvaluateConfig(
-            model=at["model"], corpus=at["corpus"], codes=at["codes"], out=at["evaluation"], pool=config.pool
+            model=at["model"], corpus=at["corpus"], codes=at["codes"], features=features, out=at["evaluation"],
+            max_bad=max_bad, pool=config.pool,
         )
     )  # fmt: skip

@@ -11,7 +11,8 @@ from pydantic import Field
 from ray.exceptions import RayTaskError
 
 from hashray.config import Config
-from hashray.errors import HashrayError
+from hashray.errors import HashrayError, InputError, RunError
+from hashray.progress import say
 
 # A worker must look for objects where the driver does; credentials come from the node, never from here.
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
@@ -21,9 +22,9 @@ API_SERVER, NOBODY = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
 class WorkersConfig(Config):
     """How many workers, and what each of them takes."""
 
-    workers: int | None = Field(None, ge=1, description="at most so many; unset: one a free CPU or GPU")
-    cpus_per_worker: float = Field(1.0, gt=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
+    workers: int | None = Field(None, ge=1, description="at most so many; unset: one a CPU or GPU")
+    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs that each takes")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each takes; a trunk runs there if above 0")
 
     def most(self) -> int:
         """The largest useful pool on this cluster, at least 1."""
@@ -38,18 +39,50 @@ class WorkersConfig(Config):
         return max(1, int(cpus / self.cpus_per_worker))
 
 
+def require_room(cpus: float, gpus: float, at_once: int = 1) -> None:
+    """Refuse what this machine cannot hold: Ray would wait for it for ever, without a word.
+
+    A cluster may grow; there it is only said.
+
+    Raises:
+        InputError: `at_once` workers of so many CPUs and GPUs each do not fit.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if sum(_workers_in(node, cpus, gpus) for node in nodes) >= at_once:
+        return
+    total = ray.cluster_resources()
+    there = f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
+    text = f"{at_once} workers of {cpus:g} CPUs and {gpus:g} GPUs each were asked for, and there are {there}"
+    if not os.environ.get("RAY_ADDRESS"):
+        raise InputError(f"{text} on this machine: ask for fewer, or run on a cluster that has them")
+    say(f"note: {text} in {len(nodes)} nodes by now: waiting till they come")
+
+
+def _workers_in(node: dict[str, float], cpus: float, gpus: float) -> float:
+    """How many workers of so many CPUs and GPUs each a node holds."""
+    fits = [node.get(name, 0) // each for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
+    return min(fits, default=1)
+
+
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), else start Ray on this machine.
 
     A local instance has at least four logical CPUs: on two, a training run and the pipeline that feeds it
     wait for each other for ever.
+
+    Raises:
+        RunError: nobody answers at RAY_ADDRESS.
     """
     if ray.is_initialized():
         return
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"env_vars": forwarded}, log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            ray.init(runtime_env={"env_vars": forwarded}, log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            address = os.environ["RAY_ADDRESS"]
+            raise RunError(f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset it") from error
     else:
         start_local(num_cpus=max(4, os.cpu_count() or 1), logging_level=logging.WARNING)
     _quiet_data()

@@ -97,6 +97,11 @@ class Store(ABC):
     def local_path(self, key: str) -> Path | None:
         """Return the file's path when the store is a local folder, else None."""
 
+    def clear(self, prefix: str) -> None:
+        """Remove every object whose key starts with `prefix`."""
+        for key, _ in [*self.list(prefix)]:
+            self.delete(key)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
@@ -235,7 +240,7 @@ def split_url(url: str | Path) -> tuple[str, str]:
     """
     text = str(url).rstrip("/")
     folder, slash, name = text.rpartition("/")
-    if not name or "s3:" in (name.lower(), folder.lower().rstrip("/")):
+    if name in ("", ".", "..") or "s3:" in (name.lower(), folder.lower().rstrip("/")):
         raise InputError(f"{url} does not name a file; {ALLOWED}, then /file")
     return folder or slash or ".", name
 

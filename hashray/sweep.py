@@ -93,8 +93,7 @@ def tune(config: SweepConfig) -> Manifest:
             files=files, info={"plan": plan, **summary},
         ),
     )  # fmt: skip
-    for key, _ in list(store.list("progress/")):
-        store.delete(key)
+    store.clear("progress/")
     if judged:
         say(judged)
     say(f"{out}: {spent:,} of {full:,} passes trained ({spent / full:.0%}); hashray train {join(out, 'best.toml')}")

@@ -47,7 +47,7 @@ def decode(data: bytes | None) -> Image.Image:
             with Image.open(io.BytesIO(data)) as opened:
                 opened.load()
                 return to_rgb(opened)
-    except BadImage:
+    except (BadImage, MemoryError):  # a worker short of memory says nothing about the image
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes; the row is quarantined
         text = " ".join(str(error).split()) or "cannot be decoded"

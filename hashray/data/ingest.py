@@ -22,7 +22,7 @@ from hashray.data.corpus import CORPUS_SCHEMA
 from hashray.data.images import BadImage, decode
 from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
 from hashray.data.splits import SplitConfig, assign_splits, class_split, order_key
-from hashray.data.units import BadRow, Part, UnitWorker, already_made, clear_progress, run_units, write_quarantine
+from hashray.data.units import BadRow, Part, UnitWorker, already_made, run_units, write_quarantine
 from hashray.errors import InputError
 from hashray.progress import say
 from hashray.runtime import WorkersConfig, connect
@@ -102,7 +102,6 @@ def ingest(config: IngestConfig) -> Manifest:
     store = open_store(config.out)
     made = already_made(store, "corpus", plan)
     if made is not None:
-        clear_progress(store)
         return made
     connect()
     chunks = [items[i : i + config.rows_per_part] for i in range(0, len(items), config.rows_per_part)]
@@ -163,6 +162,6 @@ def _publish(
             info={**info, "leaked_queries": leaked},
         ),
     )  # fmt: skip
-    clear_progress(store)
+    store.clear("progress/")
     say(f"{store.url}: {rows_in:,} rows in = {rows_in - bad:,} out + {bad:,} quarantined; {len(classes)} classes")
     return manifest

@@ -132,10 +132,10 @@ def _list_lists(url: str, config: SourceConfig, num_classes: int | None) -> tupl
             if not line.strip():
                 continue
             where = f"{join(store.url, key)}, line {number}"
-            name, labels, found = _parse_line(line, where, num_classes)
-            if width is not None and found != width:
+            name, labels, found = _parse_line(line, where, num_classes, split == "unlabelled")
+            if found and width is not None and found != width:
                 raise InputError(f"{where}: {found} label fields, the lines before have {width}")
-            width = found
+            width = found or width
             path, locator = _place(name, root, bool(config.root))
             old = merged.get(path)
             if old is None:
@@ -159,7 +159,7 @@ def _place(name: str, root: str, root_given: bool) -> tuple[str, str]:
     return path, path if path.startswith("/") and not root_given else join(root, path)
 
 
-def _parse_line(line: str, where: str, num_classes: int | None) -> tuple[str, tuple[int, ...], int]:
+def _parse_line(line: str, where: str, num_classes: int | None, bare: bool) -> tuple[str, tuple[int, ...], int]:
     # The labels stand at the end; a path may hold spaces.
     words = line.split()
     numbers: list[int] = []
@@ -167,6 +167,8 @@ def _parse_line(line: str, where: str, num_classes: int | None) -> tuple[str, tu
         numbers.append(number)
     numbers.reverse()
     count = len(numbers)
+    if count == 0 and bare:
+        return line.strip(), (), 0
     if count == 0:
         raise InputError(f"{where}: no label after the path {line.strip()!r}; expected 'path index' or 'path 0 1 0 …'")
     path = line.strip().rsplit(maxsplit=count)[0]

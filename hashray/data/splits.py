@@ -17,7 +17,6 @@ from pydantic import Field
 from hashray.config import Config
 from hashray.errors import InputError
 
-SPLITS = ("train", "query", "database", "unlabelled", "validation")
 Protocol = Literal["as-given", "adalabelhash-cifar10", "cifar10-semi", "per-class", "class-split"]
 
 

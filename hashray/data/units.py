@@ -29,7 +29,7 @@ from hashray.data.corpus import QUARANTINE_SCHEMA, iterate_bytes, table_bytes
 from hashray.data.images import Pixels, Resize, decode_rows
 from hashray.errors import AlreadyExists, AuditError, HashrayError, InputError, TooManyBadRows
 from hashray.progress import Bar, say
-from hashray.runtime import WorkersConfig, memory_environment, unwrap
+from hashray.runtime import WorkersConfig, memory_environment, require_room, unwrap
 from hashray.storage import Store
 
 RECORD_THREADS = 16
@@ -141,6 +141,7 @@ def run_units(
 
     Raises:
         AlreadyExists: another plan's artifact is finished here; nothing of it is touched.
+        InputError: no machine here can hold a worker.
         HashrayError: what a worker raised, as it raised it.
         TooManyBadRows: with counts, the first reasons and where the table of all of them is.
     """
@@ -153,6 +154,7 @@ def run_units(
     bar = Bar(title, total, "rows", done=sum(part.rows_in for part in parts.values()))
     with bar:
         if todo:
+            require_room(workers.cpus_per_worker, workers.gpus_per_worker)
             items = [{"unit": json.dumps(dict(unit))} for unit in todo]
             size = min(len(todo), workers.most())
             # By the environment: a pool's actors compute in a thread of their own, which mallopt would not reach.
@@ -202,6 +204,8 @@ def already_made(store: Store, kind: str, plan: str, name: str = "plan") -> Mani
         return None
     manifest = artifact.load_manifest(store, kind)
     refuse_taken(store, plan, name)
+    for left in ("progress/", "checkpoints/"):  # by a run that was killed between its manifest and its tidying
+        store.clear(left)
     say(f"{store.url} is finished already" + ("" if manifest.rows_out is None else f": {manifest.rows_out:,} rows"))
     return manifest
 
@@ -247,12 +251,6 @@ def write_quarantine(store: Store, parts: Sequence[Part], before: Sequence[BadRo
     rows = [row.model_dump() for row in bad]
     table = pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
     return artifact.write_file(store, artifact.QUARANTINE, table_bytes(table), rows=len(rows))
-
-
-def clear_progress(store: Store) -> None:
-    """Remove the records of a published stage: its manifest holds all that they said."""
-    for key, _ in list(store.list("progress/")):
-        store.delete(key)
 
 
 def _stop_if_bad(store: Store, parts: Mapping[int, Part], total: int, max_bad: float, title: str) -> None:

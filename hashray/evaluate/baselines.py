@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -265,21 +266,29 @@ class ClassCode:
         return binarize(chosen.astype(np.int64) @ self.codewords[self.classes].astype(np.int64))
 
 
-def fit_baselines(train_features: Any, train_labels: Any, num_bits: int, seed: int = 0) -> dict[str, Baseline]:
-    """Fit every code baseline on features [n, d] and multi-hot labels [n, c], by the name it is reported under.
+CODE_BASELINES: dict[str, Any] = {
+    "random": RandomCodes,
+    "lsh": LSH,
+    "pca-sign": PCASign,
+    "itq": ITQ,
+    "itq-linear": ITQLinear,
+    "class-code": ClassCode,
+}
+"""By the name each is reported under."""
+
+
+def fit_baselines(
+    train_features: Any, train_labels: Any, num_bits: int, seed: int = 0
+) -> Iterator[tuple[str, Baseline]]:
+    """Fit every code baseline, one after the other, on features [n, d] and multi-hot labels [n, c].
 
     >>> x, y = [[0.0], [1.0], [5.0], [6.0]], np.eye(2)[[0, 0, 1, 1]]
-    >>> list(fit_baselines(x, y, num_bits=8))
-    ['random', 'lsh', 'pca-sign', 'itq', 'itq-linear', 'class-code']
+    >>> [name for name, _ in fit_baselines(x, y, num_bits=8)] == list(CODE_BASELINES)
+    True
     """
-    return {
-        "random": RandomCodes.fit(train_features, num_bits, seed),
-        "lsh": LSH.fit(train_features, num_bits, seed),
-        "pca-sign": PCASign.fit(train_features, num_bits, seed),
-        "itq": ITQ.fit(train_features, num_bits, seed),
-        "itq-linear": ITQLinear.fit(train_features, num_bits, seed, train_labels=train_labels),
-        "class-code": ClassCode.fit(train_features, num_bits, seed, train_labels=train_labels),
-    }
+    for name, baseline in CODE_BASELINES.items():
+        supervision = {"train_labels": train_labels} if baseline in (ITQLinear, ClassCode) else {}
+        yield name, baseline.fit(train_features, num_bits, seed, **supervision)
 
 
 def _principal(values: Features, num_bits: int, seed: int) -> Projection:

@@ -116,16 +116,16 @@ def _rounds(training: Mapping[str, Any]) -> str:
     """Self-training, round by round; nothing where there was none."""
     if not training.get("rounds"):
         return ""
-    head = "".join(f"<th>{name}</th>" for name in ("round", "rows accepted", "labels true", "validation mAP"))
     rows = []
     for line in training["rounds"]:
         right = "-" if line["precision"] is None else f"{line['precision']:.1%}"
-        cells = (line["round"], f"{line['accepted']:,} of {line['unlabelled']:,}", right,
-                 f"{line['before']:.4f} → {line['validation_map']:.4f}")  # fmt: skip
-        css = ' class="ours"' if line["round"] == training.get("best_round") else ""
-        rows.append(f"<tr{css}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f"<h2>Self-training</h2>{table}"
+        accepted = f"{line['accepted']:,} of {line['unlabelled']:,}"
+        change = f"{line['before']:.4f} → {line['validation_map']:.4f}"
+        rows.append([str(line["round"]), accepted, right, change])
+    best = training.get("best_round", 0)
+    note = f"This page is of the model of round {best}" + ("" if best else ", trained without any of these labels")
+    table = grid(("round", "rows accepted", "labels true", "validation mAP"), rows, best - 1 if best else None)
+    return f"<h2>Self-training</h2>{table}<p>{note}: of all rounds it has the best validation mAP.</p>"
 
 
 def _uri(data: bytes, kind: str) -> str:
@@ -165,30 +165,24 @@ def _tables(metrics: Mapping[str, Any], depth: str) -> str:
         for name in names
     ]
     means = sorted(metrics.get("harmonic_mean", {}).items(), key=lambda pair: -pair[1])
-    rows = "".join(
-        f"<tr{_css(name, results)}><td>{html.escape(name)}</td><td>{value:.4f}</td></tr>" for name, value in means
-    )
-    head = "<thead><tr><th>method</th><th>2WC / (W + C)</th></tr></thead>"
-    return "".join(parts) + f"<h3>Harmonic mean of within and cross</h3><table>{head}<tbody>{rows}</tbody></table>"
-
-
-def _css(name: str, results: Sequence[Mapping[str, Any]]) -> str:
-    return ' class="ours"' if name == results[0]["name"] else ""
+    ours = [name for name, _ in means].index(results[0]["name"])
+    table = grid(("method", "2WC / (W + C)"), [[name, f"{value:.4f}"] for name, value in means], ours)
+    return "".join(parts) + f"<h3>Harmonic mean of within and cross</h3>{table}"
 
 
 def _table(results: Sequence[Mapping[str, Any]], depth: str) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("method", "bits", depth, "P@10", "P@100", "radius 2"))
+    by_score = sorted(results, key=lambda result: -result["mAP"])
     rows = []
-    for result in sorted(results, key=lambda result: -result["mAP"]):
+    for result in by_score:
         near = result.get("precision_at", {})
-        cells = [
-            html.escape(result["name"]), str(result["num_bits"] or "float"), f"{result['mAP']:.4f}",
+        rows.append([
+            result["name"], str(result["num_bits"] or "float"), f"{result['mAP']:.4f}",
             _number(near.get("10")), _number(near.get("100")), _number(result.get("precision_radius_2")),
-        ]  # fmt: skip
-        rows.append(f"<tr{_css(result['name'], results)}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        ])  # fmt: skip
+    table = grid(("method", "bits", depth, "P@10", "P@100", "radius 2"), rows, by_score.index(results[0]))
     reached = ", ".join(reached_by(results))
     note = f"<p>{html.escape(results[0]['name'])} is not above {html.escape(reached)} here.</p>" if reached else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{note}"
+    return table + note
 
 
 def _number(value: float | None) -> str:

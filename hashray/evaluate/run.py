@@ -13,18 +13,20 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tyro
 from pydantic import Field, field_validator, model_validator
 
 from hashray import __version__, artifact
-from hashray.artifact import Manifest, canonical
+from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.codes import binarize
 from hashray.config import Config
 from hashray.data.corpus import Corpus, open_corpus, read_table
+from hashray.data.units import already_made, refuse_taken
 from hashray.encode import EncodeConfig, encode
 from hashray.errors import InputError, MismatchError, perhaps
 from hashray.evaluate import figures, report
-from hashray.evaluate.baselines import fit_baselines
+from hashray.evaluate.baselines import CODE_BASELINES, fit_baselines
 from hashray.evaluate.codewords import analyse
 from hashray.evaluate.environment import environment
 from hashray.evaluate.features import BaselineFeatures
@@ -50,6 +52,7 @@ from hashray.train.features import features_of_model, trunk_fingerprint
 HEALTH_ROWS = 256
 FLOAT = "float-cosine"
 CODEWORD_CLASSES = 1000  # above, a matrix of distances and a graph are no longer looked at
+PLACES = {"model", "corpus", "out", "codes", "features", "pool", "max_bad"}  # what no number depends on
 TRAINING = ("train_rows", "labelled_rows", "phases", "rounds", "best_round", "best_at", "validation_map")
 
 
@@ -79,7 +82,7 @@ class EvaluateConfig(Config):
     @classmethod
     def _known_ties(cls, value: str) -> str:
         if value not in TIES:
-            raise ValueError(f"no convention is called {value!r}{perhaps(value, TIES)} Known: {', '.join(TIES)}")
+            raise ValueError(f"no convention is called {value!r}{perhaps(value, TIES) or '.'} Known: {', '.join(TIES)}")
         return value
 
     @field_validator("top_k")
@@ -97,16 +100,15 @@ class EvaluateConfig(Config):
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Run the stage; return what metrics.json holds.
+    """Run the stage; return what metrics.json holds. Rerun = resume: what is finished is shown again.
 
     A corpus of protocol class-split is scored three times: within the seen classes, across to those never trained on,
     and generalised, unseen queries in a database of all; `scenario` names which in each result.
 
     Raises:
         InputError: no query or database rows, or a ties name that is not known.
+        AlreadyExists: `out` holds an evaluation of another model, corpus or protocol.
     """
-    if artifact.is_finished(open_store(config.out)):
-        artifact.load_manifest(config.out, "evaluation")  # refuses to write over anything else
     corpus = open_corpus(config.corpus)
     if not corpus.num_classes:
         raise InputError(f"{config.corpus} has no labels, and without them no row is relevant to any; ingest them too")
@@ -116,8 +118,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for scenario in scenarios:
         for split in (scenario.query_split, scenario.database_split):
             corpus.require(split, "evaluation")
-    model = load_model(config.model, device="cpu")
-    connect()
+    model, store = load_model(config.model, device="cpu"), open_store(config.out)
+    assert model.manifest is not None
+    settings = config.model_dump(mode="json", exclude=PLACES)
+    plan = sha256_hex(canonical([model.manifest.id, corpus.manifest.id, settings]))[:16]
+    made = already_made(store, "evaluation", plan)
+    if made is None:
+        connect()
+        metrics = _measured(config, model, corpus, scenarios)
+        _write(config, plan, corpus, model, metrics)
+    else:
+        metrics = json.loads(artifact.read_file(store, made.record("metrics.json")))
+    _show(config, metrics["results"])
+    return metrics
+
+
+def _measured(config: EvaluateConfig, model: Model, corpus: Corpus, scenarios: tuple[Scenario, ...]) -> dict[str, Any]:
+    """All that metrics.json holds."""
     features = features_of_model(config.model, config.corpus, config.pool, config.max_bad, config.features)
     name = str(model.method.config.kind)
     query = _encoded(config, corpus, name, config.query_split, features, None)
@@ -139,7 +156,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         results += rows
         parts.append((*sides, ranking))
     first_query, first_database, ranking = parts[0]
-    results[0]["code_health"] |= _logit_health(model, corpus, config.query_split)
+    results[0]["code_health"] |= _logit_health(model, corpus, config.query_split, set(query.ids))
     metrics: dict[str, Any] = {
         "protocol": protocol,
         "environment": environment(),
@@ -150,33 +167,43 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "gallery": gallery(
             name, first_query, first_database, ranking, corpus.classes, config.gallery, config.seed
         ),
+        "training": _training(model),
     }  # fmt: skip
-    info = model.manifest.info if model.manifest else {}
-    metrics["training"] = {key: info[key] for key in TRAINING if key in info}
-    metrics["training"]["config"] = model.manifest.config if model.manifest else {}
-    metrics["training"]["trunk"] = trunk_fingerprint(model.method.trunk)
     means = harmonic_means(results)
-    if means:
-        metrics["harmonic_mean"] = means
+    return metrics | ({"harmonic_mean": means} if means else {}) | _codewords(config, model, corpus)
+
+
+def _training(model: Model) -> dict[str, Any]:
+    """What a reader must know of how the model was made."""
+    assert model.manifest is not None
+    kept = {key: model.manifest.info[key] for key in TRAINING if key in model.manifest.info}
+    return kept | {"config": model.manifest.config, "trunk": trunk_fingerprint(model.method.trunk)}
+
+
+def _codewords(config: EvaluateConfig, model: Model, corpus: Corpus) -> dict[str, Any]:
+    """Distances and communities of the class codewords, of the classes that have train rows; {} without any."""
     words = model.method.class_codes()
     taught = np.flatnonzero(corpus.rows("train").labels.any(0))
-    if words is not None and 1 < len(taught) <= CODEWORD_CLASSES:
-        if model.classes == corpus.classes:
-            names = [corpus.classes[i] for i in taught]
-            metrics["codewords"] = analyse(words[taught], names, model.num_bits, config.seed)
-        else:
-            say("codewords left out: the model was trained on other classes than the corpus has")
-    _write(config, corpus, model, metrics)
+    if words is None or not 1 < len(taught) <= CODEWORD_CLASSES:
+        return {}
+    if model.classes != corpus.classes:
+        say("codewords left out: the model was trained on other classes than the corpus has")
+        return {}
+    names = [corpus.classes[i] for i in taught]
+    return {"codewords": analyse(words[taught], names, model.num_bits, config.seed)}
+
+
+def _show(config: EvaluateConfig, results: list[dict[str, Any]]) -> None:
+    """The tables of the results, and where the page is."""
     depth = f"mAP@{config.top_k}" if config.top_k else "mAP"
-    for scenario in scenarios:
-        own = [row for row in results if row.get("scenario", "") == scenario.name]
+    for scenario in dict.fromkeys(row.get("scenario", "") for row in results):
+        own = [row for row in results if row.get("scenario", "") == scenario]
         table = [[row["name"], str(row["num_bits"] or "float"), f"{row['mAP']:.4f}"] for row in own]
         title = f"{own[0]['queries']:,} queries, {own[0]['database']:,} rows"
-        show_table(f"{scenario.name}: {title}" if scenario.name else title, ["method", "bits", depth], table)
+        show_table(f"{scenario}: {title}" if scenario else title, ["method", "bits", depth], table)
         if reached := reached_by(own):
             say(f"{own[0]['name']} is not above {', '.join(reached)} on the same features")
     say(f"the page: {join(config.out, 'report.html')}")
-    return metrics
 
 
 def _scenarios(config: EvaluateConfig, corpus: Corpus) -> tuple[Scenario, ...]:
@@ -215,7 +242,7 @@ def _score_all(
 def _encoded(
     config: EvaluateConfig, corpus: Corpus, name: str, split: str, features: str | None, given: str | None
 ) -> Side:
-    """The rows of a split that have a code, in the codes' order."""
+    """The rows of a split that have a code, in the codes' order; without those whose labels nobody knows."""
     out = given or join(config.out, "codes", split)
     if given is None:
         encode(
@@ -236,7 +263,15 @@ def _encoded(
     codes = code_matrix(table.column("code"), int(manifest.info["num_bits"]))
     rows = corpus.rows(split)
     place = {row_id: i for i, row_id in enumerate(rows.ids)}
-    return Side(ids, rows.labels[[place[row_id] for row_id in ids]], {name: codes})
+    side = Side(ids, rows.labels[[place[row_id] for row_id in ids]], {name: codes})
+    hidden = corpus.rows("unlabelled")
+    unknown = {row_id for row_id, labels in zip(hidden.ids, hidden.labels, strict=True) if not labels.any()}
+    known = set(ids) - unknown
+    if len(known) < len(ids):
+        say(f"{len(ids) - len(known):,} {split} rows are not scored: they are unlabelled, so relevant to nothing known")
+    if not known:
+        raise InputError(f"{config.corpus} has no {split} row whose labels are known")
+    return side.among(known)
 
 
 def _add_baselines(
@@ -252,9 +287,8 @@ def _add_baselines(
         (query, features.of(config.query_split, query.ids)),
         (database, features.of(config.database_split, database.ids)),
     ]
-    fitted = fit_baselines(train, rows.labels[chosen], model.num_bits, config.seed)
-    with Bar("baselines", len(fitted), "methods") as bar:
-        for name, baseline in fitted.items():
+    with Bar("baselines", len(CODE_BASELINES), "methods") as bar:
+        for name, baseline in fit_baselines(train, rows.labels[chosen], model.num_bits, config.seed):
             for side, values in sides:
                 side.values[name] = baseline.codes(values)
             bar.add(1)
@@ -284,22 +318,23 @@ def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Side,
     }
 
 
-def _logit_health(model: Model, corpus: Corpus, split: str) -> dict[str, float]:
-    """How far the logits of some queries lie from 0 (METHODS 6.7), over the first part that has any."""
-    record = next(record for record in corpus.parts if corpus.count_part(record, split))
-    table = corpus.read_part(record, split).slice(0, HEALTH_ROWS)
+def _logit_health(model: Model, corpus: Corpus, split: str, encoded: set[str]) -> dict[str, float]:
+    """How far the logits of some encoded queries lie from 0 (METHODS 6.7), over the first part that has any."""
+    tables = (corpus.read_part(record, split) for record in corpus.parts if corpus.count_part(record, split))
+    kept = (table.filter(pc.is_in(table.column("id"), pa.array(sorted(encoded)))) for table in tables)
+    table = next(table for table in kept if len(table)).slice(0, HEALTH_ROWS)
     logits = model.logits(corpus.inputs(table, model.backbone.image_size, model.backbone.resize))
     whole = code_health(binarize(logits), logits=np.tanh(logits))
     return {name: whole[name] for name in ("near_zero", "quantization", "exact_zeros")}
 
 
-def _write(config: EvaluateConfig, corpus: Corpus, model: Model, metrics: dict[str, Any]) -> None:
+def _write(config: EvaluateConfig, plan: str, corpus: Corpus, model: Model, metrics: dict[str, Any]) -> None:
     store = open_store(config.out)
-    store.delete(artifact.MANIFEST)  # an evaluation is made again freely; till it is written there is none
     pictures = figures.draw_all(metrics)
     images = corpus.images(config.query_split, [row["query"] for row in metrics["gallery"]])
     images |= corpus.images(config.database_split, [n["id"] for row in metrics["gallery"] for n in row["neighbours"]])
     page = report.page(metrics, pictures, images)
+    refuse_taken(store, plan)
     files = [artifact.write_file(store, f"figures/{name}.png", data) for name, data in pictures.items()]
     files.append(artifact.write_file(store, "report.html", page.encode()))
     files.append(artifact.write_file(store, "metrics.json", canonical(metrics)))
@@ -309,6 +344,6 @@ def _write(config: EvaluateConfig, corpus: Corpus, model: Model, metrics: dict[s
         store,
         Manifest(
             kind="evaluation", project_version=__version__, config=settings, parents=parents, files=tuple(files),
-            fingerprint=model.fingerprint,
+            fingerprint=model.fingerprint, info={"plan": plan},
         ),
     )  # fmt: skip

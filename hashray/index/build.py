@@ -33,7 +33,7 @@ from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputErro
 from hashray.index import shard
 from hashray.index.shard import NPROBE, SAMPLE_PER_LIST, Kind, WrittenShard
 from hashray.progress import Bar, say
-from hashray.runtime import WorkersConfig, connect, unwrap
+from hashray.runtime import WorkersConfig, connect, require_room, unwrap
 from hashray.storage import Store, check_conditional_put, join, open_store
 
 ROWS_PER_SHARD = 5_000_000  # Flat answers 5M rows of 64 bits in some 4 ms; IVF pays above that
@@ -94,8 +94,7 @@ def build_index(config: IndexConfig) -> Manifest:
         artifact.publish(store, manifest, version_key(1))
     except AlreadyExists:
         return _finished(config, store, plan)
-    for key, _ in list(store.list(f"progress/{plan}/")):
-        store.delete(key)
+    store.clear(f"progress/{plan}/")
     say(f"{config.out}: {rows:,} rows in {len(done)} {config.kind} shards, version 1")
     return manifest
 
@@ -103,13 +102,13 @@ def build_index(config: IndexConfig) -> Manifest:
 def _finished(config: IndexConfig, store: Store, plan: str) -> Manifest:
     there = artifact.load_manifest(store, "index", version_key(1))
     if there.info.get("plan") == plan:
+        store.clear(f"progress/{plan}/")
         say(f"{config.out} is finished already: {there.rows_out:,} rows")
         return there
     raise AlreadyExists(
         f"{join(store.url, version_key(1))}: another build published version 1 of this index first: "
         f"{there.rows_out:,} rows, {there.info['kind']}, of codes {there.parents.get('codes', '')[:12]} "
-        f"(id {there.id[:12]}). It was left as it is: use it, choose another --out, or add rows to it with "
-        "`hashray index append`"
+        f"(id {there.id[:12]}). It was left as it is: use it, or choose another --out"
     )
 
 
@@ -196,6 +195,7 @@ class _Job:
     def _tasks(self, function: Any, jobs: Mapping[int, tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Run a task for every job, as many at a time as the pool has workers; yield (key, result) as they end."""
         pool = self.config.pool
+        require_room(pool.cpus_per_worker, pool.gpus_per_worker)
         task = function.options(num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker)
         waiting, limit = list(jobs), pool.most()
         running: dict[Any, int] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
@@ -274,6 +275,7 @@ def _load_file(net: nn.Module, config: BackboneConfig) -> None:
         raise InputError(f"{path} holds a {type(state).__name__}; expected a state dict")
     if any(str(k).startswith(MODEL_PREFIX) for k in state):  # a trained model: its trunk
         state = {k.removeprefix(MODEL_PREFIX): v for k, v in state.items() if k.startswith(MODEL_PREFIX)}
+        _require_normalisation(config)
     own = net.state_dict()
     # The classifier goes: it may be missing, or be that of other classes.
     prefix = None if config.name in OWN_TRUNKS else _classifier_prefix(net)
@@ -287,6 +289,20 @@ def _load_file(net: nn.Module, config: BackboneConfig) -> None:
             f"{len(missing)} keys of the trunk not in it ({missing[:3]})"
         )
     net.load_state_dict(state, strict=False)
+
+
+def _require_normalisation(config: BackboneConfig) -> None:
+    """Refuse the trunk of a model that saw pixels of another mean and spread than `config` would give it."""
+    store = storage.open_store(str(config.weights))
+    if not artifact.is_finished(store):  # the tensors alone
+        return
+    description = artifact.read_file(store, artifact.load_manifest(store, "model").record("model.json"))
+    theirs = BackboneConfig.model_validate(json.loads(description)["backbone"])
+    if _normalisation(theirs) != _normalisation(config):
+        raise InputError(
+            f"{config.weights} was trained with the normalisation of weights = {theirs.weights!r}, and as weights "
+            "of another training it would get ImageNet's: go on from it with --init instead"
+        )
 
 
 def _last_linear(net: nn.Module) -> str | None:

@@ -25,25 +25,24 @@ from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, Phase, 
 from hashray.methods.losses import (
     PosWeightMode,
     full_precision,
+    quantization,
     share_a_class,
+    signs,
     weighted_mean,
     weighted_pairwise_likelihood,
 )
 
 IMAGE_POSITIVE_WEIGHT = 0.999  # METHODS 1.3 [C]: ImgNet's w, whatever LabNet's is
 
+BOTH = {"rounds": 3, "semantic_activation": "relu", "label_init_std": 0.01, "label_schedule": "step", "label_batch": 32}
 PRESETS: dict[str, dict[str, Any]] = {
     "hashray": {},
     # METHODS 1.2-1.5 [C]: the authors' TensorFlow code, NUS-WIDE setting.
     "released": {
-        "rounds": 3,
+        **BOTH,
         "beta": 0.01,
-        "semantic_activation": "relu",
         "label_hidden": 2048,
         "label_normalization": "lrn",
-        "label_init_std": 0.01,
-        "label_schedule": "step",
-        "label_batch": 32,
         "label_epochs": 30,
         "label_max_steps": 1_000_000,
         "bank": "per_sample",
@@ -51,17 +50,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The paper's text: a = 1, beta = 0.005, FC 4096, linear label head.
     "paper": {
-        "rounds": 3,
+        **BOTH,
         "pair_scale": 1.0,
         "beta": 0.005,
         "positive_weight": 1.0,
         "label_head": "linear",
-        "semantic_activation": "relu",
         "label_hidden": 4096,
         "label_normalization": "none",
-        "label_init_std": 0.01,
-        "label_schedule": "step",
-        "label_batch": 32,
         "logit_scale": 1.0,
         "target_smooth": 1.0,
     },
@@ -180,7 +175,7 @@ def label_terms(
     terms = {"label_j2": config.alpha * weighted_pairwise_likelihood(code, banks[1], *pair)}
     if config.ablation != "SS" and config.semantic_weight:
         terms["label_j1"] = config.semantic_weight * weighted_pairwise_likelihood(feature, banks[0], *pair)
-    terms["label_j3"] = config.beta * weighted_mean((code.abs() - 1).abs().mean(1), weight)
+    terms["label_j3"] = config.beta * weighted_mean(quantization(code, "l1"), weight)
     if config.ablation != "L":
         predicted = torch.sigmoid(prediction) if config.label_head == "sigmoid" else prediction
         square = (predicted - labels.to(predicted.dtype)).square().mean(1)
@@ -322,7 +317,7 @@ class DSEH(Method):
                 rows, outputs = found
                 sizes = [self.config.semantic_dim, self.config.num_bits]
                 feature, code = outputs.to(self.hash.weight).split(sizes, dim=1)
-                banks = feature, torch.where(code >= 0, 1.0, -1.0).to(code)
+                banks = feature, signs(code)
             self.label_net.present.copy_(table.rows.any(0))
             self.label_net.requires_grad_(True)
             try:
@@ -358,7 +353,10 @@ class DSEH(Method):
         self.similar_share = counts @ share_a_class(table.rows, table.rows).to(counts) @ counts / counts.sum() ** 2
 
     def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
-        """Equation: DSEH Eqs. 12, 13. Differs: logits times 10, targets times 0.999, as in the authors' code."""
+        """Equation: DSEH Eqs. 12, 13. Differs: logits times 10, targets times 0.999, as in the authors' code.
+
+        A label of -1 (unknown) counts as absent: LabNet reads label rows, which have no third value.
+        """
         feature, logits = self._image_net(inputs)
         with torch.no_grad():
             target = (self.label_net(labels == 1)[1] >= 0).to(logits.dtype) * self.config.target_smooth
@@ -397,4 +395,4 @@ class DSEH(Method):
 
     def _bank_outputs(self, inputs: Tensor) -> Tensor:
         feature, logits = self._image_net(inputs)
-        return torch.cat([feature, torch.where(logits >= 0, 1.0, -1.0).to(feature.dtype)], dim=1)
+        return torch.cat([feature, signs(logits)], dim=1)

@@ -29,6 +29,7 @@ from hashray.methods.losses import (
     label_margins,
     quantization,
     reconstruction_rows,
+    signs,
     weighted_mean,
 )
 
@@ -70,6 +71,12 @@ class LCGHConfig(MethodConfig):
     )  # fmt: skip
 
     @model_validator(mode="after")
+    def _learns_something(self) -> LCGHConfig:
+        if not self.label_weight and not self.reconstruction_weight:
+            raise ValueError("label_weight = 0 and reconstruction_weight = 0 leave nothing to learn")
+        return self
+
+    @model_validator(mode="after")
     def _dual_needs_a_plateau(self) -> LCGHConfig:
         if self.priority == "dual" and not self.warmup_share:
             raise ValueError('priority = "dual" measures the label loss at the end of a warm-up: set warmup_share > 0')
@@ -99,7 +106,7 @@ class _Fork(torch.autograd.Function):
 
 def straight_through(codes: Tensor) -> Tensor:
     """Binary codes in {-1, +1}, 0 counting as +1; backwards the identity."""
-    return codes + (torch.where(codes >= 0, 1.0, -1.0).to(codes.dtype) - codes).detach()
+    return codes + (signs(codes) - codes).detach()
 
 
 @final
@@ -119,6 +126,8 @@ class LCGH(Method):
         if config.target == "pixels" and trunk.config.frozen:
             raise InputError('method.target = "pixels" needs images, and a frozen trunk trains on cached features')
         pretrained = trunk.config.frozen or trunk.config.weights is not None
+        if config.target == "feature" and not pretrained:
+            raise InputError('method.target = "feature" would rebuild random numbers: name backbone.weights')
         self.rebuilds_feature = config.target == "feature" or (config.target == "auto" and pretrained)
         self.hash = nn.Linear(width, bits) if config.head == "linear" else _mlp(width, config.hidden, bits)
         self.codewords = Codewords(num_classes, bits, config.codeword_init)
@@ -143,6 +152,8 @@ class LCGH(Method):
 
     def begin_phase(self, phase: Phase, table: LabelTable, seed: int, crew: Crew) -> dict[str, float]:
         if phase.round:  # after the warm-up
+            if self.config.priority != "dual":
+                return {}
             self.dual[2] = (1 + self.config.dual_slack) * self.dual[1]
             return {"label_plateau": float(self.dual[1])}
         self.codewords.learn_classes(table)
@@ -171,7 +182,7 @@ class LCGH(Method):
         warm = phase.name == "labels"
         beta = 0.0 if warm else config.reconstruction_weight
         code = torch.tanh(self.logits(inputs))
-        first = config.priority == "project" and config.label_weight > 0  # quantisation alone does not come first
+        first = config.priority == "project" and config.label_weight > 0
         for_labels, for_decoder = _Fork.apply(code, beta, first)
         if config.priority == "split":  # no conflict: the decoder reads the label bits, and moves the others
             own = self._label_bits
@@ -181,7 +192,9 @@ class LCGH(Method):
         labelled = (known == 1).any(1).to(weight.dtype)
         hinge = weighted_mean(torch.relu(config.margin - margins), labelled)
         multiplier = float(self.dual[0]) if config.priority == "dual" else 1.0
-        gap = weighted_mean(quantization(for_labels, config.quantization), weight)
+        # With the labels' gradient where there are labels, as in METHODS' pseudo-code; alone it does not come first.
+        regular = torch.where(labelled[:, None] > 0, for_labels, code)
+        gap = weighted_mean(quantization(regular, config.quantization), weight)
         rebuilt = self.decoder(straight_through(for_decoder))
         error = reconstruction_rows(rebuilt, self._target(inputs), 1.0)
         kept = weight * consistent if config.priority == "gate" and not warm else weight

@@ -137,6 +137,11 @@ def quantization_l1(codes: Tensor) -> Tensor:
     return quantization(codes, "l1").mean()
 
 
+def signs(values: Tensor) -> Tensor:
+    """The bits of logits or relaxed codes as -1 and +1 of the same dtype; 0 is +1, as in codes.py."""
+    return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
+
+
 @outside_autocast
 def quantization(codes: Tensor, kind: Quantization) -> Tensor:
     """How far each relaxed code [n, K] is from its own signs, [n]; 0 exactly when every |u| is 1.

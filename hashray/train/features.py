@@ -16,7 +16,7 @@ from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.data.corpus import ROW_FIELDS, Corpus, open_corpus, read_table
 from hashray.data.images import Pixels
-from hashray.data.units import BadRow, UnitWorker, already_made, clear_progress, map_part, run_units, write_quarantine
+from hashray.data.units import BadRow, UnitWorker, already_made, map_part, run_units, write_quarantine
 from hashray.methods.backbone import (
     BackboneConfig,
     Trunk,
@@ -144,5 +144,5 @@ def compute_features(
             info={"plan": plan, "feature_dim": trunk.feature_dim},
         ),
     )  # fmt: skip
-    clear_progress(store)
+    store.clear("progress/")
     return url

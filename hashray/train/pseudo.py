@@ -70,7 +70,8 @@ def propose(scores: NDArray[np.floating], temperature: float, shape: Shape) -> P
 def fit_temperature(scores: NDArray[np.floating], labels: NDArray[np.uint8]) -> float:
     """The temperature that minimises the negative log-likelihood of labelled rows [n, c], of each of their labels.
 
-    Between 1e-3 and 1e3 times the spread of the scores.
+    One label more is taken for any class alike: where every row is right, the likelihood alone would have 0. Between
+    1e-3 and 1e3 times the spread of the scores.
     """
     values = scores.astype(np.float64)
     present = np.isfinite(values)
@@ -81,7 +82,8 @@ def fit_temperature(scores: NDArray[np.floating], labels: NDArray[np.uint8]) -> 
 
     def cost(log_temperature: float) -> float:
         scaled = values / math.exp(log_temperature)
-        return float((logsumexp(scaled, axis=1)[row] - scaled[row, column]).mean())
+        surprise = logsumexp(scaled, axis=1, keepdims=True) - scaled
+        return float((surprise[row, column].sum() + surprise[present].mean()) / (len(row) + 1))
 
     middle = math.log(spread)
     return math.exp(minimize_scalar(cost, bounds=(middle - 7, middle + 7), method="bounded").x)

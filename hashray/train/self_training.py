@@ -25,7 +25,6 @@ from hashray.data.units import (
     BadRow,
     UnitWorker,
     already_made,
-    clear_progress,
     map_part,
     run_units,
     write_quarantine,
@@ -200,7 +199,7 @@ def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig
             info={"plan": plan, "summary": summary},
         ),
     )  # fmt: skip
-    clear_progress(store)
+    store.clear("progress/")
     return manifest
 
 

@@ -34,7 +34,7 @@ from hashray.methods.backbone import build_trunk, weights_identity, with_absolut
 from hashray.methods.base import LabelTable, Method
 from hashray.model import load_model, write_model
 from hashray.progress import Bar, say
-from hashray.runtime import connect, memory_environment, quicken_on_one_machine, unwrap
+from hashray.runtime import connect, memory_environment, quicken_on_one_machine, require_room, unwrap
 from hashray.storage import join, open_store
 from hashray.storage_s3 import arrow_filesystem
 from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, load_checkpoint
@@ -49,7 +49,8 @@ def train(config: TrainConfig) -> Manifest:
     """Run the stage; return the model's manifest. Rerun = resume.
 
     Raises:
-        InputError: no corpus, no train rows, weights that do not fit. Diverged: the loss is not finite.
+        InputError: no corpus, no train rows, weights that do not fit, no room for the workers.
+        Diverged: the loss is not finite.
         AlreadyExists: `out` holds a model of another config or corpus.
     """
     config = placed(config)
@@ -63,6 +64,7 @@ def train(config: TrainConfig) -> Manifest:
     if made is not None:
         return made
     connect()
+    require_room(config.cpus_per_worker, float(config.gpu), config.workers)
     data = training_data(config, corpus)
     if config.workers > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
         say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
@@ -82,8 +84,7 @@ def train(config: TrainConfig) -> Manifest:
     parents |= {"features": data.manifest.id} if data is not corpus else {}
     refuse_taken(store, run, "run")
     manifest = write_model(store, method, tensors, corpus.classes, result_of, parents, history, info)
-    for key, _ in list(store.list("checkpoints/")):
-        store.delete(key)
+    store.clear("checkpoints/")
     say(f"{out}: model {manifest.id[:12]}" + (f", validation mAP {position.best_score:.4f}" if chosen else ""))
     return manifest
 

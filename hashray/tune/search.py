@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hashray.artifact import canonical
 from hashray.data.corpus import Corpus
 from hashray.errors import ConfigError, HashrayError, RunError
-from hashray.runtime import WorkersConfig
+from hashray.runtime import WorkersConfig, require_room
 from hashray.storage import Store, join, open_store
 from hashray.train.checkpoint import TENSORS
 from hashray.train.trainer import plan_job, require_one_network, total_passes, training_data
@@ -231,6 +231,7 @@ def _write_costs(trials: list[Trial], own: Store, out: Store) -> None:
 def _at_once(config: SweepConfig, corpus: Corpus, source: Corpus, store: Store, plan: str) -> int:
     """Trials in flight: fixed by the first run of a sweep, for the decisions of a later one depend on it."""
     key = f"progress/at-once-{plan}.json"
+    require_room(config.cpus_per_worker, float(config.gpu), config.workers)
     # A stream needs a CPU of its own beside the workers that it feeds, or both wait for ever.
     streams = any(not plan_job(config.at(point), corpus, source)["memory"] for point in config.corners())
     pool = WorkersConfig(

@@ -123,8 +123,7 @@ def forget_before(segment: Segment, start_too: bool) -> None:
     """Delete what nothing goes on from any more; the lines of earlier segments are in the last one's."""
     store = open_store(segment.trial)
     for name in ("partial", "fit"):
-        for key, _ in list(store.list(f"{segment.until}-{name}/")):
-            store.delete(key)
+        store.clear(f"{segment.until}-{name}/")
     if segment.start and start_too:
         open_store(segment.start).delete(TENSORS)
 

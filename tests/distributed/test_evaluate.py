@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import write_corpus, write_tiny_model
+from tiny import files_of, write_corpus, write_tiny_model
 
 from hashray import artifact
 from hashray.cli import main
@@ -79,3 +79,51 @@ def test_a_class_split_is_scored_within_across_and_generalised(tmp_path: Path) -
     assert len(metrics["sample"]["codes"]) == 24
     assert artifact.verify(out) == []
     assert "never saw" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_finished_evaluation_is_shown_again_and_never_overwritten(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    corpus, model, out = (str(tmp_path / name) for name in ("corpus", "model", "out"))
+    write_corpus(corpus, 40, 20, split_of=lambda i: "query" if i % 5 == 4 else "database+train")
+    write_tiny_model(model)
+    words = ["evaluate", "--model", model, "--corpus", corpus, "--out", out]
+    assert main(words) == 0
+    table = capfd.readouterr().out
+    before, times = files_of(out), {path: path.stat().st_mtime_ns for path in Path(out).rglob("*")}
+    assert main([*words, "--workers", "1"]) == 0
+    again = capfd.readouterr()
+    assert again.out == table and "is finished already" in again.err
+    for other in (["--top-k", "5"], ["--seed", "1"], ["--no-baselines"]):
+        assert main([*words, *other]) == 1
+        assert "choose another --out" in capfd.readouterr().err
+    assert files_of(out) == before and times == {path: path.stat().st_mtime_ns for path in Path(out).rglob("*")}
+
+
+def test_rows_whose_labels_nobody_knows_are_not_scored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """They would all count as irrelevant; those whose labels the corpus only hides are scored."""
+    splits = ("query", "database+train", "database+unlabelled", "database+unlabelled")
+    for name, labels_of, scored in (
+        ("unknown", lambda i: [] if i % 4 == 3 else [i % 3], 30),
+        ("hidden", lambda i: [i % 3], 45),
+    ):
+        corpus, model, out = (str(tmp_path / f"{name}-{kind}") for kind in ("corpus", "model", "out"))
+        write_corpus(corpus, 60, 20, split_of=lambda i: splits[i % 4], labels_of=labels_of)
+        write_tiny_model(model)
+        assert main(["evaluate", "--model", model, "--corpus", corpus, "--out", out]) == 0
+        metrics = json.loads(Path(out, "metrics.json").read_text())
+        assert {row["database"] for row in metrics["results"]} == {metrics["protocol"]["database"]} == {scored}
+        assert ("15 database rows are not scored" in capfd.readouterr().err) == (name == "unknown")
+
+
+def test_queries_that_are_gone_are_counted_and_nothing_else_fails(tmp_path: Path) -> None:
+    corpus, model, out, images = (str(tmp_path / name) for name in ("corpus", "model", "out", "images"))
+    write_corpus(corpus, 60, 20, images, split_of=lambda i: "query" if i % 5 == 4 else "database+train")
+    write_tiny_model(model)
+    for i in (4, 9, 14, 19):  # all queries of the first part
+        Path(images, f"{i:04d}.png").unlink()
+    words = ["evaluate", "--model", model, "--corpus", corpus, "--out", out, "--no-baselines", "--max-bad", "0.5"]
+    assert main(words) == 0
+    metrics = json.loads(Path(out, "metrics.json").read_text())
+    assert metrics["protocol"]["queries"] == 8
+    assert "near_zero" in metrics["results"][0]["code_health"]

@@ -9,11 +9,14 @@ import pytest
 import torch
 import torchvision
 from pydantic import ValidationError
+from tiny import BACKBONE, write_tiny_model
 from torch import nn
 
 from hashray.artifact import canonical
-from hashray.errors import InputError
+from hashray.errors import InputError, MismatchError
+from hashray.methods import backbone
 from hashray.methods.backbone import BackboneConfig, Trunk, build_trunk, state_fingerprint
+from hashray.model import load_model
 from hashray.train.features import trunk_fingerprint
 
 ROOT = Path(__file__).parents[2]
@@ -276,3 +279,26 @@ def test_fingerprint_covers_names_values_types_and_preprocessing() -> None:
 def same(left: Trunk, right: Trunk) -> bool:
     a, b = left.net.state_dict(), right.net.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_trunk_of_a_model_that_saw_other_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path / "model")
+    fields = BACKBONE | {"weights": str(tmp_path / "model")}
+    build_trunk(BackboneConfig.model_validate(fields))
+    grey = ((0.5,) * 3, (0.5,) * 3)
+    usual = backbone._normalisation
+    # As of weights of torchvision's that want other pixels; the nearest real ones are half a gigabyte.
+    monkeypatch.setattr(backbone, "_normalisation", lambda config: usual(config) if config.weights else grey)
+    with pytest.raises(InputError, match=r"was trained with the normalisation of weights = None.* go on .* --init"):
+        build_trunk(BackboneConfig.model_validate(fields))
+
+
+def test_a_model_with_settings_that_this_version_lacks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as newer:
+        fields = {**BACKBONE, "sharpen": True}
+        newer.setattr("hashray.model.canonical", lambda value: canonical({**value, "backbone": fields}))
+        write_tiny_model(tmp_path)
+    with pytest.raises(MismatchError, match=r"written by another version of hashray: sharpen .* train it again"):
+        load_model(str(tmp_path))

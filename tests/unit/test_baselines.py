@@ -140,7 +140,7 @@ def test_codewords_use_up_all_codes_and_refuse_one_more() -> None:
 
 
 def test_fit_baselines_is_seeded_and_in_the_order_of_their_strength_on_clusters() -> None:
-    fitted, again = (fit_baselines(*TRAIN, num_bits=32, seed=0) for _ in range(2))
+    fitted, again = (dict(fit_baselines(*TRAIN, num_bits=32, seed=0)) for _ in range(2))
     assert list(fitted) == ["random", "lsh", "pca-sign", "itq", "itq-linear", "class-code"]
     scores = {}
     for name, baseline in fitted.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +104,12 @@ def test_describe_and_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 def test_the_endpoint_flag_reaches_the_store(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT_URL", ""))
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):  # whichever is set: boto3 and Arrow prefer the second
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
     assert main(["--endpoint-url", "http://127.0.0.1:9", "--version"]) == 0
-    assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9"
+    assert "at http://127.0.0.1:9 " in fails(
+        capsys, "--endpoint-url", "http://127.0.0.1:9", "describe", "s3://b/x", code=1
+    )
     assert "needs a value" in fails(capsys, "verify", "x", "--endpoint-url")

@@ -193,3 +193,12 @@ def test_decode_rows_puts_broken_ones_aside() -> None:
     assert bad == [("b", "UnidentifiedImageError: cannot identify image file"), ("c", "gone")]
     pixels, kept, bad = decode_rows([], 8, "crop")
     assert (pixels.shape, pixels.dtype, kept, bad) == ((0, 3, 8, 8), np.uint8, [], [])
+
+
+def test_a_worker_short_of_memory_says_nothing_about_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(MemoryError):
+        decode(b"x")

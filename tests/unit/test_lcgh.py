@@ -48,11 +48,12 @@ class OneRow(TorchCrew):
         return outputs(torch.as_tensor(make_rows(1)[0])).double()
 
 
-def code_gradients(**fields: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def code_gradients(hidden: bool = False, **fields: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(label's, decoder's, combined) gradients on the codes of 20 rows, of the same weights."""
     features, labels, _ = make_rows(20)
+    labels = np.full(labels.shape, -1, np.int8) if hidden else labels
     found = []
-    for change in ({"reconstruction_weight": 0.0}, {"label_weight": 0.0, "quantization_weight": 0.0}, {}):
+    for change in ({"reconstruction_weight": 1e-30}, {"label_weight": 0.0, "quantization_weight": 0.0}, {}):
         method = method_of(**fields | change)
         inputs = torch.as_tensor(features)
         logits = method.hash(inputs).detach().requires_grad_(True)
@@ -83,9 +84,13 @@ def test_sum_adds_both_gradients() -> None:
 
 
 def test_without_labels_quantisation_does_not_come_first() -> None:
-    found = [code_gradients(priority=name, label_weight=0.0, quantization_weight=1.0) for name in ("project", "sum")]
-    assert bool(((found[0][0] * found[0][1]).sum(1) < 0).any())
-    torch.testing.assert_close(found[0][2], found[1][2])
+    def check(**fields: Any) -> None:
+        found = [code_gradients(priority=name, quantization_weight=1.0, **fields) for name in ("project", "sum")]
+        assert bool(((found[0][0] * found[0][1]).sum(1) < 0).any())
+        torch.testing.assert_close(found[0][2], found[1][2])
+
+    check(label_weight=0.0)
+    check(hidden=True)  # of rows whose labels nobody knows
 
 
 def test_the_fork_against_the_formula_of_the_specification() -> None:
@@ -215,6 +220,13 @@ def test_without_labels_no_codeword_is_shown_or_scored() -> None:
     assert method.class_codes() is None
     with pytest.raises(InputError, match="label_weight = 0 trains no codewords"):
         method.class_scores(torch.zeros(1, 4))
+
+
+def test_settings_that_leave_nothing_to_learn_are_refused() -> None:
+    with pytest.raises(ValueError, match="label_weight = 0 and reconstruction_weight = 0 leave nothing to learn"):
+        method_of(label_weight=0.0, reconstruction_weight=0.0)
+    with pytest.raises(InputError, match=r"would rebuild random numbers: name backbone\.weights"):
+        LCGH(LCGHConfig(target="feature"), build_trunk(BackboneConfig(name="resnet9", width=4)), 4)
 
 
 def test_rows_without_labels_teach_the_decoder_and_nothing_else() -> None:

@@ -81,6 +81,23 @@ def test_the_temperature_undoes_a_scale() -> None:
     assert fit_temperature(np.full((3, 2), -np.inf), np.zeros((3, 2), np.uint8)) == 1.0
 
 
+def test_where_every_row_is_right_the_temperature_still_leaves_a_doubt() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((100, 10))
+    labels = np.eye(10, dtype=np.uint8)[scores.argmax(1)]
+    tau = fit_temperature(scores, labels)
+
+    def cost(temperature: float) -> float:
+        """The likelihood of the labels and of one more that may be of any class, by a loop."""
+        p = np.exp(scores / temperature) / np.exp(scores / temperature).sum(1, keepdims=True)
+        return float(-np.log(p[labels == 1]).sum() - np.log(p).mean())
+
+    grid = tau * np.array([0.5, 0.8, 1.0, 1.25, 2.0])
+    assert int(np.argmin([cost(value) for value in grid])) == 2
+    near = propose(np.array([[0.1, 0.0] + [-2.0] * 8]), tau, Shape(1, 9)).confidence[0]
+    assert near < 0.95  # two classes nearly alike are no certainty
+
+
 def test_precision_counts_rows_with_hidden_labels_only() -> None:
     proposed = np.array([[1, 0], [1, -1], [0, 1]], dtype=np.int8)
     hidden = np.array([[1, 0], [0, 0], [1, 0]], dtype=np.uint8)

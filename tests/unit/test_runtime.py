@@ -14,9 +14,9 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from hashray.errors import InputError, TooManyBadRows
+from hashray.errors import InputError, RunError, TooManyBadRows
 from hashray.progress import Bar, console, say, show_table
-from hashray.runtime import API_SERVER, NOBODY, WorkersConfig, connect, memory_environment, unwrap
+from hashray.runtime import API_SERVER, NOBODY, WorkersConfig, connect, memory_environment, require_room, unwrap
 
 
 def raised(error: BaseException, cause: BaseException | None) -> BaseException:
@@ -71,6 +71,50 @@ def test_size_of_a_pool(
     monkeypatch.setattr(ray, "nodes", lambda: [{}] * nodes)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert WorkersConfig(**config).most() == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "fits"),
+    [
+        ([{"CPU": 4}], (1, 0, 4), True),
+        ([{"CPU": 4}], (1, 0, 5), False),
+        ([{"CPU": 4}], (8, 0, 1), False),
+        ([{"CPU": 4}], (1, 1, 1), False),
+        ([{"CPU": 4}], (0, 0, 1), True),
+        ([{"CPU": 4}, {"CPU": 4}], (3, 0, 3), False),  # one each: 8 CPUs are not 9, and not 6 in one place
+        ([{"CPU": 4}, {"CPU": 4, "GPU": 2}], (1, 0.5, 4), True),
+    ],
+)
+def test_what_fits_on_no_machine_is_said_at_once(
+    nodes: list[dict[str, float]],
+    wanted: tuple[float, float, int],
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [*({"Alive": True, "Resources": r} for r in nodes), {"Alive": False}])
+    total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if fits:
+        require_room(*wanted)
+    else:
+        with pytest.raises(InputError, match=f"each were asked for, and there are {total['CPU']:g} CPUs and"):
+            require_room(*wanted)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster may grow
+    require_room(*wanted)
+    assert ("waiting till they come" in capsys.readouterr().err) == (not fits)
+
+
+def test_a_cluster_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: Any) -> None:
+        raise ConnectionError("ray client timed out")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    with pytest.raises(RunError, match=r"no Ray cluster answers at RAY_ADDRESS=10\.0\.0\.9:6379"):
+        connect()
 
 
 def test_connect_starts_no_second_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,19 @@ def test_public_deep_hashing_lists(put: Put) -> None:
     assert {split for _, split in rows(one).values()} == {"train"}
 
 
+def test_an_unlabelled_list_needs_no_labels(put: Put) -> None:
+    url = put(
+        {
+            "train.txt": "images/a.jpg 1\n",
+            "unlabelled.txt": "images/b 2.jpg\nimages/c.jpg 0\n",
+            **pictures("images/a.jpg", "images/b 2.jpg", "images/c.jpg"),
+        }
+    )
+    assert rows(list_source(url, SourceConfig())) == {
+        "images/a.jpg": ((1,), "train"), "images/b 2.jpg": ((), "unlabelled"), "images/c.jpg": ((0,), "unlabelled"),
+    }  # fmt: skip
+
+
 def test_a_list_of_indices_with_class_names(put: Put) -> None:
     url = put({"all.lst": "\ufeffa.png 2\nb.png 0\n", "classes.txt": "ant\nbee\ncat\n\n", **pictures("pix/a.png")})
     config = SourceConfig(class_names=f"{url}/classes.txt", root=f"{url}/pix", format="list")

@@ -109,7 +109,12 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:
         texts = [
-            _cell(cells.get((row, c)), paper.get(row, {}).get(c), row in own, row in own and _reached(cells, row, c))
+            _cell(
+                _told(cells.get((row, c)), row in own),
+                paper.get(row, {}).get(c),
+                row in own,
+                row in own and _reached(cells, row, c),
+            )
             for c in columns
         ]
         lines.append(f"| {about['rows'].get(row, row) if row in own else row} | " + " | ".join(texts) + " |")
@@ -179,10 +184,20 @@ def _column_order(column: str) -> tuple[int, int]:
     return int(bits), ["", " within", " cross", " gen.", " H", " map_l", " n_h"].index(rest)
 
 
-def _cell(values: dict[Seeds, float] | None, paper: float | None, own: bool, reached: bool) -> str:
+def _told(values: dict[Seeds, float] | None, own: bool) -> list[float]:
+    """A cell's values; of a baseline, which no training seed changes, one for each split."""
+    if not values or own:
+        return list((values or {}).values())
+    by_split: dict[int, set[float]] = {}
+    for (split, _), value in values.items():
+        by_split.setdefault(split, set()).add(value)
+    return [value for found in by_split.values() for value in found]
+
+
+def _cell(values: list[float], paper: float | None, own: bool, reached: bool) -> str:
     if not values:
         return f"({paper:g})" if paper is not None else ""
-    text = _mean(list(values.values()))
+    text = _mean(values)
     text = f"**{text}**" + "†" * reached if own else text
     return text + (f" ({paper:g})" if paper is not None else "")
 

@@ -162,6 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HashrayError as error:
         say(f"error: {error}")
         return error.exit_code
+    except BrokenPipeError:  # who read the output has gone, as in `hashray describe … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes the rest when it ends
+        return 1
     except KeyboardInterrupt:
         say("interrupted; finished parts are kept, the same command goes on from them")
         return 130

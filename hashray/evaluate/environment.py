@@ -1,4 +1,4 @@
-"""[Ray] What produced a number: commit, versions, hardware, command (law 13)."""
+"""[Ray] What produced a number: commit, versions, hardware, command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hashray import __version__
 
 
 def environment() -> dict[str, Any]:
-    """What produced a number: commit, versions, hardware, command (law 13); of absolute paths only the names."""
+    """What produced a number: commit, versions, hardware, command; of absolute paths only the names."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "commit": _commit(),

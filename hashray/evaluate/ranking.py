@@ -4,7 +4,7 @@ A Hamming ranking is full of ties: the order inside a distance is the order of t
 these integer histograms is an expectation over all such orders, so that no shuffle changes a number.
 
 An item is relevant to a query when their label rows share a positive class (entries > 0; 0 and -1 are not).
-Source: METHODS.md section 0; McSherry and Najork, Computing information retrieval performance measures efficiently
+Source: METHODS 0; McSherry and Najork, Computing information retrieval performance measures efficiently
 in the presence of tied scores, ECIR 2008.
 """
 

@@ -1,4 +1,4 @@
-"""The methods: one file each, found by the package itself (law 2)."""
+"""The methods: one file each, found by the package itself."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Term(NamedTuple):
     """A term of the loss over one worker's rows, as a sum and the mass that it is a mean over.
 
     The loop divides by the mass of all workers, so that the mean is over the global batch whatever is counted:
-    rows, labelled rows, positive entries (law 9). With `in_loss` false it is only reported.
+    rows, labelled rows, positive entries. With `in_loss` false it is only reported.
     """
 
     total: Tensor

@@ -1,6 +1,6 @@
 """The training loop: phases, epochs, steps. Knows no method by name and no Ray.
 
-The global batch is the unit (law 9): each worker takes its slice, its sums are divided by the mass that all
+The global batch is the unit: each worker takes its slice, its sums are divided by the mass that all
 workers count together, and DistributedDataParallel's mean over workers is then the mean over the global batch,
 uneven last batch included. Random numbers are seeded anew at every step from (seed, pass, step, worker), so a
 resumed run draws what an unbroken one draws.

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -42,7 +43,32 @@ def test_jobs_are_short_and_name_their_own_command() -> None:
     for job in jobs:
         text = job.read_text()
         assert len(text.splitlines()) <= 35 and f"jobs/{job.name}" in text, job
-        assert main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))
+def test_every_job_is_its_command(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"jobs/{job}", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "jobs" / job), run_name="__main__")
+    assert stopped.value.code == 0
+    names = {"build_index.py": "index build"}
+    name = "train" if job.startswith("train_") else names.get(job, job.removesuffix(".py"))
+    assert f"usage: hashray {name} " in capsys.readouterr().out
+
+
+def test_every_cited_section_of_the_methods_is_there() -> None:
+    sections = set(re.findall(r"^#{2,3} (\d(?:\.\d+)?)\.? |^(\d\.\d+) ", (ROOT / "docs/METHODS.md").read_text(), re.M))
+    known = {number for pair in sections for number in pair if number}
+    cited: dict[str, str] = {}
+    for folder in ("hashray", "tests", "jobs", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".toml"):
+                cited |= dict.fromkeys(
+                    re.findall(r"METHODS(?:\.md)?(?:'s?)? (\d(?:\.\d+)?)", path.read_text()), str(path)
+                )
+    assert len(cited) > 10 and not {number: path for number, path in cited.items() if number not in known}
 
 
 @pytest.mark.parametrize("command", sorted(STAGES))

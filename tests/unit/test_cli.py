@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import write_tiny_model
 
 from hashray import artifact, storage
 from hashray.artifact import Manifest
@@ -99,6 +103,16 @@ def test_describe_and_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     (tmp_path / "a.bin").write_bytes(b"12346")
     assert "a.bin" in fails(capsys, "verify", tmp_path, code=1)
     assert "not a finished artifact" in fails(capsys, "describe", tmp_path / "none")
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "hashray.cli", "describe", str(tmp_path)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
 def test_the_endpoint_flag_reaches_the_store(

@@ -147,7 +147,7 @@ def test_no_ties_is_the_ordinary_average_precision() -> None:
 
 
 def naive_convention(case: Case, ties: str, top_k: int | None) -> float:
-    """The table of METHODS.md section 0, one query at a time."""
+    """The table of METHODS 0, one query at a time."""
     relevant, values = naive_relevance(case[1], case[3]), []
     cut = len(case[2]) if top_k is None else top_k
     for i, ranked in enumerate(naive_list(case)):

@@ -55,6 +55,14 @@ def test_seeds_become_a_mean_and_a_spread_and_differences_are_taken_seed_by_seed
     assert found["Ours over Labels only, seed by seed"][0] == "+0.1100 ± 0.0141"
 
 
+def test_a_baseline_that_no_training_seed_changes_has_no_spread_of_them() -> None:
+    one_split = [entry("a", 0.5 + s / 10, s, itq=0.2, protocol={"split_seed": 0}) for s in (0, 1, 2)]
+    found = lines(*one_split)
+    assert found["Ours"][0] == "**0.6000 ± 0.1000** (0.5)" and found["itq"][0] == "0.2000"
+    two_splits = [entry("a", 0.5, s, itq=0.2, protocol={"split_seed": s // 2}) for s in (0, 1, 2, 3)]
+    assert lines(*two_splits)["itq"][0] == "0.2000 ± 0.0000"
+
+
 def test_scores_that_a_calibration_row_reaches_are_marked() -> None:
     made = [entry("a", 0.5, itq=0.5), entry("b", 0.6), entry("a", 0.5, bits=32, itq=0.4)]
     found = lines(*made)

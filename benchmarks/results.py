@@ -108,16 +108,12 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     rows = own + [name for name in BASELINES if any((name, column) in cells for column in columns)]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:
+        ours = row in own
         texts = [
-            _cell(
-                _told(cells.get((row, c)), row in own),
-                paper.get(row, {}).get(c),
-                row in own,
-                row in own and _reached(cells, row, c),
-            )
+            _cell(_told(cells.get((row, c)), ours), paper.get(row, {}).get(c), ours, ours and _reached(cells, row, c))
             for c in columns
         ]
-        lines.append(f"| {about['rows'].get(row, row) if row in own else row} | " + " | ".join(texts) + " |")
+        lines.append(f"| {about['rows'].get(row, row) if ours else row} | " + " | ".join(texts) + " |")
     if "compare" in about:
         lines.append(_paired(about, cells, columns))
     title = f"**{about['title']}.** {about['protocol']}"

@@ -102,9 +102,9 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
         or all((row, column) in cells for row in own if (row, column.rpartition(" ")[0]) in cells)
     ]
     for column in columns:
-        _require_same_seeds(
-            column, {row: set(cells[row, column]) for row in (*own, *BASELINES) if (row, column) in cells}
-        )
+        seeds = {row: set(cells[row, column]) for row in (*own, *BASELINES) if (row, column) in cells}
+        _require_same_seeds(column, {row: found for row, found in seeds.items() if row in own})
+        _require_same_seeds(column, {row: {(split, 0) for split, _ in found} for row, found in seeds.items()})
     rows = own + [name for name in BASELINES if any((name, column) in cells for column in columns)]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:

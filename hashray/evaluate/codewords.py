@@ -26,21 +26,27 @@ def analyse(codes: Codes, classes: Sequence[str], num_bits: int, seed: int = 0) 
     Returns:
         `distances` [c][c] in bits; `smallest`, between two classes; `duplicates`, pairs of equal codewords;
         `nearest`, the 3 nearest classes of each, ties by name; `edges`, [i, j, weight] of the graph, each class
-        joined to its nearest, weight 1 - distance / num_bits; `communities`, lists of class names (Louvain, seeded).
+        joined to those as near as its third nearest, if they are nearer than two classes are on average (codewords
+        that are all equally far apart have no relations), weight 1 - distance / num_bits; `communities`, lists of
+        class names (Louvain, seeded).
     """
     distances = hamming(codes, codes)
     count = len(classes)
+    pairs = distances[np.triu_indices(count, 1)]
+    usual = pairs.mean() if len(pairs) else 0.0
     edges: dict[tuple[int, int], float] = {}
     nearest = {}
     for i in range(count):
         others = sorted((j for j in range(count) if j != i), key=lambda j: (distances[i, j], classes[j]))[:NEAREST]
         nearest[classes[i]] = [{"class": classes[j], "distance": int(distances[i, j])} for j in others]
-        edges |= {(min(i, j), max(i, j)): float(1 - distances[i, j] / num_bits) for j in others}
+        third = distances[i, others[-1]] if others else 0
+        for j in range(count):
+            if j != i and distances[i, j] <= third and distances[i, j] < usual:
+                edges[min(i, j), max(i, j)] = float(1 - distances[i, j] / num_bits)
     graph = nx.Graph()
     graph.add_nodes_from(range(count))
-    graph.add_weighted_edges_from((i, j, weight) for (i, j), weight in sorted(edges.items()) if weight > 0)
+    graph.add_weighted_edges_from((i, j, weight) for (i, j), weight in sorted(edges.items()))
     groups = nx.community.louvain_communities(graph, weight="weight", seed=seed)
-    pairs = distances[np.triu_indices(count, 1)]
     return {
         "classes": list(classes),
         "num_bits": num_bits,
@@ -57,6 +63,6 @@ def layout(analysis: dict[str, Any], seed: int = 0) -> np.ndarray:
     """Where to draw each class, float [c, 2]: joined classes near each other."""
     graph = nx.Graph()
     graph.add_nodes_from(range(len(analysis["classes"])))
-    graph.add_weighted_edges_from(edge for edge in analysis["edges"] if edge[2] > 0)
+    graph.add_weighted_edges_from(analysis["edges"])
     places = nx.spring_layout(graph, weight="weight", seed=seed, k=2.2 / max(1, len(graph)) ** 0.5, iterations=200)
     return np.array([places[i] for i in range(len(graph))])

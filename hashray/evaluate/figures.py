@@ -149,7 +149,8 @@ def codeword_distances(analysis: Mapping[str, Any]) -> Figure:
 
 def codeword_graph(analysis: Mapping[str, Any]) -> Figure:
     """Each class joined to those of the nearest codewords, thicker where nearer; a colour for each community."""
-    figure, axes = new_axes("Relations between codewords", "", "", tall=True)
+    none = "" if analysis["edges"] else ": none, all are equally far apart"
+    figure, axes = new_axes(f"Relations between codewords{none}", "", "", tall=True)
     places = layout(dict(analysis))
     group = {name: i for i, names in enumerate(analysis["communities"]) for name in names}
     widest = max((weight for _, _, weight in analysis["edges"]), default=1) or 1

@@ -14,11 +14,12 @@ from PIL import Image
 from hashray import artifact
 from hashray.artifact import Manifest, canonical
 from hashray.cli import main
-from hashray.codes import hamming
+from hashray.codes import binarize, hamming
 from hashray.errors import InputError, MismatchError
 from hashray.evaluate.codewords import analyse, layout
 from hashray.evaluate.compare import FiguresConfig, comparable, compare, embed
 from hashray.evaluate.scoring import harmonic_means
+from hashray.methods.codewords import spread_codewords
 from hashray.storage import open_store
 
 
@@ -48,6 +49,19 @@ def test_one_class_and_two_equal_ones() -> None:
     assert analyse(words(count=1), ["a"], 32)["smallest"] is None
     twice = analyse(np.zeros((2, 4), np.uint8), ["a", "b"], 32)
     assert (twice["smallest"], twice["duplicates"]) == (0, 1)
+
+
+def test_codewords_that_are_all_equally_far_apart_have_no_relations() -> None:
+    names = list("abcdefgh")
+    spread = binarize(spread_codewords(8, 32).astype(float))
+    found = analyse(spread, names, 32)
+    assert found["edges"] == [] and found["communities"] == [[name] for name in names]
+    nearer = spread.copy()
+    nearer[7] = spread[0] ^ np.array([1, 0, 0, 0], np.uint8)  # h is a but for a bit
+    found = analyse(nearer, names, 32)
+    assert max(found["edges"], key=lambda edge: edge[2]) == [0, 7, 1 - 1 / 32]
+    assert any({"a", "h"} <= set(group) for group in found["communities"])
+    assert all(7 in edge[:2] for edge in found["edges"])  # nothing between those that are still as far apart as ever
 
 
 def test_harmonic_means_need_both_scenarios() -> None:

@@ -40,7 +40,7 @@ class IngestConfig(SplitConfig):
     reader: Annotated[SourceConfig, tyro.conf.arg(name="")] = SourceConfig()
     store: Literal["bytes", "reference"] = Field("bytes", description="keep the images, or only where they are")
     max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
-    rows_per_part: int = Field(1024, ge=1)
+    rows_per_part: int = Field(1024, ge=1, description="rows of a part: what one worker takes at a time")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
 

@@ -37,7 +37,7 @@ class SplitConfig(Config):
                            they are query-pseudo and database-pseudo
     """
 
-    split_protocol: Protocol = "as-given"
+    split_protocol: Protocol = Field("as-given", description="which rows train, ask and answer; said above")
     seed: int = Field(0, ge=0, description="of the split protocol and of the order of rows")
     query_per_class: int = Field(100, ge=1, description="per-class protocol")
     train_per_class: int = Field(500, ge=1, description="per-class protocol")

@@ -64,8 +64,8 @@ class EvaluateConfig(Config):
     out: str = Field(description="where metrics.json and report.html go")
     top_k: int | None = Field(None, description="R of mAP@R; unset: the whole ranking")
     ties: str = Field("expected", description=f"convention for equal distances: {', '.join(TIES)}")
-    query_split: str = "query"
-    database_split: str = "database"
+    query_split: str = Field("query", description="the rows that ask")
+    database_split: str = Field("database", description="the rows that are ranked")
     codes: str | None = Field(None, description="codes of the database split, if they exist already")
     features: str | None = Field(None, description="frozen trunk: cached features; unset: inside the corpus")
     baselines: bool = Field(
@@ -74,7 +74,7 @@ class EvaluateConfig(Config):
     baseline_limit: int = Field(200_000, ge=1, description="rows above which baselines are left out")
     baseline_train_rows: int = Field(50_000, ge=1, description="train rows that baselines are fitted on, at most")
     gallery: int = Field(12, ge=0, description="queries shown on the page, a quarter of them the hardest")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the baselines, the gallery and the sample of codes")
     max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 

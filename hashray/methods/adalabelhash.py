@@ -42,7 +42,7 @@ class AdaLabelHashConfig(MethodConfig):
     codeword_init: CodewordInit = Field("spread", description="far apart, or nearly 0 as released")
     codeword_lr_factor: float = Field(10.0, gt=0, description="learning rate of the codewords over that of the head")
     quantization: Quantization = Field("l1", description="pulls |u| to 1; none in the paper")
-    quantization_weight: float = Field(0.01, ge=0)
+    quantization_weight: float = Field(0.01, ge=0, description="weight of the quantisation term")
 
     @property
     def margin(self) -> float:

@@ -78,12 +78,12 @@ class DSEHConfig(MethodConfig):
     eta: float = Field(1.0, ge=0, description="weight of ImgNet's J2, the code targets")
     pair_scale: float = Field(0.5, gt=0, description="a in theta = a * x . y; 1 in the paper, 1/2 released")
     positive_weight: float = Field(0.999, gt=0, description="w on similar pairs of LabNet")
-    pos_weight_mode: PosWeightMode = "linear"
-    label_head: Literal["linear", "sigmoid"] = "sigmoid"
+    pos_weight_mode: PosWeightMode = Field("linear", description="how w weighs similar pairs (METHODS 1.3)")
+    label_head: Literal["linear", "sigmoid"] = Field("sigmoid", description="LabNet's output; linear in the paper")
     label_hidden: int = Field(2048, gt=0, description="LabNet's first layer; 4096 in the paper")
     semantic_dim: int = Field(512, gt=0, description="width of the semantic feature")
-    semantic_activation: Literal["relu", "linear"] = "linear"
-    label_normalization: Literal["batch", "none", "lrn"] = "batch"
+    semantic_activation: Literal["relu", "linear"] = Field("linear", description="relu in the paper")
+    label_normalization: Literal["batch", "none", "lrn"] = Field("batch", description="of LabNet's first layer")
     label_init_std: float | None = Field(None, description="normal init of LabNet; unset is torch's own")
     label_epochs: int = Field(
         2000, ge=1, description="passes over the distinct label rows in round 0; fewer in later rounds"
@@ -95,7 +95,7 @@ class DSEHConfig(MethodConfig):
     bank: Literal["dedup", "per_sample"] = Field(
         "dedup", description="LabNet on distinct label rows, or on every row with a bank of its own as released"
     )
-    label_schedule: Literal["one_cycle", "step"] = "one_cycle"
+    label_schedule: Literal["one_cycle", "step"] = Field("one_cycle", description="of LabNet's rate; step: as released")
     clip_gradients: float | None = Field(None, gt=0, description="elementwise bound on LabNet's gradients")
     hash_reads: Literal["semantic", "activated"] = Field(
         "semantic", description="ImgNet's hash layer reads fc8, or ReLU(fc8); the released code reads fc8"

@@ -48,14 +48,14 @@ class LCGHConfig(MethodConfig):
     )
     label_weight: float = Field(1.0, ge=0, description="weight of the label margin")
     reconstruction_weight: float = Field(3.0, ge=0, description="beta: weight of the decoder's gradient on the codes")
-    quantization: Quantization = "l1"
+    quantization: Quantization = Field("l1", description="a code's distance from its signs (METHODS 6.4)")
     quantization_weight: float = Field(0.01, ge=0, description="mu")
     warmup_share: float = Field(0.0, ge=0, lt=1, description="share of the epochs in which codes see labels only")
     split_share: float = Field(0.5, gt=0, lt=1, description="split: share of the bits that see the labels")
     dual_rate: float = Field(0.05, gt=0, description="dual: step of the multiplier of the label loss")
     dual_slack: float = Field(0.1, gt=0, description="dual: the label loss may rise this share above its plateau")
     dual_most: float = Field(100.0, gt=1, description="dual: bound on the multiplier; its inverse is the lower one")
-    head: Literal["mlp", "linear"] = "mlp"
+    head: Literal["mlp", "linear"] = Field("mlp", description="from the feature to the code")
     hidden: int = Field(512, gt=0, description="width of the mlp head")
     decoder_hidden: int = Field(512, gt=0, description="width of the decoder's hidden layer")
     codeword_init: CodewordInit = Field("spread", description="far apart, or nearly 0")

@@ -37,10 +37,10 @@ else:
 class OptimConfig(Config):
     """Optimiser and learning-rate schedule; one schedule per phase of the method."""
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="sgd: with Nesterov momentum")
     lr: float = Field(1e-3, gt=0, description="of the new layers, at its peak")
     trunk_lr_factor: float = Field(1.0, gt=0, description="0.1 for a pretrained trunk, as in the papers")
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, description="of all weights but codewords")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd: Nesterov momentum")
     schedule: Literal["cosine", "step", "inverse_time"] = Field(
         "cosine", description="step: a factor 10^-0.5 every ten epochs; inverse_time: over 1 + 1e-5 times the step"
@@ -85,8 +85,8 @@ class ChangeConfig(Config):
 
     after: int = Field(ge=1, description="passes over the images, those of every phase counted")
     method: dict[str, Any] = Field(default_factory=dict, description="weights of losses; the network stays as it is")
-    optim: dict[str, Any] = Field(default_factory=dict)
-    augment: dict[str, Any] = Field(default_factory=dict)
+    optim: dict[str, Any] = Field(default_factory=dict, description="rates and bounds")
+    augment: dict[str, Any] = Field(default_factory=dict, description="of the images")
 
     @model_validator(mode="after")
     def _something_that_can_change(self) -> ChangeConfig:
@@ -120,7 +120,7 @@ class TrainConfig(Config):
     unlabelled: bool = Field(False, description="train on the unlabelled split too, where the method can use it")
     epochs: int = Field(20, ge=1, description="passes over the images in each round of the method")
     batch_size: int = Field(128, ge=1, description="rows of a global batch, whatever the number of workers")
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and held-out rows")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the trunk; losses stay fp32")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the weights; it is what is saved")
     validation_rows: int = Field(500, ge=0, description="train rows held out for model selection, at most a fifth")
@@ -134,12 +134,12 @@ class TrainConfig(Config):
     memory_limit_mib: int = Field(1024, ge=1, description="decoded training rows that a worker may hold")
     shuffle_window: int = Field(16_384, ge=1, description="rows shuffled together")
     features: str | None = Field(None, description="frozen trunk: where cached features go; unset: inside the corpus")
-    workers: int = Field(1, ge=1)
-    cpus_per_worker: float = Field(1.0, gt=0)
+    workers: int = Field(1, ge=1, description="processes that share each global batch")
+    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs of each, and its torch's threads")
     gpu: bool = Field(False, description="one GPU a worker")
     max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint after a lost worker")
     max_bad: float = Field(0.05, ge=0, le=1, description="frozen trunk: share of rows that may be quarantined")
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="curves beside the checkpoints, for TensorBoard")
 
     @model_validator(mode="after")
     def _frozen_trunks_have_weights(self) -> TrainConfig:

@@ -44,10 +44,10 @@ Point = dict[str, Any]
 class Dimension(Config):
     """One range or list of values: exactly one of log, linear, integer and choice."""
 
-    log: tuple[float, float] | None = None
-    linear: tuple[float, float] | None = None
-    integer: tuple[int, int] | None = None
-    choice: tuple[Any, ...] | None = None
+    log: tuple[float, float] | None = Field(None, description="a range, drawn by its logarithm")
+    linear: tuple[float, float] | None = Field(None, description="a range")
+    integer: tuple[int, int] | None = Field(None, description="a range of whole numbers, both ends in")
+    choice: tuple[Any, ...] | None = Field(None, description="the values themselves")
     when: str | None = Field(None, description="only where method.kind is this")
 
     @model_validator(mode="after")
@@ -117,7 +117,7 @@ class Dimension(Config):
 class SearchConfig(Config):
     """How the space is searched."""
 
-    trials: int = Field(32, ge=2)
+    trials: int = Field(32, ge=2, description="configs that are tried")
     algorithm: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random points")
     scheduler: Literal["asha", "median", "pbt", "none"] = Field(
         "asha", description="which trials stop early; pbt: none, but the worst go on from the best, changed a little"

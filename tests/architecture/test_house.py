@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import hashray
 from hashray.cli import STAGES, main
-from hashray.config import validate
+from hashray.config import Config, validate
 from hashray.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,3 +145,19 @@ def test_the_product_never_raises_a_bare_assertion_for_users_or_swallows_errors(
 def test_importing_the_package_is_cheap() -> None:
     code = "import hashray, sys; sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'faiss')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_setting_says_what_it_is() -> None:
+    def is_table(annotation: object) -> bool:
+        return any(inspect.isclass(kind) and issubclass(kind, Config) for kind in (annotation, *get_args(annotation)))
+
+    silent = []
+    for name in MODULES:
+        for _, config in inspect.getmembers(importlib.import_module(name), inspect.isclass):
+            if issubclass(config, Config) and config.__module__ == name:
+                silent += [
+                    f"{config.__name__}.{key}"
+                    for key, field in config.model_fields.items()
+                    if not (field.description or is_table(field.annotation) or key in ("kind", "changes", "space"))
+                ]
+    assert not silent

@@ -36,6 +36,7 @@ from hashray.manifest import (
     sha256_hex,
     to_bytes,
 )
+from hashray.progress import Bar
 from hashray.storage import TEMP_PREFIX, Store, check_conditional_put, join, open_store
 
 __all__ = [
@@ -242,8 +243,12 @@ def verify(url: str | Path | Store) -> list[str]:
             raise
         return [str(error), *_verify_versions(store)]
     problems += [f"{join(store.url, MANIFEST)}: {fault}" for fault in audit(manifest)]
-    with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        found = list(pool.map(lambda record: _check_bytes(store, record), manifest.files))
+    size, found = sum(record.bytes for record in manifest.files), []
+    with Bar("verify", size, "bytes") as bar, ThreadPoolExecutor(CHECK_THREADS) as pool:
+        checked = pool.map(lambda record: _check_bytes(store, record), manifest.files)
+        for record, text in zip(manifest.files, checked, strict=True):
+            found.append(text)
+            bar.add(record.bytes)
     problems += [text for text in found if text]
     whole = [record for record, text in zip(manifest.files, found, strict=True) if text is None]
     tables = []

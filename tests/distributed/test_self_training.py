@@ -71,6 +71,7 @@ def test_rounds_resume_to_the_same_model_and_learn_from_accepted_rows(corpus: st
     assert (best / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     # As if it had been killed in the last round, while it labelled.
     before = files_of(out)
+    round_0 = {path: path.stat().st_mtime_ns for path in (out / "rounds/0").rglob("*")}
     (out / "manifest.json").unlink()
     shutil.rmtree(out / "rounds/1/model")
     (out / "rounds/1/pseudo-labels/manifest.json").unlink()
@@ -78,6 +79,7 @@ def test_rounds_resume_to_the_same_model_and_learn_from_accepted_rows(corpus: st
     again = artifact.load_manifest(out, "model")
     assert [line["accepted"] for line in again.info["rounds"]] == [line["accepted"] for line in rounds]
     assert set(files_of(out)) == set(before)
+    assert round_0 == {path: path.stat().st_mtime_ns for path in (out / "rounds/0").rglob("*")}  # not trained again
     weights = (
         load_file(folder / "model.safetensors") for folder in (out, out / f"rounds/{again.info['best_round']}/model")
     )

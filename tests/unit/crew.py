@@ -66,11 +66,17 @@ def run_loop(
     checkpoint: Checkpoint | None = None, stop_at: tuple[int, int, int] | None = None,
     folder: Path | None = None, validate: Callable[[Method], float] | None = None,
 ) -> tuple[dict[str, Tensor], Loop]:  # fmt: skip
-    """Train; with `stop_at` (phase, epoch, step) raise Stop after the checkpoint at that place lies in `folder`."""
+    """Train; with `stop_at` (phase, epoch, step) raise Stop after the checkpoint at that place lies in `folder`.
+
+    With `unlabelled` the labels of all rows but the first eighth are hidden.
+    """
     features, labels, ids = make_rows(count)
+    table = LabelTable.of(torch.as_tensor(labels))
+    if config.unlabelled:
+        table, labels = LabelTable.of(torch.as_tensor(labels[: count // 8])), labels.astype(np.int8)
+        labels[count // 8 :] = -1
     plan = EpochPlan((count // 2, count - count // 2), config.batch_size, config.shuffle_window, config.seed)
     source = MemorySlices(plan, features, labels, ids, AugmentConfig(), rank, world)
-    table = LabelTable.of(torch.as_tensor(labels))
 
     def report(metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
         at = (loop.position.phase, loop.position.epoch, loop.position.step)

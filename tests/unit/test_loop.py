@@ -38,6 +38,8 @@ TWO_WORKERS = {
         f"lcgh, {priority}": (config_of(**GRADIENT, method={"kind": "lcgh", "priority": priority}), 44)
         for priority in ("sum", "split", "gate")
     },
+    # Five labelled rows among 44: the two workers' shares of them differ as no other mean does.
+    "lcgh, unlabelled": (config_of(**GRADIENT, unlabelled=True, method={"kind": "lcgh"}), 44),
     # A step of labels alone, a step with the multiplier that it left.
     "lcgh, dual": (
         config_of(**{**GRADIENT, "epochs": 2}, method={"kind": "lcgh", "priority": "dual", "warmup_share": 0.5}),

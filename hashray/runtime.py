@@ -28,15 +28,13 @@ class WorkersConfig(Config):
 
     def most(self) -> int:
         """The largest useful pool on this cluster, at least 1."""
-        total = ray.cluster_resources()
         if self.workers is not None:
             return self.workers
-        if self.gpus_per_worker:
-            fit = int(total.get("CPU", 1) / self.cpus_per_worker)
-            return max(1, min(fit, int(total.get("GPU", 0) / self.gpus_per_worker)))
-        # A local instance counts more logical CPUs than there are cores; more workers than cores only wait.
-        cpus = min(total.get("CPU", 1), os.cpu_count() or 1) if _is_local() else total.get("CPU", 1)
-        return max(1, int(cpus / self.cpus_per_worker))
+        total = ray.cluster_resources()
+        if not self.gpus_per_worker and _is_local():
+            # A local instance counts more logical CPUs than there are cores; more workers than cores only wait.
+            total = {**total, "CPU": min(total.get("CPU", 1), os.cpu_count() or 1)}
+        return max(1, _workers_in(total, self.cpus_per_worker, self.gpus_per_worker))
 
 
 def require_room(cpus: float, gpus: float, at_once: int = 1) -> None:
@@ -58,9 +56,9 @@ def require_room(cpus: float, gpus: float, at_once: int = 1) -> None:
     say(f"note: {text} in {len(nodes)} nodes by now: waiting till they come")
 
 
-def _workers_in(node: dict[str, float], cpus: float, gpus: float) -> float:
-    """How many workers of so many CPUs and GPUs each a node holds."""
-    fits = [node.get(name, 0) // each for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
+def _workers_in(resources: dict[str, float], cpus: float, gpus: float) -> int:
+    """How many workers of so many CPUs and GPUs each these resources hold; Ray counts them in ten-thousandths."""
+    fits = [int(resources.get(name, 0) / each + 1e-6) for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
     return min(fits, default=1)
 
 

@@ -297,7 +297,8 @@ def _require_normalisation(config: BackboneConfig) -> None:
     if not artifact.is_finished(store):  # the tensors alone
         return
     description = artifact.read_file(store, artifact.load_manifest(store, "model").record("model.json"))
-    theirs = BackboneConfig.model_validate(json.loads(description)["backbone"])
+    backbone = json.loads(description)["backbone"]
+    theirs = BackboneConfig(name=backbone["name"], weights=backbone["weights"])  # what it depends on
     if _normalisation(theirs) != _normalisation(config):
         raise InputError(
             f"{config.weights} was trained with the normalisation of weights = {theirs.weights!r}, and as weights "

@@ -11,7 +11,8 @@ the part files, so that starting Ray, the pool and torch is left out; the number
 so no worker idles at the end for want of a part. The peer: after one batch to warm up. They take turns. Ray gives its
 workers a niceness of 15, which loses to any other process of the machine: here it is 0, as the peer's. And OpenMP's
 threads wait without spinning: beside one busy process, the peer's two were three times slower spinning. Our workers
-keep their memory (hashray.runtime.memory_environment, a good part of the ratio); the peer is the loop as one writes it.
+keep their memory (engine/session.py, memory_environment: a good part of the ratio); the peer is the loop as one
+writes it.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from PIL import Image
 from timing import write_json
 
 from hashray import artifact
-from hashray.artifact import Manifest, canonical
+from hashray.artifact import Manifest, canonical, table_bytes
 from hashray.codes import Codes, binarize
-from hashray.data.corpus import CORPUS_SCHEMA, table_bytes
+from hashray.data.corpus import CORPUS_SCHEMA
 from hashray.data.images import EXTENSIONS, decode_rows
-from hashray.data.units import write_quarantine
-from hashray.encode import EncodeConfig, encode
+from hashray.encode.codes import EncodeConfig, encode
+from hashray.engine.parts import write_quarantine
+from hashray.engine.session import WorkersConfig, connect
 from hashray.methods import build_method, parse_method_config
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.model import load_model, write_model
-from hashray.runtime import WorkersConfig, connect
 from hashray.storage import open_store
 
 NUM_BITS, IMAGE_SIZE, BATCH, SEED = 32, 128, 64, 0

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashray.evaluate.environment import environment
-from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods.dseh import DSEHConfig, fit_label_network
+from hashray.metrics import mean_average_precision
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

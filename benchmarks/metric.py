@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from timing import median_seconds, write_json
 
 from hashray.codes import binarize, unpack
-from hashray.evaluate.metrics import mean_average_precision
+from hashray.metrics import mean_average_precision
 
 CLASSES, NUM_BITS, QUERIES, DATABASE, REPETITIONS, SEED = 10, 32, 1_000, 59_000, 7, 0
 Array = NDArray[Any]

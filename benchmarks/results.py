@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hashray.evaluate.scoring import CALIBRATION
+from hashray.report.calibration import CALIBRATION
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "benchmarks/results", ROOT / "README.md"

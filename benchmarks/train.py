@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from timing import write_json
 
+from hashray.engine.session import memory_environment
 from hashray.methods.backbone import BackboneConfig, build_trunk
-from hashray.runtime import memory_environment
 
 TURNS, WARM, STEPS = 5, 2, 5
 

@@ -25,9 +25,9 @@ from timing import write_json
 
 from hashray.config import validate
 from hashray.data.corpus import open_corpus
-from hashray.runtime import connect
+from hashray.engine.session import connect
 from hashray.storage import absolute, join
-from hashray.train.trainer import placed, training_data
+from hashray.train.run import training_data, with_absolute_paths
 from hashray.tune.search import search
 from hashray.tune.space import SweepConfig
 
@@ -80,7 +80,7 @@ def _config(given: argparse.Namespace, frozen: bool, trials: int, features: str 
         "space": {"optim.lr": {"log": [1e-4, 1e-2]}},
         "search": {"trials": trials, "algorithm": "random", "scheduler": "none"},
     }  # fmt: skip
-    return placed(validate(SweepConfig, table, "the benchmark"))
+    return with_absolute_paths(validate(SweepConfig, table, "the benchmark"))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ STAGES: dict[str, tuple[str, str, str | None, str]] = {
     "ingest": ("hashray.data.ingest", "ingest", "IngestConfig", "images -> corpus"),
     "train": ("hashray.cli", "train_command", None, "CONFIG.toml [--corpus C] [--out MODEL] [--any.field value]"),
     "tune": ("hashray.cli", "tune_command", None, "SWEEP.toml [--corpus C] [--out SWEEP] [--search.trials N]"),
-    "encode": ("hashray.encode", "encode", "EncodeConfig", "model + corpus -> packed codes"),
+    "encode": ("hashray.encode.codes", "encode", "EncodeConfig", "model + corpus -> packed codes"),
     "index build": ("hashray.index.build", "build_index", "IndexConfig", "codes -> sharded FAISS index, published"),
     "search": ("hashray.cli", "search_command", "SearchConfig", "query images -> nearest rows of an index"),
     "evaluate": ("hashray.evaluate.run", "evaluate", "EvaluateConfig", "mAP beside baselines, figures, report.html"),
-    "figures": ("hashray.evaluate.compare", "compare", "FiguresConfig", "evaluations beside each other, drawn"),
+    "figures": ("hashray.report.compare", "compare", "FiguresConfig", "evaluations beside each other, drawn"),
     "pipeline": (
         "hashray.pipeline",
         "pipeline",
@@ -62,14 +62,14 @@ class SearchConfig(Config):
 def train_command(arguments: Sequence[str]) -> None:
     """Train from a TOML file, overridden by flags."""
     from hashray.train.config import TrainConfig, read_training_config
-    from hashray.train.self_training import train_model
+    from hashray.train.rounds import train_model
 
     train_model(_from_file("train", TrainConfig, read_training_config, arguments))
 
 
 def tune_command(arguments: Sequence[str]) -> None:
     """Search from a TOML file, overridden by flags."""
-    from hashray.sweep import tune
+    from hashray.tune.run import tune
     from hashray.tune.space import SweepConfig, read_sweep
 
     tune(_from_file("tune", SweepConfig, read_sweep, arguments))

@@ -10,15 +10,15 @@ from pydantic import Field
 from hashray.data.ingest import IngestConfig, ingest
 from hashray.data.sources import SourceConfig
 from hashray.data.splits import SplitConfig
-from hashray.encode import EncodeConfig, encode
+from hashray.encode.codes import EncodeConfig, encode
+from hashray.encode.features import features_of_model
+from hashray.engine.session import WorkersConfig
 from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.index.build import IndexConfig, build_index
 from hashray.index.shard import Kind
-from hashray.runtime import WorkersConfig
 from hashray.storage import join
 from hashray.train.config import TrainConfig, read_training_config
-from hashray.train.features import features_of_model
-from hashray.train.self_training import train_model
+from hashray.train.rounds import train_model
 
 
 class PipelineConfig(SplitConfig):

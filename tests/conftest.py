@@ -65,7 +65,7 @@ def ray_session(s3_server: str) -> Iterator[Any]:
     """One local Ray for the whole session; its workers inherit the environment of `s3_server`."""
     import ray
 
-    from hashray.runtime import start_local
+    from hashray.engine.session import start_local
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     start_local(num_cpus=4, object_store_memory=600 * 1024**2)

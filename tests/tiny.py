@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 
 from hashray import artifact
-from hashray.artifact import Manifest, canonical
-from hashray.data.corpus import CORPUS_SCHEMA, table_bytes
-from hashray.data.units import Part, write_quarantine
+from hashray.artifact import Manifest, canonical, table_bytes
+from hashray.data.corpus import CORPUS_SCHEMA
+from hashray.engine.parts import Part, write_quarantine
 from hashray.methods import build_method, parse_method_config
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.model import write_model

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hashray.data.images import EXTENSIONS
-from hashray.data.source_rows import (
+from hashray.data.listing import (
     SPLIT_WORDS,
     SourceConfig,
     SourceRow,

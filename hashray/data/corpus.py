@@ -10,7 +10,6 @@ with `feature` in the place of `image` and `uri`, and is read by the same class.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hashray import artifact
-from hashray.artifact import FileRecord, Manifest
+from hashray.artifact import FileRecord, Manifest, read_table
+from hashray.data.columns import in_split, list_matrix, multi_hot
 from hashray.data.images import BadImage, Resize, decode_rows
 from hashray.data.sources import fetch
 from hashray.errors import CorruptArtifact, InputError
@@ -32,46 +32,6 @@ from hashray.storage import Store, open_store
 
 ROW_FIELDS = [("labels", pa.list_(pa.int32())), ("split", pa.string())]
 CORPUS_SCHEMA = pa.schema([("id", pa.string()), ("image", pa.binary()), ("uri", pa.string()), *ROW_FIELDS])
-QUARANTINE_SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
-ROW_GROUP_ROWS = 1000
-
-
-def table_bytes(table: pa.Table) -> bytes:
-    """A Parquet file of `table`, the same bytes every time: row groups of 1,000, page checksums."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
-
-
-def read_table(store: Store, record: FileRecord, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a whole Parquet file of an artifact, its sha256 verified before a byte is parsed."""
-    return pq.read_table(io.BytesIO(artifact.read_file(store, record)), columns=columns)
-
-
-def in_split(splits: pa.ChunkedArray | pa.Array, split: str) -> NDArray[np.bool_]:
-    """Which rows [n] are in a split: "train" is in "database+train"."""
-    values = splits.combine_chunks() if isinstance(splits, pa.ChunkedArray) else splits
-    encoded = pc.dictionary_encode(values)
-    if not len(encoded):
-        return np.zeros(0, dtype=bool)
-    member = np.array([split in str(word).split("+") for word in encoded.dictionary.to_pylist()], dtype=bool)
-    return member[encoded.indices.to_numpy()]
-
-
-def multi_hot(labels: pa.ChunkedArray | pa.Array, num_classes: int) -> NDArray[np.uint8]:
-    """Label lists [n] -> multi-hot uint8 [n, num_classes].
-
-    Raises:
-        CorruptArtifact: an index outside 0 .. num_classes - 1.
-    """
-    values = labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels
-    out = np.zeros((len(values), num_classes), dtype=np.uint8)
-    rows, classes = pc.list_parent_indices(values).to_numpy(), pc.list_flatten(values).to_numpy()
-    if len(classes) and (classes.min() < 0 or classes.max() >= num_classes):
-        wrong = classes.min() if classes.min() < 0 else classes.max()
-        raise CorruptArtifact(f"a label {int(wrong)} is outside 0 to {num_classes - 1}")
-    out[rows, classes] = 1
-    return out
 
 
 @dataclass(frozen=True)
@@ -160,7 +120,7 @@ class Corpus:
             CorruptArtifact: a row cannot be decoded; ingest decoded it, so it has changed since.
         """
         if "feature" in table.column_names:
-            return feature_matrix(table.column("feature"))
+            return list_matrix(table.column("feature"))
         pixels, _, bad = decode_rows(iterate_bytes(table), size, resize)
         if bad:
             raise CorruptArtifact(f"{self.store.url}: row {bad[0][0]!r} cannot be decoded any more: {bad[0][1]}")
@@ -171,7 +131,7 @@ class Corpus:
         tables = [self.read_part(r, split, ["split", "feature"]) for r in self.parts if self.count_part(r, split)]
         if not tables:
             return np.zeros((0, int(self.manifest.info["feature_dim"])), dtype=np.float32)
-        return np.concatenate([feature_matrix(table.column("feature")) for table in tables])
+        return np.concatenate([list_matrix(table.column("feature")) for table in tables])
 
     def images(self, split: str, ids: Sequence[str]) -> dict[str, bytes]:
         """The bytes of some rows by id, for galleries."""
@@ -183,12 +143,6 @@ class Corpus:
                 keep = table.filter(pc.is_in(table.column("id"), pa.array(sorted(wanted))))
                 found.update({row_id: data for row_id, data in iterate_bytes(keep) if isinstance(data, bytes)})
         return found
-
-
-def feature_matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """A fixed-size-list column -> float32 [n, d]."""
-    values = column.combine_chunks()
-    return values.flatten().to_numpy().reshape(len(values), values.type.list_size)
 
 
 def iterate_bytes(table: pa.Table) -> Iterator[tuple[str, bytes | BadImage]]:

@@ -22,10 +22,10 @@ from hashray.data.corpus import CORPUS_SCHEMA
 from hashray.data.images import BadImage, decode
 from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
 from hashray.data.splits import SplitConfig, assign_splits, class_split, order_key
-from hashray.data.units import BadRow, Part, UnitWorker, already_made, run_units, write_quarantine
+from hashray.engine.parts import BadRow, Part, PartWorker, already_made, run_parts, write_quarantine
+from hashray.engine.session import WorkersConfig, connect
 from hashray.errors import InputError
 from hashray.progress import say
-from hashray.runtime import WorkersConfig, connect
 from hashray.storage import Store, open_store
 
 FETCH_THREADS = 8
@@ -44,7 +44,7 @@ class IngestConfig(SplitConfig):
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
 
-class _IngestWorker(UnitWorker):
+class _IngestWorker(PartWorker):
     def __init__(self, store: str) -> None:
         self.keep_bytes = store == "bytes"
 
@@ -106,7 +106,7 @@ def ingest(config: IngestConfig) -> Manifest:
     connect()
     chunks = [items[i : i + config.rows_per_part] for i in range(0, len(items), config.rows_per_part)]
     units = [{"index": i, "rows": len(chunk), "items": chunk} for i, chunk in enumerate(chunks)]
-    parts = run_units(store, plan, units, _IngestWorker, {"store": config.store}, config.pool, "ingest", config.max_bad)
+    parts = run_parts(store, plan, units, _IngestWorker, {"store": config.store}, config.pool, "ingest", config.max_bad)
     info = {"plan": plan, "format": listing.format, "num_classes": len(classes)}
     if config.split_protocol == "class-split":
         info["class_split"] = class_split(labels, classes, config)

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from hashray.data.containers import by_reference_allowed, fetch, list_parquet, list_tar, refuse_compressed
 from hashray.data.images import EXTENSIONS
-from hashray.data.source_rows import (
+from hashray.data.listing import (
     SPLIT_WORDS,
     Format,
     Listing,

@@ -57,12 +57,3 @@ def analyse(codes: Codes, classes: Sequence[str], num_bits: int, seed: int = 0) 
         "edges": [[i, j, weight] for (i, j), weight in sorted(edges.items())],
         "communities": sorted(sorted(classes[i] for i in group) for group in groups),
     }
-
-
-def layout(analysis: dict[str, Any], seed: int = 0) -> np.ndarray:
-    """Where to draw each class, float [c, 2]: joined classes near each other."""
-    graph = nx.Graph()
-    graph.add_nodes_from(range(len(analysis["classes"])))
-    graph.add_weighted_edges_from(analysis["edges"])
-    places = nx.spring_layout(graph, weight="weight", seed=seed, k=2.2 / max(1, len(graph)) ** 0.5, iterations=200)
-    return np.array([places[i] for i in range(len(graph))])

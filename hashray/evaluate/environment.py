@@ -1,4 +1,4 @@
-"""[Ray] What produced a number: commit, versions, hardware, command."""
+"""What produced a number: commit, versions, hardware, command."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import platform
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import faiss
-import ray
 import torch
 
 from hashray import __version__
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
         "hashray": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "ray": ray.__version__,
+        "ray": metadata.version("ray"),
         "faiss": faiss.__version__,
         "hardware": f"{os.cpu_count()} cores {platform.machine()}" + (f", {', '.join(gpus)}" if gpus else ""),
         "command": " ".join(

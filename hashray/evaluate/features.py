@@ -7,11 +7,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hashray.data.corpus import Corpus, open_corpus
+from hashray.encode.features import compute_features
+from hashray.engine.session import WorkersConfig
 from hashray.errors import InputError
 from hashray.methods.backbone import BackboneConfig
 from hashray.model import Model
-from hashray.runtime import WorkersConfig
-from hashray.train.features import compute_features
 
 PIXEL_SIZE = 32
 

@@ -18,19 +18,20 @@ import tyro
 from pydantic import Field, field_validator, model_validator
 
 from hashray import __version__, artifact
-from hashray.artifact import Manifest, canonical, sha256_hex
+from hashray.artifact import Manifest, canonical, read_table, sha256_hex
 from hashray.codes import binarize
 from hashray.config import Config
-from hashray.data.corpus import Corpus, open_corpus, read_table
-from hashray.data.units import already_made, refuse_taken
-from hashray.encode import EncodeConfig, encode
+from hashray.data.columns import code_matrix
+from hashray.data.corpus import Corpus, open_corpus
+from hashray.encode.codes import EncodeConfig, encode
+from hashray.encode.features import features_of_model, trunk_fingerprint
+from hashray.engine.parts import already_made, require_free
+from hashray.engine.session import WorkersConfig, connect
 from hashray.errors import InputError, MismatchError, perhaps
-from hashray.evaluate import figures, report
 from hashray.evaluate.baselines import CODE_BASELINES, fit_baselines
 from hashray.evaluate.codewords import analyse
 from hashray.evaluate.environment import environment
 from hashray.evaluate.features import BaselineFeatures
-from hashray.evaluate.metrics import TIES, Ranking, code_health, mean_average_precision_float
 from hashray.evaluate.scoring import (
     CLASS_SPLIT,
     Scenario,
@@ -39,15 +40,15 @@ from hashray.evaluate.scoring import (
     distance_shares,
     gallery,
     harmonic_means,
-    reached_by,
     score,
 )
-from hashray.index.build import code_matrix
+from hashray.metrics import TIES, Ranking, code_health, mean_average_precision_float
 from hashray.model import Model, load_model
 from hashray.progress import Bar, say, show_table
-from hashray.runtime import WorkersConfig, connect
+from hashray.report import figures
+from hashray.report import page as report_page
+from hashray.report.calibration import baselines_not_beaten
 from hashray.storage import join, open_store
-from hashray.train.features import features_of_model, trunk_fingerprint
 
 HEALTH_ROWS = 256
 FLOAT = "float-cosine"
@@ -201,7 +202,7 @@ def _show(config: EvaluateConfig, results: list[dict[str, Any]]) -> None:
         table = [[row["name"], str(row["num_bits"] or "float"), f"{row['mAP']:.4f}"] for row in own]
         title = f"{own[0]['queries']:,} queries, {own[0]['database']:,} rows"
         show_table(f"{scenario}: {title}" if scenario else title, ["method", "bits", depth], table)
-        if reached := reached_by(own):
+        if reached := baselines_not_beaten(own):
             say(f"{own[0]['name']} is not above {', '.join(reached)} on the same features")
     say(f"the page: {join(config.out, 'report.html')}")
 
@@ -333,8 +334,8 @@ def _write(config: EvaluateConfig, plan: str, corpus: Corpus, model: Model, metr
     pictures = figures.draw_all(metrics)
     images = corpus.images(config.query_split, [row["query"] for row in metrics["gallery"]])
     images |= corpus.images(config.database_split, [n["id"] for row in metrics["gallery"] for n in row["neighbours"]])
-    page = report.page(metrics, pictures, images)
-    refuse_taken(store, plan)
+    page = report_page.page(metrics, pictures, images)
+    require_free(store, plan)
     files = [artifact.write_file(store, f"figures/{name}.png", data) for name, data in pictures.items()]
     files.append(artifact.write_file(store, "report.html", page.encode()))
     files.append(artifact.write_file(store, "metrics.json", canonical(metrics)))

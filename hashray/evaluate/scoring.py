@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashray.codes import Codes, hamming
-from hashray.evaluate.metrics import Ranking, average_precisions, code_health, rank
+from hashray.metrics import Ranking, average_precisions, code_health, rank
 
-CALIBRATION = ("class-code", "itq-linear", "itq")
 GALLERY_NEIGHBOURS = 10
 SAMPLE_ROWS = 1000
 
@@ -78,12 +77,6 @@ def harmonic_means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     names = dict.fromkeys(row["name"] for row in results)
     both = [(name, scores.get((name, "within")), scores.get((name, "cross"))) for name in names]
     return {name: 2 * w * c / max(w + c, 1e-12) for name, w, c in both if w is not None and c is not None}
-
-
-def reached_by(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Calibration rows as good as the first row of the same table, which is ours (METHODS 6.8)."""
-    ours, *others = results
-    return [row["name"] for row in others if row["name"] in CALIBRATION and row["mAP"] >= ours["mAP"]]
 
 
 def distance_shares(ranking: Ranking) -> dict[str, list[float]]:

@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from hashray import artifact
-from hashray.artifact import FileRecord, Manifest, canonical, sha256_hex, version_key
+from hashray.artifact import FileRecord, Manifest, canonical, read_table, sha256_hex, version_key
 from hashray.codes import Codes
 from hashray.config import Config
-from hashray.data.corpus import read_table
+from hashray.data.columns import code_matrix
+from hashray.engine.session import WorkersConfig, connect, require_room, unwrap
 from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputError
 from hashray.index import shard
 from hashray.index.shard import NPROBE, SAMPLE_PER_LIST, Kind, WrittenShard
 from hashray.progress import Bar, say
-from hashray.runtime import WorkersConfig, connect, require_room, unwrap
 from hashray.storage import Store, check_conditional_put, join, open_store
 
 ROWS_PER_SHARD = 5_000_000  # Flat answers 5M rows of 64 bits in some 4 ms; IVF pays above that
@@ -228,26 +228,6 @@ class _Job:
 def _name(number: int, quantizer: FileRecord | None) -> str:
     """A shard's record belongs to one quantizer: shards of two must never meet in one index."""
     return f"{number:06d}" + (f"-{quantizer.sha256[:12]}" if quantizer else "")
-
-
-def code_matrix(column: pa.ChunkedArray, num_bits: int) -> Codes:
-    """Return a code column as packed codes uint8 [n, num_bits // 8].
-
-    Raises:
-        CorruptArtifact: another type, or a null.
-    """
-    width = num_bits // 8
-    if column.type != pa.binary(width) or column.null_count:
-        raise CorruptArtifact(
-            f"the code column is {column.type} with {column.null_count} nulls; "
-            f"codes of {num_bits} bits are fixed_size_binary[{width}]"
-        )
-    chunks = [
-        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width).reshape(-1, width)
-        for chunk in column.chunks
-        if len(chunk)
-    ]
-    return np.concatenate([np.empty((0, width), np.uint8), *chunks])
 
 
 def _ids(table: pa.Table, where: str) -> pa.ChunkedArray:

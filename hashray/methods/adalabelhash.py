@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hashray.codes import Codes
 from hashray.methods.backbone import Trunk
-from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term
+from hashray.methods.base import LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term, WorkerGroup
 from hashray.methods.codewords import CodewordInit, Codewords
 from hashray.methods.losses import Quantization, adaptive_margin, full_precision, quantization, weighted_mean
 
@@ -67,7 +67,7 @@ class AdaLabelHash(Method):
     def phases(self, epochs: int) -> tuple[Phase, ...]:
         return (Phase("image", 0, epochs),)
 
-    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, crew: Crew) -> dict[str, float]:
+    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, workers: WorkerGroup) -> dict[str, float]:
         self.codewords.learn_classes(table)
         return {}
 

@@ -4,7 +4,7 @@ The training loop (train/loop.py) knows methods through this file only. A method
 folder that holds a frozen `XConfig(MethodConfig)` with `kind: Literal["x"]`, and a final class `X(Method)`.
 
     for phase in method.phases():
-        method.begin_phase(phase, table, seed, crew)        # what needs no image batches
+        method.begin_phase(phase, table, seed, workers)        # what needs no image batches
         for epoch in range(phase.epochs):
             for inputs, labels, weight in batches:          # weight 0 marks a padding row
                 terms = method.loss_terms(phase, inputs, labels, weight)    # each a sum and its mass
@@ -140,8 +140,8 @@ class LabelTable:
         return {row.tobytes(): i for i, row in enumerate(self.rows.cpu().numpy())}
 
 
-class Crew(ABC):
-    """The workers of a run, as far as a method needs to know of them. A run of one is a crew of one."""
+class WorkerGroup(ABC):
+    """The workers of a run, as far as a method needs to know of them. A run of one is a workers of one."""
 
     @abstractmethod
     def sum_by_group(
@@ -182,7 +182,7 @@ class Method(nn.Module, ABC):
     def phases(self, epochs: int) -> tuple[Phase, ...]:
         """The phases of a training run whose config asks for `epochs` passes over the images per phase."""
 
-    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, crew: Crew) -> dict[str, float]:
+    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, workers: WorkerGroup) -> dict[str, float]:
         """Do what this phase needs before its first image batch; return named numbers for the metrics."""
         return {}
 

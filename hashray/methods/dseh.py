@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from hashray.codes import Codes, binarize
 from hashray.errors import InputError
-from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods.backbone import Trunk
-from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, Phase, Term
+from hashray.methods.base import LabelTable, Method, MethodConfig, Phase, Term, WorkerGroup
 from hashray.methods.losses import (
     PosWeightMode,
     full_precision,
@@ -31,6 +30,7 @@ from hashray.methods.losses import (
     weighted_mean,
     weighted_pairwise_likelihood,
 )
+from hashray.metrics import mean_average_precision
 
 IMAGE_POSITIVE_WEIGHT = 0.999  # METHODS 1.3 [C]: ImgNet's w, whatever LabNet's is
 
@@ -308,8 +308,8 @@ class DSEH(Method):
         rounds = 1 if self.config.ablation == "A" else self.config.rounds
         return tuple(Phase("image", r, epochs, lr_factor=10 ** (-0.5 * r)) for r in range(rounds))
 
-    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, crew: Crew) -> dict[str, float]:
-        found = self._image_banks(table, crew) if phase.round > 0 else None
+    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, workers: WorkerGroup) -> dict[str, float]:
+        found = self._image_banks(table, workers) if phase.round > 0 else None
 
         def train() -> dict[str, float]:
             rows, banks = table.repeated() if self.config.bank == "per_sample" else table, None
@@ -326,19 +326,19 @@ class DSEH(Method):
                 self.label_net.requires_grad_(False)
             return terms | label_scores(self.label_net, table)
 
-        notes = crew.lead(self.label_net, train)
+        notes = workers.lead(self.label_net, train)
         self.bind(table)
         return notes
 
-    def _image_banks(self, table: LabelTable, crew: Crew) -> tuple[LabelTable, Tensor]:
+    def _image_banks(self, table: LabelTable, workers: WorkerGroup) -> tuple[LabelTable, Tensor]:
         """The rows LabNet goes on with, and ImgNet's feature and code for each: of every row, or their means."""
         was_training = self.training
         self.eval()  # batch statistics would make the banks depend on how a sweep is cut into batches
         if self.config.bank == "per_sample":
-            outputs, labels = crew.gather_rows(self._bank_outputs)
+            outputs, labels = workers.gather_rows(self._bank_outputs)
             rows = LabelTable((labels == 1).to(torch.uint8), torch.ones(len(labels), dtype=torch.int64))
         else:
-            rows, sums = table, crew.sum_by_group(self._bank_outputs, table.index, len(table.rows))
+            rows, sums = table, workers.sum_by_group(self._bank_outputs, table.index, len(table.rows))
             outputs = sums / table.counts.cpu()[:, None]
         self.train(was_training)
         return rows, outputs

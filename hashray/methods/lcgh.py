@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hashray.codes import Codes
 from hashray.errors import ConfigError, InputError
 from hashray.methods.backbone import Trunk
-from hashray.methods.base import Crew, LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term
+from hashray.methods.base import LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term, WorkerGroup
 from hashray.methods.codewords import CodewordInit, Codewords
 from hashray.methods.losses import (
     Quantization,
@@ -150,7 +150,7 @@ class LCGH(Method):
         # Validation on seen classes would always prefer the labels alone.
         return Phase("labels", 0, warm, selectable=False), Phase("codes", 1, epochs - warm)
 
-    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, crew: Crew) -> dict[str, float]:
+    def begin_phase(self, phase: Phase, table: LabelTable, seed: int, workers: WorkerGroup) -> dict[str, float]:
         if phase.round:  # after the warm-up
             if self.config.priority != "dual":
                 return {}
@@ -163,7 +163,7 @@ class LCGH(Method):
             target = self._raw_target(inputs)
             return torch.cat([target, target.square(), torch.ones_like(target[:, :1])], dim=1)
 
-        sums = crew.sum_by_group(moments, lambda labels: torch.zeros(len(labels), dtype=torch.int64), 1)[0]
+        sums = workers.sum_by_group(moments, lambda labels: torch.zeros(len(labels), dtype=torch.int64), 1)[0]
         mean, square = sums[:-1].div(sums[-1]).chunk(2)
         variance = (square - mean.square()).clamp_min(0)
         if self.config.target_scale == "common":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +21,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hashray import artifact
-from hashray.artifact import FileRecord, Manifest, sha256_file
+from hashray.artifact import Manifest
 from hashray.codes import Codes, as_codes
-from hashray.errors import CorruptArtifact, InputError, MismatchError
+from hashray.errors import InputError, MismatchError
 from hashray.index.shard import Shard, ShardInfo, check_kind, one_array, open_shard, read_ids
 from hashray.search.merge import merge
 from hashray.storage import Store, join, open_store
+from hashray.storage.cache import verified_path
 
 OPEN_THREADS = 8
 # Candidates (a distance and a position: 12 bytes) that one round of a search holds before they are merged.
@@ -212,7 +212,7 @@ def open_index(
     cache = Path(cache_dir or os.environ.get("HASHRAY_CACHE") or "~/.cache/hashray").expanduser()
     records = [manifest.record(name) for info in infos for name in (info.shard, info.ids)]
     with ThreadPoolExecutor(OPEN_THREADS) as pool:
-        paths = list(pool.map(partial(verified_path, store, cache=cache), records))
+        paths = list(pool.map(lambda r: verified_path(store, r.name, r.bytes, r.sha256, cache), records))
         ids = list(pool.map(read_ids, paths[1::2]))
     num_bits, nprobe = int(manifest.info["num_bits"]), manifest.info["nprobe"]
     shards = [open_shard(path, kind, num_bits, info.rows, nprobe) for path, info in zip(paths[::2], infos, strict=True)]
@@ -236,32 +236,3 @@ def _newest(store: Store) -> tuple[int, Manifest]:
     if not store.exists(artifact.version_key(1)):
         artifact.load_manifest(store, "index")  # another artifact, or nothing: says which
     return artifact.newest_version(store)
-
-
-def verified_path(store: Store, record: FileRecord, cache: Path) -> Path:
-    """Return a local file with exactly this record's bytes: the store's own when it is local, else one in `cache`.
-
-    Two processes may fill one cache: a file appears there whole and verified or not at all.
-
-    Raises:
-        CorruptArtifact: the file is missing in the store, or is not what was published.
-    """
-    local = store.local_path(record.name)
-    if local is not None:
-        if not local.is_file():
-            raise CorruptArtifact(f"{local} is missing: its manifest lists it with {record.bytes} bytes")
-        if not _is_whole(local, record):
-            raise CorruptArtifact(
-                f"{local} is corrupt: its bytes are not those its manifest lists (sha256 {record.sha256[:12]}…); "
-                "restore it from a copy, or build the index again elsewhere"
-            )
-        return local
-    suffix = Path(record.name).suffix
-    kept = cache / record.sha256[:2] / f"{record.sha256}{suffix}"
-    if not (kept.is_file() and _is_whole(kept, record)):
-        artifact.download_file(store, record, kept)
-    return kept
-
-
-def _is_whole(path: Path, record: FileRecord) -> bool:
-    return path.stat().st_size == record.bytes and sha256_file(path) == record.sha256

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hashray.artifact import sha256_file
 from hashray.errors import CorruptArtifact
 from hashray.methods.base import Phase
 from hashray.storage import open_store
+from hashray.storage.cache import sha256_file
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 

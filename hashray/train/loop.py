@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hashray.data.batches import Slice, SliceSource
 from hashray.errors import Diverged, RunError
-from hashray.methods.base import Crew, LabelTable, Method, ParameterGroup, Phase, Term
+from hashray.methods.base import LabelTable, Method, ParameterGroup, Phase, Term, WorkerGroup
+from hashray.train.batches import Slice, SliceSource
 from hashray.train.checkpoint import Checkpoint, Position, save_checkpoint
 from hashray.train.config import OptimConfig, TrainConfig
 
@@ -31,7 +31,7 @@ Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
 
 
 @final
-class TorchCrew(Crew):
+class TorchWorkerGroup(WorkerGroup):
     """The workers of a torch process group, or a single process."""
 
     def __init__(self, source: SliceSource, table: LabelTable, device: torch.device) -> None:
@@ -137,7 +137,7 @@ class Loop:
     ) -> None:  # fmt: skip
         self.method, self.config, self.table, self.source = method, config, table, source
         self.report, self.validate, self.device = report, validate, device
-        self.crew = TorchCrew(source, table, device)
+        self.workers = TorchWorkerGroup(source, table, device)
         self.phases = method.phases(config.epochs)
         self.position = Position()
         self.best: dict[str, Tensor] | None = None
@@ -182,7 +182,7 @@ class Loop:
     def _run_phase(self, phase: Phase, until: int | None) -> None:
         if not self.position.phase_begun:
             seed = self.config.seed * 1000 + self.position.phase
-            notes = self.method.begin_phase(phase, self.table, seed, self.crew)
+            notes = self.method.begin_phase(phase, self.table, seed, self.workers)
             self.position.notes.setdefault("phases", []).append({"phase": phase.name, "round": phase.round, **notes})
             self.position.phase_begun = True
             self._report({"event": "phase", **self.position.notes["phases"][-1]}, save=True)
@@ -191,7 +191,7 @@ class Loop:
         if self.optimizer is None or own != {id(p) for group in groups for p in group.parameters}:
             self.optimizer = build_optimizer(self.config.optim, groups)
         wrapped: nn.Module = self.method
-        if self.crew.world > 1:
+        if self.workers.world > 1:
             wrapped = DistributedDataParallel(
                 self.method, device_ids=[self.device.index] if self.device.type == "cuda" else None
             )
@@ -253,7 +253,7 @@ class Loop:
         terms = wrapped(phase, inputs, labels, weight)
         means, masses = self._agree(terms, count, piece.rows)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = [term.total * (self.crew.world / masses[name]) for name, term in terms.items() if term.in_loss]
+        parts = [term.total * (self.workers.world / masses[name]) for name, term in terms.items() if term.in_loss]
         torch.stack(parts).sum().backward()
         if self.config.optim.clip_value is not None:
             nn.utils.clip_grad_value_(self.method.parameters(), self.config.optim.clip_value)
@@ -270,7 +270,7 @@ class Loop:
     def _agree(self, terms: dict[str, Term], count: int, rows: int) -> tuple[dict[str, float], dict[str, float]]:
         """Means and masses of the terms over all workers: the same on every one, before any steps."""
         own = [value.detach().double().cpu() for term in terms.values() for value in (term.total, term.mass)]
-        *sums, seen = self.crew.agree(
+        *sums, seen = self.workers.agree(
             torch.stack([*own, torch.tensor(float(count), dtype=torch.float64)]), dist.ReduceOp.SUM
         ).tolist()
         if seen != rows:
@@ -305,13 +305,13 @@ class Loop:
         """Validate on the first worker; keep the weights when they are the best so far and have a `place`."""
         chosen = self._current()
         box: list[Any] = [None]
-        if self.crew.rank == 0:
+        if self.workers.rank == 0:
             assert self.validate is not None
             kept = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
             self.method.load_state_dict(chosen)
             box[0] = self.validate(self.method)
             self.method.load_state_dict(kept)
-        if self.crew.world > 1:
+        if self.workers.world > 1:
             torch.distributed.broadcast_object_list(box, src=0)
         score = float(box[0])
         if place is not None and (self.position.best_score is None or score > self.position.best_score):
@@ -326,5 +326,5 @@ class Loop:
         self.report(metrics, write if save else None)
 
     def _seed(self, number: int, step: int) -> None:
-        mixed = ((self.config.seed * 1_000_003 + number) * 1_000_003 + step) * 1_009 + self.crew.rank
+        mixed = ((self.config.seed * 1_000_003 + number) * 1_000_003 + step) * 1_009 + self.workers.rank
         torch.manual_seed(mixed % 2**63)

@@ -26,14 +26,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hashray.artifact import canonical
 from hashray.data.corpus import Corpus
+from hashray.engine.session import WorkersConfig, require_room
 from hashray.errors import ConfigError, HashrayError, RunError
-from hashray.runtime import WorkersConfig, require_room
 from hashray.storage import Store, join, open_store
 from hashray.train.checkpoint import TENSORS
-from hashray.train.trainer import plan_job, require_one_network, total_passes, training_data
+from hashray.train.run import plan_job, require_one_network, total_passes, training_data
 from hashray.tune.leaderboard import Trial
+from hashray.tune.live import Watch
 from hashray.tune.population import Population, first_members
-from hashray.tune.progress import Watch
 from hashray.tune.segments import SECONDS, ended_at
 from hashray.tune.space import NUMBER, ORIGIN, SweepConfig, donor_of, grace_epochs, milestones, values_of
 from hashray.tune.trial import (

@@ -28,8 +28,8 @@ from hashray.progress import say
 from hashray.storage import join, open_store
 from hashray.train.checkpoint import STATE, TENSORS, Checkpoint, Position, keep_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.trainer import fit_until
-from hashray.train.workers import build_loop
+from hashray.train.run import fit_until
+from hashray.train.worker import build_loop
 
 SECONDS = "seconds.json"  # of a trial: what its segments took
 

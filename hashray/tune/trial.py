@@ -19,11 +19,11 @@ from ray.exceptions import RayTaskError
 
 from hashray.artifact import canonical
 from hashray.data.corpus import Corpus, open_corpus
+from hashray.engine.session import unwrap
 from hashray.errors import HashrayError, RunError
-from hashray.runtime import unwrap
 from hashray.storage import join, open_store
 from hashray.train.config import TrainConfig
-from hashray.train.trainer import environment_of, plan_job, run_of, total_passes
+from hashray.train.run import environment_of, plan_job, run_of, total_passes
 from hashray.tune.population import WORST
 from hashray.tune.segments import (
     Segment,

@@ -14,12 +14,12 @@ import pytest
 from tiny import files_of, kill_command_when, png, write_corpus, write_tiny_model
 
 from hashray import artifact
+from hashray.artifact import read_table
 from hashray.cli import main
-from hashray.data.corpus import read_table
 from hashray.data.images import decode
-from hashray.encode import EncodeConfig, encode
+from hashray.encode.codes import EncodeConfig, encode
+from hashray.engine.session import WorkersConfig
 from hashray.model import load_model
-from hashray.runtime import WorkersConfig
 from hashray.storage import open_store
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -13,7 +13,7 @@ from hashray import artifact
 from hashray.cli import main
 from hashray.codes import binarize
 from hashray.data.corpus import open_corpus
-from hashray.evaluate.metrics import mean_average_precision
+from hashray.metrics import mean_average_precision
 from hashray.model import load_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -22,13 +22,13 @@ from ray import cloudpickle
 
 from hashray import artifact
 from hashray.data import ingest as ingest_module
-from hashray.data import units as units_module
 from hashray.data.corpus import iterate_bytes, open_corpus
 from hashray.data.ingest import IngestConfig, ingest
 from hashray.data.sources import SourceConfig
-from hashray.data.units import Part, UnitWorker, finished_parts, run_units
+from hashray.engine import parts as parts_module
+from hashray.engine.parts import Part, PartWorker, finished_parts, run_parts
+from hashray.engine.session import WorkersConfig
 from hashray.errors import AlreadyExists, AuditError, InputError, TooManyBadRows
-from hashray.runtime import WorkersConfig
 from hashray.storage import open_store
 
 BROKEN = {3: b"", 17: b"no image"}
@@ -75,14 +75,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(
         store: Any, plan: str, units: Any, worker: Any, arguments: Any, workers: Any, title: str, max_bad: float
     ) -> list[Part]:
-        units_module.refuse_taken(store, plan)
-        actor = units_module._Actor(worker, arguments, store, plan)
+        parts_module.require_free(store, plan)
+        actor = parts_module._Actor(worker, arguments, store, plan)
         texts = [text for unit in units for text in actor({"unit": [json.dumps(unit)]})["part"]]
         parts = [Part.model_validate_json(text) for text in texts]
-        units_module._stop_if_bad(store, {p.index: p for p in parts}, sum(p.rows_in for p in parts), max_bad, title)
+        parts_module._stop_if_bad(store, {p.index: p for p in parts}, sum(p.rows_in for p in parts), max_bad, title)
         return parts
 
-    monkeypatch.setattr(ingest_module, "run_units", run)
+    monkeypatch.setattr(ingest_module, "run_parts", run)
     monkeypatch.setattr(ingest_module, "connect", lambda: None)
 
 
@@ -160,7 +160,7 @@ def mtime(store: Any, part: Part) -> int:
     return (Path(store.url) / part.file.name).stat().st_mtime_ns
 
 
-class Dies(UnitWorker):
+class Dies(PartWorker):
     """Kills its process in the middle of unit 2, once."""
 
     def __init__(self, marker: str) -> None:
@@ -184,7 +184,7 @@ def test_a_worker_that_dies_loses_no_unit(ray_session: Any, tmp_path: Path) -> N
 
     def run(indices: range) -> list[Part]:
         units = [{"index": i, "rows": 2} for i in indices]
-        return run_units(store, "plan", units, Dies, {"marker": str(tmp_path / "died")}, ONE, "t", 0.0)
+        return run_parts(store, "plan", units, Dies, {"marker": str(tmp_path / "died")}, ONE, "t", 0.0)
 
     parts = run(range(6))
     assert (tmp_path / "died").exists()
@@ -195,7 +195,7 @@ def test_a_worker_that_dies_loses_no_unit(ray_session: Any, tmp_path: Path) -> N
     assert run(range(6)) == parts
     assert (tmp_path / "attempt-0").read_text() == "x"
     # What a worker raises comes back as itself; a row that is nowhere is an error, and leaves no record.
-    audited = units_module._Actor(Dies, {"marker": str(tmp_path / "died")}, store, "plan")
+    audited = parts_module._Actor(Dies, {"marker": str(tmp_path / "died")}, store, "plan")
     (error,) = audited({"unit": [json.dumps({"index": 8, "rows": 2})]})["error"]
     assert json.loads(error) == [AuditError.__name__, "parts/part-00008-plan.parquet: 2 rows in, 1 out, 0 quarantined"]
     with pytest.raises(InputError, match="a fault of the request, found by a worker"):

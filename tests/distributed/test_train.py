@@ -19,17 +19,17 @@ from tiny import BACKBONE, METHOD, files_of, kill_command_when, killing_worker_w
 from hashray import artifact
 from hashray.cli import main
 from hashray.config import validate
-from hashray.data.batches import EpochPlan, MemorySlices, Slice
 from hashray.data.corpus import open_corpus
 from hashray.data.images import AugmentConfig
-from hashray.data.selection import Selection
-from hashray.data.stream import POSITION_FILE, StreamSlices, StreamSpec, sweep_dataset, training_dataset
 from hashray.errors import AlreadyExists
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.storage import open_store
+from hashray.train.batches import EpochPlan, MemorySlices, Slice
 from hashray.train.config import TrainConfig
-from hashray.train.trainer import train
-from hashray.train.workers import training_rows
+from hashray.train.run import train
+from hashray.train.selection import Selection
+from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec, sweep_dataset, training_dataset
+from hashray.train.worker import training_rows
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 ROWS, BATCH, WINDOW, PASSES = 60, 8, 16, 3

@@ -24,8 +24,8 @@ from hashray.data.corpus import open_corpus
 from hashray.errors import CorruptArtifact, Diverged
 from hashray.train.checkpoint import read_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.self_training import train_model
-from hashray.train.trainer import plan_job, training_data
+from hashray.train.rounds import train_model
+from hashray.train.run import plan_job, training_data
 from hashray.tune.segments import Segment, train_segment
 from hashray.tune.trial import reason_of
 
@@ -238,7 +238,7 @@ def test_a_seed_with_which_the_winner_diverges_is_reported_and_the_sweep_is_publ
             raise Diverged("the loss is not finite at phase 0")
         return train_model(config)
 
-    monkeypatch.setattr("hashray.sweep.train_model", diverging)
+    monkeypatch.setattr("hashray.tune.run.train_model", diverging)
     search = {**CONFIG["search"], "trials": 2, "scheduler": "none", "report_seeds": [1, 2]}
     out = tmp_path / "sweep"
     assert main(["tune", written(tmp_path, search=search), "--corpus", corpus, "--out", str(out)]) == 0

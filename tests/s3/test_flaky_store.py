@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 def through(s3_server, s3_url, monkeypatch) -> Iterator[Callable[..., tuple[Store, Proxy]]]:
     """Make a store behind a proxy with a rule; retries do not wait."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *args, **kwargs: 0)
-    monkeypatch.setattr("hashray.storage_s3.CONFLICT_WAIT_S", 0)
+    monkeypatch.setattr("hashray.storage.s3.CONFLICT_WAIT_S", 0)
     proxies = []
 
     def make(rule) -> tuple[Store, Proxy]:
@@ -145,7 +145,7 @@ def test_a_store_that_is_down_says_so(through, monkeypatch):
 
 
 def test_a_multipart_upload_survives_and_a_failing_one_is_translated(through, tmp_path, monkeypatch):
-    monkeypatch.setattr("hashray.storage_s3.SINGLE_REQUEST_BYTES", 1 << 20)
+    monkeypatch.setattr("hashray.storage.s3.SINGLE_REQUEST_BYTES", 1 << 20)
     (tmp_path / "big").write_bytes(bytes(6 << 20))
     store, _ = through(lambda number, request: 503 if number % 3 == 0 else None)
     store.upload("big", tmp_path / "big")

@@ -133,7 +133,7 @@ def test_images_on_s3_become_a_searchable_index_on_s3(
 
     # A version from the future.
     store = open_store(f"{s3_url}/raced")
-    from hashray.manifest import canonical, sha256_hex
+    from hashray.artifact.manifest import canonical, sha256_hex
 
     fields = json.loads(store.read("versions/00000001.json"))
     del fields["id"]

@@ -17,9 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hashray import storage, storage_s3
 from hashray.errors import AlreadyExists, InputError, StoreUnavailable
-from hashray.storage import TEMP_PREFIX, LocalStore, S3Store, Store, check_conditional_put, join, open_store
+from hashray.storage import Store, check_conditional_put, join, local, open_store
+from hashray.storage import s3 as storage_s3
+from hashray.storage.base import TEMP_PREFIX
+from hashray.storage.local import LocalStore
+from hashray.storage.s3 import S3Store
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -263,7 +266,7 @@ def test_a_failed_write_leaves_the_old_object_and_no_litter(tmp_path, monkeypatc
     def full(*paths):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "replace", full)
+    monkeypatch.setattr(local.os, "replace", full)
     with pytest.raises(StoreUnavailable, match="x: No space left on device; then run it again"):
         store.write("x", b"new")
     assert store.read("x") == b"old" and [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -8,7 +8,7 @@ import torch
 from hashray.methods.adalabelhash import AdaLabelHash, AdaLabelHashConfig
 from hashray.methods.losses import adaptive_margin
 from hashray.train.loop import build_optimizer
-from tests.unit.crew import build, config_of, make_rows, run_loop
+from tests.unit.worker_group import build, config_of, make_rows, run_loop
 
 METHOD = {"kind": "adalabelhash"}
 

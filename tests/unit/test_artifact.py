@@ -22,22 +22,20 @@ from hashray.artifact import (
     Manifest,
     canonical,
     describe,
-    download_file,
     is_finished,
     load_manifest,
     newest_version,
     publish,
     read_file,
-    sha256_file,
     sha256_hex,
-    upload_file,
     verify,
     version_key,
     write_file,
 )
+from hashray.artifact.manifest import from_bytes, to_bytes
 from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputError, MismatchError
-from hashray.manifest import from_bytes, to_bytes
 from hashray.storage import Store, open_store
+from hashray.storage.cache import sha256_file, verified_path
 
 
 def parquet(ids: list, **columns) -> bytes:
@@ -195,20 +193,20 @@ def test_truncated_and_missing_files(corpus, tmp_path):
         read_file(corpus, classes)
     for record in (part, classes):
         with pytest.raises(CorruptArtifact, match=record.name):
-            download_file(corpus, record, tmp_path / "new" / "x")
-    assert list((tmp_path / "new").iterdir()) == []
+            verified_path(corpus, record.name, record.bytes, record.sha256, tmp_path / "cache")
+    assert not [path for path in tmp_path.glob("cache/**/*") if path.is_file()]
     problems = verify(corpus.url)
     assert len(problems) == 2 and "part-00000.parquet has" in problems[0] and "classes.json is missing" in problems[1]
     summary = describe(corpus.url)
     assert summary["whole"] is False and summary["problems"] == problems
 
 
-def test_upload_and_download(store, tmp_path):
-    (tmp_path / "x").write_bytes(b"12345")
-    record = upload_file(store, "weights", tmp_path / "x", rows=5, info={"a": 1})
-    assert record == write_file(store, "weights", b"12345", rows=5, info={"a": 1})
-    assert record.sha256 == sha256_file(tmp_path / "x") == sha256_hex(b"12345")
-    assert download_file(store, record, tmp_path / "y" / "z").read_bytes() == b"12345" == read_file(store, record)
+def test_writing_and_reading_a_file(store, tmp_path):
+    record = write_file(store, "weights", b"12345", rows=5, info={"a": 1})
+    assert (record.bytes, record.sha256, record.rows) == (5, sha256_hex(b"12345"), 5)
+    assert read_file(store, record) == b"12345"
+    local = verified_path(store, record.name, record.bytes, record.sha256, tmp_path / "cache")
+    assert local.read_bytes() == b"12345" and sha256_file(local) == record.sha256
 
 
 def test_opening_what_is_not_there(store, tmp_path):

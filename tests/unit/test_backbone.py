@@ -13,11 +13,11 @@ from tiny import BACKBONE, write_tiny_model
 from torch import nn
 
 from hashray.artifact import canonical
+from hashray.encode.features import trunk_fingerprint
 from hashray.errors import InputError, MismatchError
 from hashray.methods import backbone
 from hashray.methods.backbone import BackboneConfig, Trunk, build_trunk, state_fingerprint
 from hashray.model import load_model
-from hashray.train.features import trunk_fingerprint
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = Path(os.environ.get("HASHRAY_WEIGHTS", ROOT.parent / "shared" / "weights"))

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from hashray.codes import hamming, unpack
 from hashray.errors import ConfigError, InputError, MismatchError
 from hashray.evaluate.baselines import ITQ, LSH, ClassCode, ITQLinear, PCASign, RandomCodes, fit_baselines
-from hashray.evaluate.metrics import mean_average_precision, rank
 from hashray.methods.codewords import spread_codewords
+from hashray.metrics import mean_average_precision, rank
 
 Array = NDArray[Any]
 

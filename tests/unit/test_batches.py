@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hashray.data.batches import EpochPlan, MemorySlices, held_out, row_seeds, slice_rows
 from hashray.data.images import AugmentConfig
+from hashray.train.batches import EpochPlan, MemorySlices, held_out, row_seeds, slice_rows
 
 PLANS = st.builds(
     EpochPlan,
@@ -54,13 +54,13 @@ def test_windows_are_whole_batches(plan: EpochPlan, epoch: int) -> None:
 def test_the_slices_of_all_workers_are_the_global_batch(plan: EpochPlan, epoch: int, world: int, first: int) -> None:
     n = plan.rows
     features, labels = np.arange(2 * n, dtype=np.float32).reshape(n, 2), np.arange(n, dtype=np.uint8)[:, None]
-    crew = [
+    workers = [
         MemorySlices(plan, features, labels, [str(i) for i in range(n)], AugmentConfig(), rank, world)
         for rank in range(world)
     ]
     whole = list(plan.batches(epoch, first))
     assert [b.tolist() for b in whole] == [b.tolist() for b in list(plan.batches(epoch))[first:]]
-    steps = list(zip(*(member.epoch(epoch, first) for member in crew), strict=True))
+    steps = list(zip(*(member.epoch(epoch, first) for member in workers), strict=True))
     assert len(steps) == len(whole)
     for number, (slices, batch) in enumerate(zip(steps, whole, strict=True)):
         assert {piece.step for piece in slices} == {first + number}
@@ -74,13 +74,13 @@ def test_the_slices_of_all_workers_are_the_global_batch(plan: EpochPlan, epoch: 
 def test_a_sweep_covers_every_row_once(plan: EpochPlan, world: int) -> None:
     n = plan.rows
     rows = np.arange(n, dtype=np.float32)[:, None]
-    crew = [
+    workers = [
         MemorySlices(plan, rows, np.zeros((n, 1), np.uint8), [str(i) for i in range(n)], AugmentConfig(), rank, world)
         for rank in range(world)
     ]
-    seen = [row for member in crew for inputs, _ in member.sweep() for row in inputs[:, 0].tolist()]
+    seen = [row for member in workers for inputs, _ in member.sweep() for row in inputs[:, 0].tolist()]
     assert sorted(seen) == list(range(n))
-    assert all(len(inputs) <= plan.batch_size for member in crew for inputs, _ in member.sweep())
+    assert all(len(inputs) <= plan.batch_size for member in workers for inputs, _ in member.sweep())
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -102,8 +102,8 @@ def test_augmentation_does_not_depend_on_the_number_of_workers() -> None:
     ids, labels = [f"row{i}" for i in range(23)], np.zeros((23, 1), np.uint8)
     runs = []
     for world in (1, 2, 3):
-        crew = [MemorySlices(plan, images, labels, ids, AugmentConfig(shift=2), r, world) for r in range(world)]
-        steps = zip(*(member.epoch(1, 0) for member in crew), strict=True)
+        workers = [MemorySlices(plan, images, labels, ids, AugmentConfig(shift=2), r, world) for r in range(world)]
+        steps = zip(*(member.epoch(1, 0) for member in workers), strict=True)
         runs.append(np.concatenate([piece.inputs for slices in steps for piece in slices]))
     assert np.array_equal(runs[0], runs[1])
     assert np.array_equal(runs[0], runs[2])

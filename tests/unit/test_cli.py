@@ -16,7 +16,7 @@ from tiny import write_tiny_model
 from hashray import artifact, storage
 from hashray.artifact import Manifest
 from hashray.cli import main
-from tests.unit.crew import config_of
+from tests.unit.worker_group import config_of
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str | Path, code: int = 2) -> str:

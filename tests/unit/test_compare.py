@@ -16,10 +16,11 @@ from hashray.artifact import Manifest, canonical
 from hashray.cli import main
 from hashray.codes import binarize, hamming
 from hashray.errors import InputError, MismatchError
-from hashray.evaluate.codewords import analyse, layout
-from hashray.evaluate.compare import FiguresConfig, comparable, compare, embed
+from hashray.evaluate.codewords import analyse
 from hashray.evaluate.scoring import harmonic_means
 from hashray.methods.codewords import spread_codewords
+from hashray.report.compare import FiguresConfig, comparable, compare, embed
+from hashray.report.figures import layout
 from hashray.storage import open_store
 
 

@@ -15,11 +15,11 @@ from PIL import Image
 from hashray import storage
 from hashray.codes import binarize
 from hashray.data.images import to_pixels
-from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods import known_methods
 from hashray.methods.base import Method, Term
+from hashray.metrics import mean_average_precision
 from hashray.model import load_model, write_model
-from tests.unit.crew import build, config_of, make_rows, run_loop
+from tests.unit.worker_group import build, config_of, make_rows, run_loop
 
 KINDS = sorted(known_methods())
 SMALL: dict[str, dict[str, Any]] = {"dseh": {"rounds": 1}}

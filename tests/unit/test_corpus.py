@@ -12,22 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hashray import __version__, artifact
-from hashray.artifact import FileRecord, Manifest, canonical
-from hashray.data.corpus import (
-    CORPUS_SCHEMA,
-    ROW_FIELDS,
-    Corpus,
-    feature_matrix,
-    in_split,
-    iterate_bytes,
-    multi_hot,
-    open_corpus,
-    read_table,
-    table_bytes,
-)
+from hashray.artifact import FileRecord, Manifest, canonical, read_table, table_bytes
+from hashray.data.columns import in_split, list_matrix, multi_hot
+from hashray.data.corpus import CORPUS_SCHEMA, ROW_FIELDS, Corpus, iterate_bytes, open_corpus
 from hashray.data.images import BadImage
 from hashray.errors import CorruptArtifact, InputError, MismatchError, StoreUnavailable
-from hashray.storage import LocalStore, open_store
+from hashray.storage import open_store
+from hashray.storage.local import LocalStore
 
 SPLITS = ["database", "database+train", "query", "train", "database+unlabelled"]
 
@@ -166,7 +157,7 @@ def test_features(tmp_path: Path) -> None:
     assert features.features("all").tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
     assert features.features("train").tolist() == [[0, 1], [1, 0], [1, 2]]
     assert features.features("query").shape == (0, 2)
-    assert feature_matrix(features.read_part(features.parts[0], "query", ["feature"]).column("feature")).shape == (0, 2)
+    assert list_matrix(features.read_part(features.parts[0], "query", ["feature"]).column("feature")).shape == (0, 2)
     with pytest.raises(MismatchError, match="is a features, expected a corpus"):
         open_corpus(str(tmp_path / "f"))
 

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hashray.errors import InputError
-from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods.base import LabelTable
 from hashray.methods.dseh import DSEH, DSEHConfig, LabNet, fit_label_network, label_terms, train_label_network
-from tests.unit.crew import config_of, make_rows, run_loop
+from hashray.metrics import mean_average_precision
+from tests.unit.worker_group import config_of, make_rows, run_loop
 
 
 def small(**changes: Any) -> DSEHConfig:
@@ -156,7 +156,7 @@ def test_per_sample_banks_hold_every_row_s_own_output(trainings: list[tuple[int,
     assert len(torch.unique(banks[0], dim=0)) == 80  # not the mean of a label row
     method = loop.method
     assert isinstance(method, DSEH)
-    values, of = loop.crew.gather_rows(method.eval()._bank_outputs)
+    values, of = loop.workers.gather_rows(method.eval()._bank_outputs)
     features, _, _ = make_rows(80)
     expected = method._bank_outputs(torch.as_tensor(features)).detach()
     torch.testing.assert_close(values[values.argsort(0)[:, 0]], expected[expected.argsort(0)[:, 0]])

@@ -10,13 +10,13 @@ import torch
 
 from hashray.codes import binarize
 from hashray.errors import ConfigError, InputError
-from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods import build_method
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.methods.base import LabelTable
 from hashray.methods.lcgh import LCGH, LCGHConfig, _Fork, straight_through
-from hashray.train.loop import TorchCrew
-from tests.unit.crew import build, config_of, make_rows, run_loop
+from hashray.metrics import mean_average_precision
+from hashray.train.loop import TorchWorkerGroup
+from tests.unit.worker_group import build, config_of, make_rows, run_loop
 
 METHOD: dict[str, Any] = {"kind": "lcgh"}
 
@@ -38,8 +38,8 @@ class Give(torch.nn.Module):
         return self.logits
 
 
-class OneRow(TorchCrew):
-    """A crew whose training images are one row."""
+class OneRow(TorchWorkerGroup):
+    """A workers whose training images are one row."""
 
     def __init__(self) -> None:
         pass
@@ -188,9 +188,9 @@ def test_dual_raises_the_multiplier_while_the_label_loss_is_above_its_plateau() 
     method = method_of(priority="dual", warmup_share=0.5, dual_slack=0.5)
     warm, rest = method.phases(2)
     method.after_step(warm, {"label_hinge": 0.2})
-    crew = TorchCrew.__new__(TorchCrew)
+    workers = TorchWorkerGroup.__new__(TorchWorkerGroup)
     table = LabelTable.of(torch.eye(4, dtype=torch.uint8))
-    assert method.begin_phase(rest, table, 0, crew)["label_plateau"] == pytest.approx(0.2)
+    assert method.begin_phase(rest, table, 0, workers)["label_plateau"] == pytest.approx(0.2)
     assert float(method.dual[2]) == pytest.approx(0.3)
     for hinge, rises in ((9.0, True), (0.0, None), (0.0, None)):
         before = float(method.dual[0])
@@ -293,9 +293,9 @@ def toy(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def train_toy(data: dict[str, tuple[np.ndarray, np.ndarray]], epochs: int = 100, **fields: Any) -> tuple[float, float]:
     """(within, cross) mAP of a short run on the toy."""
-    from hashray.data.batches import EpochPlan, MemorySlices
     from hashray.data.images import AugmentConfig
     from hashray.methods import parse_method_config
+    from hashray.train.batches import EpochPlan, MemorySlices
     from hashray.train.loop import Loop
 
     features, labels = data["train"]

@@ -12,7 +12,7 @@ from hashray.errors import RunError
 from hashray.methods import known_methods
 from hashray.train.config import OptimConfig
 from hashray.train.loop import learning_rate
-from tests.unit.crew import Stop, config_of, read, run_loop, run_processes
+from tests.unit.worker_group import Stop, config_of, read, run_loop, run_processes
 
 RUN = {"epochs": 2, "method": {"rounds": 2}}
 

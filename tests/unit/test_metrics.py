@@ -14,14 +14,14 @@ from sklearn.metrics import average_precision_score
 
 from hashray.codes import binarize, hamming, unpack
 from hashray.errors import ConfigError, InputError, MismatchError
-from hashray.evaluate import ranking
-from hashray.evaluate.metrics import (
+from hashray.metrics import (
     TIES,
     average_precisions,
     code_health,
     mean_average_precision,
     mean_average_precision_float,
     rank,
+    ranking,
 )
 
 Array = NDArray[Any]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hashray.evaluate import figures, report
 from hashray.evaluate.codewords import analyse
+from hashray.report import figures
+from hashray.report import page as report
 
 CURVE = {"precision": [0.9, 0.5, 0.1], "recall": [0.0, 0.6, 1.0]}
 

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 
 from hashray import artifact
-from hashray.artifact import Manifest, canonical
-from hashray.data.corpus import Corpus, open_corpus, table_bytes
-from hashray.data.selection import ACCEPTED, Selection
+from hashray.artifact import Manifest, canonical, table_bytes
+from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.splits import SplitConfig, assign_splits, class_split
 from hashray.errors import InputError
 from hashray.storage import open_store
+from hashray.train.selection import ACCEPTED, Selection
 
 ROWS = [("a", [0], "database+train"), ("b", [1], "database+train"), ("c", [2], "database+unlabelled"),
         ("d", [], "unlabelled"), ("e", [1], "query"), ("f", [2], "train+unlabelled")]  # fmt: skip

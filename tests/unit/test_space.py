@@ -17,12 +17,12 @@ from rich.console import Console
 from hashray.cli import main
 from hashray.config import parse_toml, validate
 from hashray.errors import ConfigError
-from hashray.evaluate.figures import png
-from hashray.evaluate.sweep_page import draw, sweep_page
-from hashray.sweep import spread, verdict
+from hashray.report.figures import png
 from hashray.train.config import TrainConfig
 from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
-from hashray.tune.progress import Watch
+from hashray.tune.live import Watch
+from hashray.tune.page import draw, sweep_page
+from hashray.tune.run import spread, verdict
 from hashray.tune.space import (
     KIND,
     NUMBER,
@@ -309,7 +309,7 @@ def test_what_an_earlier_run_trained_says_nothing_of_how_long_the_rest_takes(mon
 
 def test_in_a_terminal_a_table_of_the_best_trials_lives_while_ray_pickles_it(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = io.StringIO()
-    monkeypatch.setattr("hashray.tune.progress.console", Console(file=sink, force_terminal=True, width=100))
+    monkeypatch.setattr("hashray.tune.live.console", Console(file=sink, force_terminal=True, width=100))
     with Watch(trials=3, passes=4) as watch:
         watch.reported({NUMBER: 1, "optim.lr": 1e-3}, 2, 4, 0.5, trained=True)
         watch.reported({NUMBER: 0, "optim.lr": 2e-3}, 4, 4, 0.75, trained=True)

@@ -18,7 +18,7 @@ from hashray.artifact import (
     version_key,
     write_file,
 )
-from hashray.ids import find_duplicates
+from hashray.artifact.verify import find_duplicates
 from hashray.storage import Store, open_store
 
 

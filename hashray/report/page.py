@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from hashray.data.images import BadImage, decode
-from hashray.evaluate.scoring import reached_by
+from hashray.report.calibration import baselines_not_beaten
 
 THUMB_PIXELS = 72
 CAPTIONS = {
@@ -180,7 +180,7 @@ def _table(results: Sequence[Mapping[str, Any]], depth: str) -> str:
             _number(near.get("10")), _number(near.get("100")), _number(result.get("precision_radius_2")),
         ])  # fmt: skip
     table = grid(("method", "bits", depth, "P@10", "P@100", "radius 2"), rows, by_score.index(results[0]))
-    reached = ", ".join(reached_by(results))
+    reached = ", ".join(baselines_not_beaten(results))
     note = f"<p>{html.escape(results[0]['name'])} is not above {html.escape(reached)} here.</p>" if reached else ""
     return table + note
 

@@ -23,19 +23,8 @@ from botocore import exceptions as boto
 from botocore.config import Config
 
 from hashray.errors import AlreadyExists, InputError, StorageError, StoreUnavailable
-from hashray.storage import (
-    TEMP_PREFIX,
-    Store,
-    check_key,
-    check_prefix,
-    check_range,
-    file_errors,
-    join,
-    no_conditional_put,
-    open_store,
-    place,
-    write_synced,
-)
+from hashray.storage.base import TEMP_PREFIX, Store, check_key, check_prefix, check_range, join, no_conditional_put
+from hashray.storage.local import file_errors, place, write_synced
 
 MB = 1 << 20
 # One request up to here, multipart above: on loopback Ceph a single put moved 80 MB/s, upload_file 31.
@@ -233,12 +222,11 @@ _CLIENTS: dict[tuple[Any, ...], Any] = {}
 _CLIENTS_LOCK = threading.Lock()
 
 
-def arrow_filesystem(url: str) -> tuple[Any, str]:
+def arrow_filesystem(store: Store) -> tuple[Any, str]:
     """(pyarrow filesystem, path in it) of a store, for Ray Train's own checkpoints; None is the local one.
 
     The endpoint and the credentials are those that boto3 finds.
     """
-    store = open_store(url)
     if not isinstance(store, S3Store):
         return None, store.url
     session = boto3.Session()

@@ -23,24 +23,31 @@ from ray.train.torch import TorchTrainer
 from hashray import artifact, storage
 from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.config import require_path
-from hashray.data.batches import EpochPlan, held_out
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.data.selection import Selection
-from hashray.data.stream import sweep_dataset, training_dataset
-from hashray.data.units import already_made, refuse_taken
+from hashray.encode.features import compute_features, trunk_fingerprint
+from hashray.engine.parts import already_made, require_free
+from hashray.engine.session import (
+    WorkersConfig,
+    connect,
+    memory_environment,
+    quicken_on_one_machine,
+    require_room,
+    unwrap,
+)
 from hashray.errors import ConfigError, InputError, MismatchError, RunError
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk, weights_identity, with_absolute_weights
 from hashray.methods.base import LabelTable, Method
 from hashray.model import load_model, write_model
 from hashray.progress import Bar, say
-from hashray.runtime import connect, memory_environment, quicken_on_one_machine, require_room, unwrap
 from hashray.storage import join, open_store
-from hashray.storage_s3 import arrow_filesystem
+from hashray.storage.s3 import arrow_filesystem
+from hashray.train.batches import EpochPlan, held_out
 from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, load_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.features import compute_features, pool_of, trunk_fingerprint
-from hashray.train.workers import PSEUDO_SPLITS, Board, run_worker, stream_spec
+from hashray.train.selection import Selection
+from hashray.train.stream import sweep_dataset, training_dataset
+from hashray.train.worker import PSEUDO_SPLITS, MetricsQueue, run_worker, stream_spec
 
 AnyTrainConfig = TypeVar("AnyTrainConfig", bound=TrainConfig)
 
@@ -53,7 +60,7 @@ def train(config: TrainConfig) -> Manifest:
         Diverged: the loss is not finite.
         AlreadyExists: `out` holds a model of another config or corpus.
     """
-    config = placed(config)
+    config = with_absolute_paths(config)
     out = require_path(config.out, "--out")
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
     corpus.require("train", "training")
@@ -82,14 +89,14 @@ def train(config: TrainConfig) -> Manifest:
         **chosen,
     }
     parents |= {"features": data.manifest.id} if data is not corpus else {}
-    refuse_taken(store, run, "run")
+    require_free(store, run, "run")
     manifest = write_model(store, method, tensors, corpus.classes, result_of, parents, history, info)
     store.clear("checkpoints/")
     say(f"{out}: model {manifest.id[:12]}" + (f", validation mAP {position.best_score:.4f}" if chosen else ""))
     return manifest
 
 
-def placed(config: AnyTrainConfig) -> AnyTrainConfig:
+def with_absolute_paths(config: AnyTrainConfig) -> AnyTrainConfig:
     """The config with every path such that a worker in another folder finds it."""
     paths = {name: getattr(config, name) for name in ("corpus", "out", "init", "pseudo_labels")}
     update = {name: path and storage.absolute(path) for name, path in paths.items()}
@@ -104,6 +111,11 @@ def require_validation(config: TrainConfig, corpus: Corpus, what: str) -> None:
     """
     if config.validation(corpus.count("validation"), corpus.count("train")) == (False, 0):
         raise InputError(f"{what} by validation rows: set validation_rows above 0, and have 5 train rows")
+
+
+def pool_of(config: TrainConfig) -> WorkersConfig:
+    """The workers of a training's passes over the corpus: one a GPU, or one a core, whose torch has one thread."""
+    return WorkersConfig(gpus_per_worker=float(config.gpu))
 
 
 def training_data(config: TrainConfig, corpus: Corpus) -> Corpus:
@@ -272,9 +284,9 @@ def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
         spec = stream_spec(job, config, plan)
         datasets = {"train": training_dataset(spec, epochs), "sweep": sweep_dataset(spec)}
     quicken_on_one_machine()
-    filesystem, path = arrow_filesystem(job["checkpoints"])
+    filesystem, path = arrow_filesystem(open_store(job["checkpoints"]))
     options = ray.data.ExecutionOptions(preserve_order=True)
-    board = Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    board = MetricsQueue.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={**job, "board": board},

@@ -20,8 +20,8 @@ from hashray import artifact
 from hashray.codes import unpack
 from hashray.config import Config
 from hashray.errors import InputError, MismatchError
-from hashray.evaluate import figures
 from hashray.progress import Bar, say
+from hashray.report import figures
 from hashray.storage import join, open_store
 
 

@@ -6,13 +6,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import networkx as nx
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-
-from hashray.evaluate.codewords import layout
 
 INK, PAPER, GRID = "#1d2433", "#ffffff", "#e4e7ee"
 OURS = "#c2410c"
@@ -151,7 +150,7 @@ def codeword_graph(analysis: Mapping[str, Any]) -> Figure:
     """Each class joined to those of the nearest codewords, thicker where nearer; a colour for each community."""
     none = "" if analysis["edges"] else ": none, all are equally far apart"
     figure, axes = new_axes(f"Relations between codewords{none}", "", "", tall=True)
-    places = layout(dict(analysis))
+    places = layout(analysis)
     group = {name: i for i, names in enumerate(analysis["communities"]) for name in names}
     widest = max((weight for _, _, weight in analysis["edges"]), default=1) or 1
     narrowest = min((weight for _, _, weight in analysis["edges"]), default=0)
@@ -180,6 +179,15 @@ def codeword_graph(analysis: Mapping[str, Any]) -> Figure:
     axes.margins(0.12)
     axes.set_axis_off()
     return figure
+
+
+def layout(analysis: Mapping[str, Any], seed: int = 0) -> NDArray[np.floating]:
+    """Where to draw each class, float [c, 2]: joined classes near each other."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(len(analysis["classes"])))
+    graph.add_weighted_edges_from(analysis["edges"])
+    places = nx.spring_layout(graph, weight="weight", seed=seed, k=2.2 / max(1, len(graph)) ** 0.5, iterations=200)
+    return np.array([places[i] for i in range(len(graph))])
 
 
 def code_map(points: NDArray[np.floating], labels: Sequence[int], classes: Sequence[str], title: str) -> Figure:

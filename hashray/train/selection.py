@@ -6,17 +6,16 @@ pseudo-labels/  parts/part-00000-<plan>.parquet … (id, labels int8 [c], confid
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hashray import artifact
-from hashray.data.corpus import Corpus, in_split
+from hashray.data.columns import in_split, list_matrix
+from hashray.data.corpus import Corpus
 from hashray.storage import open_store
 
 ACCEPTED = "accepted.parquet"
@@ -31,19 +30,8 @@ def read_pseudo_labels(url: str) -> dict[str, NDArray[np.int8]]:
 def _read_pseudo_labels(url: str, manifest_id: str) -> dict[str, NDArray[np.int8]]:
     store = open_store(url)
     manifest = artifact.load_manifest(store, "pseudo-labels")
-    table = pq.read_table(io.BytesIO(artifact.read_file(store, manifest.record(ACCEPTED))))
-    return dict(zip(table.column("accepted").to_pylist(), label_rows(table.column("labels")), strict=True))
-
-
-def label_column(labels: NDArray[np.int8]) -> pa.FixedSizeListArray:
-    """Labels int8 [n, c] as a column."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(labels.reshape(-1), pa.int8()), labels.shape[1])
-
-
-def label_rows(column: pa.ChunkedArray) -> NDArray[np.int8]:
-    """A column of `label_column` back to int8 [n, c]."""
-    values = column.combine_chunks()
-    return values.flatten().to_numpy().astype(np.int8).reshape(len(values), values.type.list_size)
+    table = artifact.read_table(store, manifest.record(ACCEPTED))
+    return dict(zip(table.column("accepted").to_pylist(), list_matrix(table.column("labels")), strict=True))
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,16 @@ from hashray import __version__, artifact
 from hashray.artifact import Manifest, sha256_hex
 from hashray.codes import BIT_ORDER, Codes, binarize
 from hashray.config import Config
-from hashray.data.corpus import Corpus, feature_matrix, open_corpus
+from hashray.data.columns import bytes_column, list_matrix
+from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.images import Pixels
-from hashray.data.units import BadRow, UnitWorker, already_made, map_part, run_units, write_quarantine
+from hashray.encode.features import lost_before, map_part, trunk_fingerprint, worker_device
+from hashray.engine.parts import BadRow, PartWorker, already_made, run_parts, write_quarantine
+from hashray.engine.session import WorkersConfig, connect
 from hashray.errors import MismatchError
 from hashray.model import load_model
 from hashray.progress import say
-from hashray.runtime import WorkersConfig, connect
 from hashray.storage import absolute, open_store
-from hashray.train.features import lost_before, settle, trunk_fingerprint
 
 
 class EncodeConfig(Config):
@@ -43,21 +44,23 @@ class EncodeConfig(Config):
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
 
-class _EncodeWorker(UnitWorker):
+class _EncodeWorker(PartWorker):
     runs_trunk = True
 
     def __init__(self, model: str, source: str, split: str, batch_size: int, gpu: bool) -> None:
-        self.model = load_model(model, device=settle(gpu).type)
+        self.model = load_model(model, device=worker_device(gpu).type)
         self.corpus, self.split, self.batch_size = open_corpus(source, None), split, batch_size
 
     def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
+        bad: list[BadRow] = []
         table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]), self.split)
         if "feature" in table.column_names:
-            codes = binarize(self.model.logits(feature_matrix(table.column("feature"))))
-            return codes_table(table.column("id").to_pylist(), codes, self.model.num_bits), [], {}, {}
-        trunk = self.model.backbone
-        rows, codes, bad = map_part(table, trunk.image_size, trunk.resize, self._codes, self.batch_size)
-        return codes_table(rows.column("id").to_pylist(), codes, self.model.num_bits), bad, {}, {}
+            rows, codes = table, binarize(self.model.logits(list_matrix(table.column("feature"))))
+        else:
+            trunk = self.model.backbone
+            rows, codes, bad = map_part(table, trunk.image_size, trunk.resize, self._codes, self.batch_size)
+        column = bytes_column(codes.reshape(len(rows), self.model.num_bits // 8))
+        return pa.table({"id": rows.column("id"), "code": column}), bad, {}, {}
 
     def _codes(self, pixels: Pixels) -> Codes:
         return binarize(self.model.logits(pixels))
@@ -75,14 +78,6 @@ def _features(config: EncodeConfig, corpus: Corpus) -> Corpus:
             "leave out --features, or name those that training made"
         )
     return found
-
-
-def codes_table(ids: list[str], codes: Codes, num_bits: int) -> pa.Table:
-    """Table (id, code) of packed codes uint8 [n, num_bits // 8]."""
-    width = num_bits // 8
-    data = pa.py_buffer(codes.tobytes())
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(ids), [None, data])
-    return pa.table({"id": pa.array(ids, pa.string()), "code": column})
 
 
 def encode(config: EncodeConfig) -> Manifest:
@@ -115,7 +110,7 @@ def encode(config: EncodeConfig) -> Manifest:
         "model": absolute(config.model), "source": source.store.url, "split": config.split,
         "batch_size": config.batch_size, "gpu": config.pool.gpus_per_worker > 0,
     }  # fmt: skip
-    parts = run_units(store, plan, units, _EncodeWorker, arguments, config.pool, "encode", config.max_bad)
+    parts = run_parts(store, plan, units, _EncodeWorker, arguments, config.pool, "encode", config.max_bad)
     gone = lost_before(source, corpus, config.split) if source is not corpus else []
     bad = sum(len(part.bad) for part in parts) + len(gone)
     manifest = artifact.publish(

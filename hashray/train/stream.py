@@ -22,12 +22,13 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from hashray.data.batches import EpochPlan, Slice, SliceSource, Window, row_seeds, slice_rows
+from hashray.data.columns import bytes_column, bytes_matrix
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.images import AugmentConfig, Resize, augment
-from hashray.data.selection import Selection
 from hashray.errors import CorruptArtifact, RunError
 from hashray.storage import open_store
+from hashray.train.batches import EpochPlan, Slice, SliceSource, Window, row_seeds, slice_rows
+from hashray.train.selection import Selection
 
 POSITION_FILE = "position.json"
 
@@ -126,10 +127,7 @@ def _corpus(url: str) -> Corpus:
 def training_rows(corpus: Corpus, part: str, selection: Selection) -> pa.Table:
     """The rows of a part that are trained on; `labels` becomes one fixed-size binary of int8 [c] in {0, 1, -1}."""
     table = selection.take(corpus.read_part(corpus.manifest.record(part)))
-    labels = selection.labels(corpus, table)
-    column = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(corpus.num_classes), len(table), [None, pa.py_buffer(labels.tobytes())]
-    )
+    column = bytes_column(selection.labels(corpus, table))
     return table.set_column(table.column_names.index("labels"), "labels", column)
 
 
@@ -142,11 +140,8 @@ def _decode(table: pa.Table, spec: StreamSpec, sweep: bool) -> pa.Table:
         pixels = augment(pixels, spec.augmentation, row_seeds(spec.plan.seed, number, ids))
     padded = np.zeros((len(table), 3 * spec.size * spec.size), dtype=np.uint8)
     padded[np.flatnonzero(table.column("real").to_numpy())] = pixels.reshape(len(pixels), padded.shape[1])
-    column = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(padded.shape[1]), len(padded), [None, pa.py_buffer(padded.tobytes())]
-    )
     keep = ["labels", "real", "pass", "step", "batch_rows"]
-    return table.select(keep).append_column("pixels", column)
+    return table.select(keep).append_column("pixels", bytes_column(padded))
 
 
 class StreamSlices(SliceSource):
@@ -183,7 +178,6 @@ class StreamSlices(SliceSource):
             number, step = table.column("pass")[0].as_py(), table.column("step")[0].as_py()
             total = table.column("batch_rows")[0].as_py()
             real = table.filter(table.column("real"))
-            pixels = np.frombuffer(b"".join(real.column("pixels").to_pylist()), dtype=np.uint8)
-            images = pixels.reshape(len(real), 3, self.spec.size, self.spec.size).copy()
-            labels = np.frombuffer(b"".join(real.column("labels").to_pylist()), dtype=np.int8)
-            yield number, Slice(step, images, labels.reshape(len(real), self.num_classes).copy(), total)
+            images = bytes_matrix(real.column("pixels")).reshape(len(real), 3, self.spec.size, self.spec.size)
+            labels = bytes_matrix(real.column("labels")).view(np.int8)
+            yield number, Slice(step, images, labels, total)

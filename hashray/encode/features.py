@@ -6,17 +6,22 @@ features/  parts/part-00000.parquet … (id, feature, labels, split) · classes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from hashray import __version__, artifact
-from hashray.artifact import Manifest, canonical, sha256_hex
-from hashray.data.corpus import ROW_FIELDS, Corpus, open_corpus, read_table
-from hashray.data.images import Pixels
-from hashray.data.units import BadRow, UnitWorker, already_made, map_part, run_units, write_quarantine
+from hashray.artifact import Manifest, canonical, read_table, sha256_hex
+from hashray.data.columns import list_column
+from hashray.data.corpus import ROW_FIELDS, Corpus, iterate_bytes, open_corpus
+from hashray.data.images import Pixels, Resize, decode_rows
+from hashray.engine.parts import BadRow, PartWorker, already_made, run_parts, write_quarantine
+from hashray.engine.session import WorkersConfig, connect
 from hashray.methods.backbone import (
     BackboneConfig,
     Trunk,
@@ -25,14 +30,12 @@ from hashray.methods.backbone import (
     with_absolute_weights,
 )
 from hashray.model import load_model
-from hashray.runtime import WorkersConfig, connect
 from hashray.storage import absolute, join, open_store
-from hashray.train.config import TrainConfig
 
 BATCH_ROWS = 64
 
 
-def settle(gpu: bool) -> torch.device:
+def worker_device(gpu: bool) -> torch.device:
     """Prepare a worker process that runs a trunk; return where it does: a GPU, or one core."""
     if gpu:
         return torch.device("cuda")
@@ -40,31 +43,56 @@ def settle(gpu: bool) -> torch.device:
     return torch.device("cpu")
 
 
-class _FeatureWorker(UnitWorker):
+def map_part(
+    table: pa.Table, size: int, resize: Resize, compute: Callable[[Pixels], NDArray[Any]], batch: int
+) -> tuple[pa.Table, NDArray[Any], list[BadRow]]:
+    """Decode the images of a part and compute on them, `batch` rows at a time, decoding one batch ahead.
+
+    Returns:
+        the rows that could be decoded, `compute`'s outputs for them [kept, …], and the rows that could not.
+    """
+    kept: list[int] = []
+    outputs: list[NDArray[Any]] = []
+    bad: list[BadRow] = []
+    starts = range(0, len(table), batch)
+
+    def read(start: int) -> tuple[Pixels, list[int], list[tuple[str, str]]]:
+        return decode_rows(iterate_bytes(table.slice(start, batch)), size, resize)
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, 0) if len(table) else None
+        for start in starts:
+            assert ahead is not None
+            pixels, positions, faults = ahead.result()
+            if start + batch < len(table):
+                ahead = pool.submit(read, start + batch)
+            kept += [start + position for position in positions]
+            bad += [BadRow(id=row_id, reason=reason) for row_id, reason in faults]
+            if len(pixels):
+                outputs.append(compute(pixels))
+    rows = table.take(pa.array(kept, pa.int64()))
+    return rows, np.concatenate(outputs) if outputs else np.zeros((0, 0), np.float32), bad
+
+
+class _FeatureWorker(PartWorker):
     runs_trunk = True
 
     def __init__(self, corpus: str, backbone: dict[str, Any], trunk_of_model: str | None, gpu: bool) -> None:
         self.corpus = open_corpus(corpus)
-        self.device = settle(gpu)
+        self.device = worker_device(gpu)
         self.trunk = _load_trunk(BackboneConfig.model_validate(backbone), trunk_of_model).to(self.device)
 
     def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
         table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]))
         config = self.trunk.config
         rows, features, bad = map_part(table, config.image_size, config.resize, self._features, BATCH_ROWS)
-        flat = pa.array(features.reshape(-1), pa.float32())
-        column = pa.FixedSizeListArray.from_arrays(flat, self.trunk.feature_dim)
+        column = list_column(features.reshape(len(rows), self.trunk.feature_dim))
         out = rows.select(["id", "labels", "split"]).append_column("feature", column)
         return out, bad, {"splits": dict(sorted(Counter(out.column("split").to_pylist()).items()))}, {}
 
     @torch.inference_mode()
     def _features(self, pixels: Pixels) -> Any:
         return self.trunk(torch.as_tensor(pixels, device=self.device)).cpu().numpy()
-
-
-def pool_of(config: TrainConfig) -> WorkersConfig:
-    """The workers of a training's passes over the corpus: one a GPU, or one a core, whose torch has one thread."""
-    return WorkersConfig(gpus_per_worker=float(config.gpu))
 
 
 def features_of_model(
@@ -130,7 +158,7 @@ def compute_features(
         "corpus": corpus_url, "backbone": backbone.model_dump(mode="json"), "trunk_of_model": trunk_of_model,
         "gpu": workers.gpus_per_worker > 0,
     }  # fmt: skip
-    parts = run_units(store, plan, units, _FeatureWorker, arguments, workers, "features", max_bad)
+    parts = run_parts(store, plan, units, _FeatureWorker, arguments, workers, "features", max_bad)
     classes = artifact.write_file(store, "classes.json", canonical(corpus.classes))
     rows_in, bad = sum(part.rows_in for part in parts), sum(len(part.bad) for part in parts)
     columns = {"id": "string", "feature": f"float32[{trunk.feature_dim}]", **{n: str(t) for n, t in ROW_FIELDS}}

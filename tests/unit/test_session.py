@@ -14,9 +14,9 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
+from hashray.engine.session import API_SERVER, NOBODY, WorkersConfig, connect, memory_environment, require_room, unwrap
 from hashray.errors import InputError, RunError, TooManyBadRows
 from hashray.progress import Bar, console, say, show_table
-from hashray.runtime import API_SERVER, NOBODY, WorkersConfig, connect, memory_environment, require_room, unwrap
 
 
 def raised(error: BaseException, cause: BaseException | None) -> BaseException:

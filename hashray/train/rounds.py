@@ -16,28 +16,28 @@ import numpy as np
 import pyarrow as pa
 
 from hashray import __version__, artifact
-from hashray.artifact import Manifest, canonical, sha256_hex
+from hashray.artifact import Manifest, canonical, read_table, sha256_hex, table_bytes
 from hashray.config import require_path
-from hashray.data.batches import held_out
-from hashray.data.corpus import Corpus, feature_matrix, open_corpus, read_table, table_bytes
-from hashray.data.selection import ACCEPTED, label_column, label_rows
-from hashray.data.units import (
+from hashray.data.columns import list_column, list_matrix
+from hashray.data.corpus import Corpus, open_corpus
+from hashray.encode.features import features_of_model, lost_before, map_part, worker_device
+from hashray.engine.parts import (
     BadRow,
-    UnitWorker,
+    PartWorker,
     already_made,
-    map_part,
-    run_units,
+    run_parts,
     write_quarantine,
 )
+from hashray.engine.session import connect
 from hashray.model import Model, load_model
 from hashray.progress import say
-from hashray.runtime import connect
 from hashray.storage import join, open_store
+from hashray.train.batches import held_out
 from hashray.train.config import SelfTrainingConfig, TrainConfig
-from hashray.train.features import features_of_model, lost_before, pool_of, settle
 from hashray.train.pseudo import Shape, accept, falls_of, fit_temperature, most_per_class, precision, propose
-from hashray.train.trainer import placed, require_validation, run_of, train
-from hashray.train.workers import load_rows
+from hashray.train.run import pool_of, require_validation, run_of, train, with_absolute_paths
+from hashray.train.selection import ACCEPTED
+from hashray.train.worker import load_rows
 
 BATCH_ROWS = 64
 
@@ -53,7 +53,7 @@ def train_model(config: TrainConfig) -> Manifest:
 
 
 def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
-    config = placed(config)
+    config = with_absolute_paths(config)
     out = require_path(config.out, "--out")
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
     unlabelled = corpus.require("unlabelled", "self-training")
@@ -111,18 +111,18 @@ def _publish(
     return manifest
 
 
-class _ProposalWorker(UnitWorker):
+class _ProposalWorker(PartWorker):
     runs_trunk = True
 
     def __init__(self, model: str, source: str, temperature: float, shape: dict[str, int], gpu: bool) -> None:
-        self.model = load_model(model, device=settle(gpu).type)
+        self.model = load_model(model, device=worker_device(gpu).type)
         self.corpus, self.temperature, self.shape = open_corpus(source, None), temperature, Shape(**shape)
 
     def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
         table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]), "unlabelled")
         bad: list[BadRow] = []
         if "feature" in table.column_names:
-            rows, scores = table, self.model.class_scores(feature_matrix(table.column("feature")))
+            rows, scores = table, self.model.class_scores(list_matrix(table.column("feature")))
         else:
             trunk = self.model.backbone
             rows, scores, bad = map_part(table, trunk.image_size, trunk.resize, self.model.class_scores, BATCH_ROWS)
@@ -130,9 +130,9 @@ class _ProposalWorker(UnitWorker):
         hidden = self.corpus.label_matrix(rows)
         columns = {
             "id": rows.column("id"),
-            "labels": label_column(found.labels),
+            "labels": list_column(found.labels),
             "confidence": pa.array(found.confidence, pa.float64()),
-            "hidden": label_column(hidden.astype(np.int8)),
+            "hidden": list_column(hidden.astype(np.int8)),
         }
         return pa.table(columns), bad, {}, {}
 
@@ -169,12 +169,12 @@ def pseudo_label(model_url: str, config: TrainConfig, rounds: SelfTrainingConfig
         "model": model_url, "source": source.store.url, "temperature": temperature, "shape": asdict(shape),
         "gpu": config.gpu,
     }  # fmt: skip
-    parts = run_units(store, plan, units, _ProposalWorker, arguments, pool, "pseudo-label", config.max_bad)
+    parts = run_parts(store, plan, units, _ProposalWorker, arguments, pool, "pseudo-label", config.max_bad)
     table = pa.concat_tables([read_table(store, part.file) for part in parts]).combine_chunks()
     most = most_per_class(train_rows.labels, len(table), rounds.balance)
-    found = label_rows(table.column("labels")), table.column("confidence").to_numpy()
+    found = list_matrix(table.column("labels")), table.column("confidence").to_numpy()
     kept = table.filter(pa.array(accept(table.column("id").to_pylist(), *found, rounds.threshold, most)))
-    proposed, hidden = label_rows(kept.column("labels")), label_rows(kept.column("hidden"))
+    proposed, hidden = list_matrix(kept.column("labels")), list_matrix(kept.column("hidden"))
     summary = {
         "accepted": len(kept), "temperature": temperature, "precision": precision(proposed, hidden.astype(np.uint8)),
         "per_class": (proposed == 1).sum(0).tolist(),

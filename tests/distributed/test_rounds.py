@@ -23,7 +23,7 @@ from hashray.config import validate
 from hashray.errors import AlreadyExists, ConfigError, InputError, MismatchError
 from hashray.storage import open_store
 from hashray.train.config import TrainConfig
-from hashray.train.self_training import pseudo_label, train_model
+from hashray.train.rounds import pseudo_label, train_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 ROWS, LABELLED = 72, 24

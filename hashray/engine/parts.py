@@ -12,27 +12,24 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 import pyarrow as pa
 import ray
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from hashray import artifact, errors
-from hashray.artifact import FileRecord, Manifest
-from hashray.data.corpus import QUARANTINE_SCHEMA, iterate_bytes, table_bytes
-from hashray.data.images import Pixels, Resize, decode_rows
+from hashray.artifact import FileRecord, Manifest, table_bytes
+from hashray.engine.session import WorkersConfig, memory_environment, require_room, unwrap
 from hashray.errors import AlreadyExists, AuditError, HashrayError, InputError, TooManyBadRows
 from hashray.progress import Bar, say
-from hashray.runtime import WorkersConfig, memory_environment, require_room, unwrap
 from hashray.storage import Store
 
 RECORD_THREADS = 16
+QUARANTINE_SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
 
 
 class BadRow(BaseModel):
@@ -55,7 +52,7 @@ class Part(BaseModel):
     notes: dict[str, Any] = Field(default_factory=dict)
 
 
-class UnitWorker(ABC):
+class PartWorker(ABC):
     """What a stage does with one unit. Built once per actor, from plain arguments."""
 
     runs_trunk: ClassVar[bool] = False
@@ -66,9 +63,9 @@ class UnitWorker(ABC):
 
 
 class _Actor:
-    def __init__(self, worker: type[UnitWorker], arguments: dict[str, Any], store: Store, plan: str) -> None:
+    def __init__(self, worker: type[PartWorker], arguments: dict[str, Any], store: Store, plan: str) -> None:
         self.make = partial(worker, **arguments)
-        self.worker: UnitWorker | None = None
+        self.worker: PartWorker | None = None
         self.store, self.plan = store, plan
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -91,42 +88,11 @@ class _Actor:
         return data
 
 
-def map_part(
-    table: pa.Table, size: int, resize: Resize, compute: Callable[[Pixels], NDArray[Any]], batch: int
-) -> tuple[pa.Table, NDArray[Any], list[BadRow]]:
-    """Decode the images of a part and compute on them, `batch` rows at a time, decoding one batch ahead.
-
-    Returns:
-        the rows that could be decoded, `compute`'s outputs for them [kept, …], and the rows that could not.
-    """
-    kept: list[int] = []
-    outputs: list[NDArray[Any]] = []
-    bad: list[BadRow] = []
-    starts = range(0, len(table), batch)
-
-    def read(start: int) -> tuple[Pixels, list[int], list[tuple[str, str]]]:
-        return decode_rows(iterate_bytes(table.slice(start, batch)), size, resize)
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, 0) if len(table) else None
-        for start in starts:
-            assert ahead is not None
-            pixels, positions, faults = ahead.result()
-            if start + batch < len(table):
-                ahead = pool.submit(read, start + batch)
-            kept += [start + position for position in positions]
-            bad += [BadRow(id=row_id, reason=reason) for row_id, reason in faults]
-            if len(pixels):
-                outputs.append(compute(pixels))
-    rows = table.take(pa.array(kept, pa.int64()))
-    return rows, np.concatenate(outputs) if outputs else np.zeros((0, 0), np.float32), bad
-
-
-def run_units(
+def run_parts(
     store: Store,
     plan: str,
     units: Sequence[Mapping[str, Any]],
-    worker: type[UnitWorker],
+    worker: type[PartWorker],
     arguments: dict[str, Any],
     workers: WorkersConfig,
     title: str,
@@ -145,7 +111,7 @@ def run_units(
         HashrayError: what a worker raised, as it raised it.
         TooManyBadRows: with counts, the first reasons and where the table of all of them is.
     """
-    refuse_taken(store, plan)
+    require_free(store, plan)
     total = sum(int(unit["rows"]) for unit in units)
     parts = finished_parts(store, plan, len(units))
     if sum(len(part.bad) for part in parts.values()) > max_bad * total:  # mended since: those units run again
@@ -185,7 +151,7 @@ def run_units(
     missing = [str(unit["index"]) for unit in units if int(unit["index"]) not in parts]
     if missing:
         raise AuditError(f"{title}: {len(missing)} units gave no part, the first {missing[0]}; run it again")
-    refuse_taken(store, plan)
+    require_free(store, plan)
     return [parts[int(unit["index"])] for unit in units]
 
 
@@ -203,14 +169,14 @@ def already_made(store: Store, kind: str, plan: str, name: str = "plan") -> Mani
     if not artifact.is_finished(store):
         return None
     manifest = artifact.load_manifest(store, kind)
-    refuse_taken(store, plan, name)
+    require_free(store, plan, name)
     for left in ("progress/", "checkpoints/"):  # by a run that was killed between its manifest and its tidying
         store.clear(left)
     say(f"{store.url} is finished already" + ("" if manifest.rows_out is None else f": {manifest.rows_out:,} rows"))
     return manifest
 
 
-def refuse_taken(store: Store, plan: str, name: str = "plan") -> None:
+def require_free(store: Store, plan: str, name: str = "plan") -> None:
     """Raise AlreadyExists where the finished artifact of another plan is, before anything of it is overwritten.
 
     `name` is what the manifest's info calls its plan.

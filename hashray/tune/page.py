@@ -10,10 +10,10 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hashray.evaluate.figures import INK, OURS, new_axes
-from hashray.evaluate.report import document, grid, pictures
+from hashray.report.figures import INK, OURS, new_axes
+from hashray.report.page import document, grid, pictures
 from hashray.tune.leaderboard import Trial, ranked
-from hashray.tune.progress import short
+from hashray.tune.live import short
 from hashray.tune.space import look_up
 
 SHOWN = 20

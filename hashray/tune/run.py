@@ -14,22 +14,21 @@ import statistics
 from typing import Any
 
 from hashray import __version__, artifact
-from hashray.artifact import Manifest, canonical, sha256_hex
+from hashray.artifact import Manifest, canonical, sha256_hex, table_bytes
 from hashray.config import require_path
-from hashray.data.corpus import Corpus, open_corpus, table_bytes
-from hashray.data.units import already_made, refuse_taken
+from hashray.data.corpus import Corpus, open_corpus
+from hashray.engine.parts import already_made, require_free
+from hashray.engine.session import connect
 from hashray.errors import Diverged, RunError
 from hashray.evaluate.environment import environment
-from hashray.evaluate.figures import png
 from hashray.evaluate.run import EvaluateConfig, evaluate
-from hashray.evaluate.sweep_page import draw, sweep_page
 from hashray.progress import say
-from hashray.runtime import connect
+from hashray.report.figures import png
 from hashray.storage import Store, join, open_store
-from hashray.train.features import pool_of
-from hashray.train.self_training import train_model
-from hashray.train.trainer import placed, require_validation, run_of
+from hashray.train.rounds import train_model
+from hashray.train.run import pool_of, require_validation, run_of, with_absolute_paths
 from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
+from hashray.tune.page import draw, sweep_page
 from hashray.tune.search import search
 from hashray.tune.space import SweepConfig, check_sweep
 
@@ -43,7 +42,7 @@ def tune(config: SweepConfig) -> Manifest:
         ConfigError: every fault of the space at once. InputError: no corpus, or nothing in it to train on or to compare
             trials by. RunError: every trial failed. AlreadyExists: `out` holds another sweep.
     """
-    config = placed(config)
+    config = with_absolute_paths(config)
     check_sweep(config, "the sweep")
     out = require_path(config.out, "--out")
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
@@ -83,7 +82,7 @@ def tune(config: SweepConfig) -> Manifest:
         "passes": spent, "passes_of_full_grid": full, "importance": importance(trials, config, config.search.seed),
         "compared": compared, "verdict": judged,
     }  # fmt: skip
-    refuse_taken(store, plan)
+    require_free(store, plan)
     store.write("environment.json", canonical(environment()))
     files = _write(store, trials, best, summary)
     manifest = artifact.publish(

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_jsonable_python
 
 from hashray.errors import CorruptArtifact, MismatchError
-from hashray.storage import check_key
+from hashray.storage.base import check_key
 
 FORMAT_VERSION = 1
 QUARANTINE = "quarantine.parquet"
@@ -87,12 +86,6 @@ class Manifest(BaseModel):
 def sha256_hex(data: bytes) -> str:
     """Return the sha256 of bytes as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
-
-
-def sha256_file(path: str | Path) -> str:
-    """Return the sha256 of a local file, read in blocks."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_bytes(manifest: Manifest) -> bytes:

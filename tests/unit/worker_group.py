@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hashray.data.batches import EpochPlan, MemorySlices
 from hashray.data.images import AugmentConfig
 from hashray.methods import build_method
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.methods.base import LabelTable, Method
+from hashray.train.batches import EpochPlan, MemorySlices
 from hashray.train.checkpoint import Checkpoint, load_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.loop import Loop

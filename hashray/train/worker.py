@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 from ray.train.torch import get_device
 
 from hashray.codes import binarize
-from hashray.data.batches import EpochPlan, MemorySlices, SliceSource, held_out
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.data.selection import Selection
-from hashray.data.stream import POSITION_FILE, StreamSlices, StreamSpec
-from hashray.evaluate.metrics import mean_average_precision
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk
 from hashray.methods.base import LabelTable, Method
+from hashray.metrics import mean_average_precision
 from hashray.model import load_model
 from hashray.storage import join, open_store
+from hashray.train.batches import EpochPlan, MemorySlices, SliceSource, held_out
 from hashray.train.checkpoint import Position, load_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.loop import Loop, Report
+from hashray.train.selection import Selection
+from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec
 
 VALIDATION_DATABASE = 5000
 PSEUDO_SPLITS = ("query-pseudo", "database-pseudo")
@@ -36,7 +36,7 @@ ENCODE_ROWS = 256
 
 
 @ray.remote
-class Board:
+class MetricsQueue:
     """Where the first worker leaves lines for the driver's bar."""
 
     def __init__(self) -> None:

@@ -1,0 +1,90 @@
+"""Writing and reading the files of an artifact, each with its checksum; the manifest, written last, finishes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from hashray.artifact.manifest import FileRecord, Manifest, audit, from_bytes, sha256_hex, to_bytes
+from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputError, MismatchError
+from hashray.storage import Store, check_conditional_put, join
+
+MANIFEST = "manifest.json"
+
+
+def write_file(
+    store: Store, name: str, data: bytes, rows: int | None = None, info: Mapping[str, Any] | None = None
+) -> FileRecord:
+    """Write one file of an artifact and return its record."""
+    store.write(name, data)
+    return FileRecord(name=name, bytes=len(data), sha256=sha256_hex(data), rows=rows, info=dict(info or {}))
+
+
+def read_file(store: Store, record: FileRecord) -> bytes:
+    """Return a file's bytes, after checking them.
+
+    Raises:
+        CorruptArtifact: the file is missing, or its length or sha256 is not the manifest's.
+    """
+    try:
+        data = store.read(record.name)
+    except InputError as error:
+        raise CorruptArtifact(missing(store, record)) from error
+    check(store, record, len(data), sha256_hex(data))
+    return data
+
+
+def publish(store: Store, manifest: Manifest, key: str = MANIFEST) -> Manifest:
+    """Write the manifest, which finishes the stage. Publishing the same content twice is fine.
+
+    Raises:
+        AuditError: rows in are not rows out plus rows quarantined, or the files do not add up to them.
+        AlreadyExists: another manifest has this name.
+    """
+    faults = audit(manifest)
+    if faults:
+        raise AuditError(f"{store.url} ({manifest.kind}) was not published: {'; '.join(faults)}")
+    data = to_bytes(manifest)
+    _honours_create(store)
+    try:
+        store.create(key, data)
+    except AlreadyExists as error:
+        # Ours after a lost answer, or a twin's of the same run: either way what should stand there does.
+        there = store.read(key)
+        if there != data:
+            raise AlreadyExists(
+                f"{join(store.url, key)} already exists and is {_whose(there)}, not this {manifest.kind} "
+                f"({manifest.id[:12]}): another run published here first, or the configuration or the input changed; "
+                "choose another --out, or delete the folder to make it again"
+            ) from error
+    return manifest
+
+
+@lru_cache(maxsize=64)
+def _honours_create(store: Store) -> None:
+    """Once a process and store: a store that ignores the condition would let a second publisher overwrite a first."""
+    if store.local_path(MANIFEST) is None:
+        check_conditional_put(store)
+
+
+def _whose(data: bytes) -> str:
+    try:
+        manifest = from_bytes(data, "")
+    except (CorruptArtifact, MismatchError):
+        return "not a manifest this hashray can read"
+    return f"a {manifest.kind} with id {manifest.id[:12]}, written by hashray {manifest.project_version}"
+
+
+def missing(store: Store, record: FileRecord) -> str:
+    """What to say of a file that is not there."""
+    return f"{join(store.url, record.name)} is missing: its manifest lists it with {record.bytes} bytes"
+
+
+def check(store: Store, record: FileRecord, size_bytes: int, digest: str) -> None:
+    """Raise CorruptArtifact where length or sha256 are not those of the record."""
+    name = join(store.url, record.name)
+    if size_bytes != record.bytes:
+        raise CorruptArtifact(f"{name} has {size_bytes} bytes, its manifest says {record.bytes}")
+    if digest != record.sha256:
+        raise CorruptArtifact(f"{name} is corrupt: sha256 {digest[:12]}…, its manifest says {record.sha256[:12]}…")

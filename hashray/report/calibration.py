@@ -1,0 +1,14 @@
+"""The rows that a method must beat before its score says anything (METHODS 6.8)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CALIBRATION = ("class-code", "itq-linear", "itq")
+
+
+def baselines_not_beaten(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Calibration rows as good as the first row of the same table, which is ours (METHODS 6.8)."""
+    ours, *others = results
+    return [row["name"] for row in others if row["name"] in CALIBRATION and row["mAP"] >= ours["mAP"]]

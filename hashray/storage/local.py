@@ -1,0 +1,171 @@
+"""A local folder as a store: every write is a temporary file, fsync and a rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, final
+
+from hashray.errors import AlreadyExists, InputError, StorageError, StoreUnavailable
+from hashray.storage.base import TEMP_PREFIX, Store, check_key, check_prefix, check_range
+
+COPY_BLOCK_BYTES = 8 << 20
+
+
+@final
+class LocalStore(Store):
+    """A folder. It need not exist: the first write makes it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def local_path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def read(self, key: str) -> bytes:
+        path = self.local_path(key)
+        with file_errors(path):
+            return path.read_bytes()
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        check_range(start, length)
+        path = self.local_path(key)
+        with file_errors(path), path.open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._place(key, lambda temp: write_synced(temp, data), os.replace)
+
+    def create(self, key: str, data: bytes) -> None:
+        self._place(key, lambda temp: write_synced(temp, data), _link)
+
+    def upload(self, key: str, path: Path) -> None:
+        self._place(key, lambda temp: _copy_synced(path, temp), os.replace)
+
+    def download(self, key: str, path: Path) -> None:
+        source = self.local_path(key)
+        with file_errors(path):
+            place(path, lambda temp: _copy_synced(source, temp), os.replace)
+
+    def exists(self, key: str) -> bool:
+        path = self.local_path(key)
+        with file_errors(path):
+            return path.is_file()
+
+    def size(self, key: str) -> int:
+        path = self.local_path(key)
+        with file_errors(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            return path.stat().st_size
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        folder = check_prefix(prefix).rpartition("/")[0]
+        start = self.root / folder
+        with file_errors(start):
+            yield from _walk(start, f"{folder}/" if folder else "", prefix, ())
+
+    def delete(self, key: str) -> None:
+        path = self.local_path(key)
+        with file_errors(path):
+            path.unlink(missing_ok=True)
+
+    def open(self, key: str) -> BinaryIO:
+        path = self.local_path(key)
+        with file_errors(path):
+            return path.open("rb")
+
+    def _place(self, key: str, fill: Callable[[Path], None], commit: Callable[[Path, Path], None]) -> None:
+        target = self.local_path(key)
+        with file_errors(target):
+            place(target, fill, commit)
+
+
+@contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system raises about `path` into our errors."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{path} not found; check the path") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder, a file was expected") from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"{path}: a part of this path is a file, not a folder") from error
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP):
+            raise StorageError(f"{path}: {error.strerror}; hashray needs a folder it may write and link in") from error
+        raise StoreUnavailable(
+            f"{path}: {error.strerror or error}; then run it again: finished files are kept"
+        ) from error
+
+
+def place(target: Path, fill: Callable[[Path], None], commit: Callable[[Path, Path], None]) -> None:
+    """Fill a temporary file beside `target`, commit it under its name, make the name durable."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temp = target.parent / f"{TEMP_PREFIX}{uuid.uuid4().hex}"
+    try:
+        fill(temp)
+        commit(temp, target)
+    finally:
+        temp.unlink(missing_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _link(temp: Path, target: Path) -> None:
+    try:
+        os.link(temp, target)
+    except FileExistsError as error:
+        # NFS may lose the answer of a link that was made and then say "exists": our own file is ours.
+        if not target.exists() or not temp.samefile(target):
+            raise AlreadyExists(f"{target} already exists") from error
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and wait until it is on the disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _copy_synced(source: Path, path: Path) -> None:
+    with file_errors(source):
+        reader = source.open("rb")
+    with reader, path.open("xb") as file:
+        shutil.copyfileobj(reader, file, COPY_BLOCK_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _walk(folder: Path, base: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+    try:
+        status = folder.stat()
+        entries = [(entry.name + "/" * entry.is_dir(), entry) for entry in os.scandir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    here = (status.st_dev, status.st_ino)
+    if here in above:  # a link to a folder above itself
+        return
+    for name, entry in sorted(entries, key=lambda pair: pair[0]):
+        key = base + name
+        if name.endswith("/"):
+            if key.startswith(prefix[: len(key)]):
+                yield from _walk(folder / entry.name, key, prefix, (*above, here))
+        elif key.startswith(prefix) and not name.startswith(TEMP_PREFIX):
+            try:
+                yield key, entry.stat().st_size
+            except FileNotFoundError:
+                if entry.is_symlink():  # a dangling link is listed, so that reading it says what is wrong
+                    yield key, 0

@@ -264,7 +264,7 @@ def add_sweep(folder: Path) -> Path:
     found = json.loads((folder / "sweep.json").read_text())
     metrics = json.loads(min(folder.glob("evaluations/**/metrics.json")).read_text())
     method = metrics["training"]["config"]["method"]
-    names = ("trials", "passes", "passes_of_full_grid", "best_trial", "best_score", "default_score", "failed")
+    names = ("trials", "epochs", "epochs_of_full_grid", "best_trial", "best_score", "default_score", "failed")
     kept = {
         **{name: found[name] for name in names},
         "compared": found["compared"], "verdict": found["verdict"], "method": method["kind"],
@@ -284,9 +284,9 @@ def _sweep_lines() -> list[str]:
     about = json.loads((folder / "about.json").read_text())
     names = [f"{kind}: {who}" for kind in ("validation", "queries") for who in SIDES]
     lines = [f"**{about['title']}.** {about['protocol']}", ""]
-    lines += ["| | trials | passes of the full grid | " + " | ".join(names) + " |", "|---|" + "---:|" * 6]
+    lines += ["| | trials | epochs of the full grid | " + " | ".join(names) + " |", "|---|" + "---:|" * 6]
     for sweep in sweeps:
-        spent, full = sweep["passes"], sweep["passes_of_full_grid"]
+        spent, full = sweep["epochs"], sweep["epochs_of_full_grid"]
         cells = [sweep["method"], str(sweep["trials"]), f"{spent:,} of {full:,} ({spent / full:.0%})"]
         sides = [sweep["compared"].get(who, {}).get("seeds", []) for who in SIDES]
         for score in ("validation", "query_harmonic" if "query_harmonic" in sides[1][0] else "query_mAP"):
@@ -296,7 +296,7 @@ def _sweep_lines() -> list[str]:
     if (folder / "speed.json").exists():
         ran = json.loads((folder / "speed.json").read_text())
         lines.append(
-            f"- Trials an hour, each of {ran['epochs']} passes over {ran['rows']:,} rows, in one run of "
+            f"- Trials an hour, each of {ran['epochs']} epochs over {ran['rows']:,} rows, in one run of "
             f"`benchmarks/tune.py`: {ran['cached_trials_per_hour']:.0f} on cached features ({ran['trials']} trials), "
             f"{ran['trunk_trials_per_hour']:.1f} through the trunk ({ran['trunk_trials']}); "
             f"{ran['ratio']:.1f} times as many ({ran['ratio_with_features']:.1f} with the features' own pass)."

@@ -3,7 +3,7 @@
     python benchmarks/tune.py CORPUS --weights FILE [--trials 24] [--trunk-trials 2] [--epochs 3] [--image-size 128]
         [--out FILE.json]
 
-AdaLabelHash on MobileNetV2, random search, nothing stopped early, so trials of both kinds train the same passes over
+AdaLabelHash on MobileNetV2, random search, nothing stopped early, so trials of both kinds train the same epochs over
 the same rows; the trunk that runs is fine-tuned, as it would be where features cannot be cached, with all cores for one
 trial, and heads train one on each core. What a sweep takes to begin counts for both. The pass that computes the
 features is made once and shared by all trials: it is shown by itself, and in the ratio that counts it as well.

@@ -1,6 +1,6 @@
 """Where images come from: folder, list file, Parquet, tar shards. No Ray.
 
-A source is read in two passes. `list_source` is cheap: it gives, for every row, its id, its labels, the
+A source is read in two steps. `list_source` is cheap: it gives, for every row, its id, its labels, the
 split it came with and a locator of its bytes; no image is opened. `fetch` then takes locators to bytes,
 anywhere, in any order. The listing (about a hundred bytes a row) is all that the driver ever holds.
 """

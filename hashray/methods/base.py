@@ -59,7 +59,7 @@ class MethodConfig(Config):
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training over image batches with one learning-rate schedule.
+    """A segment of training over image batches with one learning-rate schedule.
 
     `lr_factor` multiplies the configured rate; `round` counts alternations from 0; the weights of a phase that is not
     `selectable` are never the ones that validation chooses.
@@ -180,7 +180,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def phases(self, epochs: int) -> tuple[Phase, ...]:
-        """The phases of a training run whose config asks for `epochs` passes over the images per phase."""
+        """The phases of a training run whose config asks for `epochs` epochs per phase."""
 
     def begin_phase(self, phase: Phase, table: LabelTable, seed: int, workers: WorkerGroup) -> dict[str, float]:
         """Do what this phase needs before its first image batch; return named numbers for the metrics."""

@@ -86,7 +86,7 @@ class DSEHConfig(MethodConfig):
     label_normalization: Literal["batch", "none", "lrn"] = Field("batch", description="of LabNet's first layer")
     label_init_std: float | None = Field(None, description="normal init of LabNet; unset is torch's own")
     label_epochs: int = Field(
-        2000, ge=1, description="passes over the distinct label rows in round 0; fewer in later rounds"
+        2000, ge=1, description="epochs over the distinct label rows in round 0; fewer in later rounds"
     )
     label_batch: int = Field(256, ge=4, description="distinct label rows a step")
     label_max_steps: int = Field(16_000, ge=1, description="bound on the steps of a round's LabNet training")
@@ -333,7 +333,7 @@ class DSEH(Method):
     def _image_banks(self, table: LabelTable, workers: WorkerGroup) -> tuple[LabelTable, Tensor]:
         """The rows LabNet goes on with, and ImgNet's feature and code for each: of every row, or their means."""
         was_training = self.training
-        self.eval()  # batch statistics would make the banks depend on how a sweep is cut into batches
+        self.eval()  # batch statistics would make the banks depend on how a scan is cut into batches
         if self.config.bank == "per_sample":
             outputs, labels = workers.gather_rows(self._bank_outputs)
             rows = LabelTable((labels == 1).to(torch.uint8), torch.ones(len(labels), dtype=torch.int64))

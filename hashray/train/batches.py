@@ -157,10 +157,10 @@ class SliceSource(ABC):
 
     @abstractmethod
     def epoch(self, number: int, first_step: int) -> Iterator[Slice]:
-        """This worker's slice of every global batch of a pass over the images, from a step on."""
+        """This worker's slice of every global batch of a epoch, from a step on."""
 
     @abstractmethod
-    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
+    def scan(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
         """(inputs, labels) of this worker's share of all training rows, each exactly once, not augmented."""
 
 
@@ -187,7 +187,7 @@ class MemorySlices(SliceSource):
                 inputs = augment(inputs, self.augmentation, seeds)
             yield Slice(step, inputs, self.labels[own], len(batch))
 
-    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
+    def scan(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
         own = np.arange(self.rank, self.plan.rows, self.world)
         for chunk in np.array_split(own, max(1, -(-len(own) // self.plan.batch_size))):
             yield self.inputs[chunk], self.labels[chunk]

@@ -39,8 +39,8 @@ class Position:
     best_at: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
-    def passes(self, phases: Sequence[Phase]) -> int:
-        """Whole passes over the images that are behind it."""
+    def epochs_done(self, phases: Sequence[Phase]) -> int:
+        """Whole epochs that are behind it."""
         return sum(phase.epochs for phase in phases[: self.phase]) + self.epoch
 
 

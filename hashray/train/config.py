@@ -54,7 +54,7 @@ class SelfTrainingConfig(Config):
     """Rounds of pseudo-labels of the unlabelled split (AdaLabelHash section 4; what it leaves open: METHODS 2.5)."""
 
     rounds: int = Field(3, ge=1, description="after the first training, on labelled rows alone")
-    epochs: int | None = Field(None, ge=1, description="passes of each round; unset: those of the first training")
+    epochs: int | None = Field(None, ge=1, description="epochs of each round; unset: those of the first training")
     lr_factor: float = Field(1.0, gt=0, description="learning rate of a round over that of the first training")
     temperature: float | Literal["sqrt_bits", "fitted"] = Field(
         1.0, description="tau of p = softmax(s / tau): a number, the root of num_bits, or fitted on the validation rows"
@@ -83,7 +83,7 @@ class ChangeConfig(Config):
     A schedule that population-based training has found is a list of these (Jaderberg et al. 2017).
     """
 
-    after: int = Field(ge=1, description="passes over the images, those of every phase counted")
+    after: int = Field(ge=1, description="epochs, those of every phase counted")
     method: dict[str, Any] = Field(default_factory=dict, description="weights of losses; the network stays as it is")
     optim: dict[str, Any] = Field(default_factory=dict, description="rates and bounds")
     augment: dict[str, Any] = Field(default_factory=dict, description="of the images")
@@ -118,7 +118,7 @@ class TrainConfig(Config):
     init: str | None = Field(None, description="a trained model of the same method, bits and trunk to go on from")
     pseudo_labels: str | None = Field(None, description="pseudo-labels whose accepted rows are trained on as well")
     unlabelled: bool = Field(False, description="train on the unlabelled split too, where the method can use it")
-    epochs: int = Field(20, ge=1, description="passes over the images in each round of the method")
+    epochs: int = Field(20, ge=1, description="epochs in each round of the method")
     batch_size: int = Field(128, ge=1, description="rows of a global batch, whatever the number of workers")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and held-out rows")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the trunk; losses stay fp32")
@@ -174,13 +174,13 @@ class TrainConfig(Config):
         if self.changes and self.self_training is not None:
             raise ValueError("changes are of one training, and self_training is several: give one of the two")
         try:
-            self.stretches()
+            self.segments()
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return self
 
-    def stretches(self) -> list[tuple[int, TrainConfig]]:
-        """The config of each stretch between two changes, and after how many passes it begins.
+    def segments(self) -> list[tuple[int, TrainConfig]]:
+        """The config of each segment between two changes, and after how many epochs it begins.
 
         Raises:
             ConfigError: with its changes this is not a config.
@@ -189,7 +189,7 @@ class TrainConfig(Config):
         for change in self.changes:
             table = found[-1][1].model_dump(mode="json")
             table |= {name: {**table[name], **getattr(change, name)} for name in CHANGEABLE}
-            found.append((change.after, validate(type(self), table, f"changes, after {change.after} passes")))
+            found.append((change.after, validate(type(self), table, f"changes, after {change.after} epochs")))
         return found
 
     def validation(self, given: int, train: int) -> tuple[bool, int]:

@@ -44,7 +44,7 @@ class TorchWorkerGroup(WorkerGroup):
     ) -> Tensor:
         sums: Tensor | None = None
         with torch.no_grad():
-            for inputs, labels in self.source.sweep():
+            for inputs, labels in self.source.scan():
                 if len(inputs):
                     values = outputs(torch.as_tensor(inputs, device=self.device)).double().cpu()
                     places = group(torch.as_tensor(labels))
@@ -59,7 +59,7 @@ class TorchWorkerGroup(WorkerGroup):
     def gather_rows(self, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         pieces: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
-            for inputs, labels in self.source.sweep():
+            for inputs, labels in self.source.scan():
                 if len(inputs):
                     values = outputs(torch.as_tensor(inputs, device=self.device)).cpu()
                     pieces.append((values, torch.as_tensor(labels)))
@@ -146,7 +146,7 @@ class Loop:
         method.trunk.amp = config.precision == "bf16"
 
     def run(self, checkpoint: Checkpoint | None = None, until: int | None = None) -> dict[str, Tensor]:
-        """Train from a checkpoint or from the start, to the end or for `until` passes in all.
+        """Train from a checkpoint or from the start, to the end or for `until` epochs in all.
 
         Returns the chosen weights, the same on every worker. The checkpoint that is reported with the last pass is
         one that a later call goes on from.
@@ -163,7 +163,7 @@ class Loop:
         return self.best if self.best is not None else self._current()
 
     def _reached(self, until: int | None) -> bool:
-        return until is not None and self.position.passes(self.phases) >= until
+        return until is not None and self.position.epochs_done(self.phases) >= until
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.position, self.best = checkpoint.position, checkpoint.best()
@@ -201,7 +201,7 @@ class Loop:
 
     def _run_epoch(self, phase: Phase, wrapped: nn.Module, until: int | None) -> None:
         position, plan = self.position, self.source.plan
-        number = position.passes(self.phases)
+        number = position.epochs_done(self.phases)
         sums: dict[str, float] = position.notes.pop("sums", {})
         for piece in self._in_step(self.source.epoch(number, position.step)):
             step = position.epoch * plan.steps + position.step
@@ -213,7 +213,7 @@ class Loop:
             due = self.config.checkpoint_steps
             if due and position.step % due == 0 and position.step < plan.steps:
                 position.notes["sums"] = sums
-                self._report({"event": "step", "epoch": position.epoch, "step": position.step}, save=True)
+                self._report({"event": "step", "epoch": number + 1, "step": position.step}, save=True)
                 position.notes.pop("sums", None)
         rows = sums.pop("rows")
         if rows != plan.rows:
@@ -221,8 +221,8 @@ class Loop:
         loss = sums.pop("loss") / plan.steps
         means = {name: value / plan.steps for name, value in sums.items()}
         position.epoch, position.step = position.epoch + 1, 0
-        line = {"event": "epoch", "pass": number + 1, "phase": phase.name, "round": phase.round,
-                "epoch": position.epoch, "lr": rate, "loss": loss, **means}  # fmt: skip
+        line = {"event": "epoch", "epoch": number + 1, "phase": phase.name, "round": phase.round,
+                "phase_epoch": position.epoch, "lr": rate, "loss": loss, **means}  # fmt: skip
         last = position.epoch == phase.epochs
         if self.validate is not None and (last or position.epoch % self.config.validation_every == 0):
             place = f"phase {position.phase}, epoch {position.epoch}" if phase.selectable else None

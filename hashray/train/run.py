@@ -46,7 +46,7 @@ from hashray.train.batches import EpochPlan, held_out
 from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, load_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.selection import Selection
-from hashray.train.stream import sweep_dataset, training_dataset
+from hashray.train.stream import scan_dataset, training_dataset
 from hashray.train.worker import PSEUDO_SPLITS, MetricsQueue, run_worker, stream_spec
 
 AnyTrainConfig = TypeVar("AnyTrainConfig", bound=TrainConfig)
@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> Manifest:
     if config.workers > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
         say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
     job = plan_job(config, corpus, data) | {"checkpoints": join(out, "checkpoints"), "run": run}
-    final = _fit_stretches(config, job)
+    final = _fit_segments(config, job)
     position = final.position
     tensors, history = final.best() or final.under("average") or final.under("method"), position.notes["history"]
     chosen = {"best_at": position.best_at, "validation_map": position.best_score} if position.best_at else {}
@@ -114,7 +114,7 @@ def require_validation(config: TrainConfig, corpus: Corpus, what: str) -> None:
 
 
 def pool_of(config: TrainConfig) -> WorkersConfig:
-    """The workers of a training's passes over the corpus: one a GPU, or one a core, whose torch has one thread."""
+    """The workers of a training's epochs over the corpus: one a GPU, or one a core, whose torch has one thread."""
     return WorkersConfig(gpus_per_worker=float(config.gpu))
 
 
@@ -209,12 +209,12 @@ def _fits_memory(config: TrainConfig, rows: int) -> bool:
     return config.input == "memory" or (config.input == "auto" and auto)
 
 
-def total_passes(config: TrainConfig, num_classes: int) -> int:
+def total_epochs(config: TrainConfig, num_classes: int) -> int:
     """Passes over the images of a whole training."""
-    return _passes(_untrained(config, num_classes), config)
+    return _epochs(_untrained(config, num_classes), config)
 
 
-def _passes(method: Method, config: TrainConfig) -> int:
+def _epochs(method: Method, config: TrainConfig) -> int:
     return sum(phase.epochs for phase in method.phases(config.epochs))
 
 
@@ -230,14 +230,14 @@ def require_one_network(config: TrainConfig, num_classes: int) -> None:
     """
     if not config.changes:
         return
-    first, *later = [_untrained(own, num_classes) for _, own in config.stretches()]
-    total = _passes(first, config)
+    first, *later = [_untrained(own, num_classes) for _, own in config.segments()]
+    total = _epochs(first, config)
     for change, method in zip(config.changes, later, strict=True):
         if change.after >= total:
-            raise ConfigError(f"changes: after = {change.after}, and the training ends after {total} passes")
+            raise ConfigError(f"changes: after = {change.after}, and the training ends after {total} epochs")
         if not _same_network(first, method, config.epochs):
             raise ConfigError(
-                f"changes, after {change.after} passes: {', '.join(change.method)} would give another network or other "
+                f"changes, after {change.after} epochs: {', '.join(change.method)} would give another network or other "
                 "phases; weights and rates can change while a model trains"
             )
 
@@ -254,20 +254,20 @@ def _same_network(first: Method, other: Method, epochs: int) -> bool:
     return torch.equal(first.encode(features), other.encode(features)) and np.array_equal(*classes)  # type: ignore[arg-type]
 
 
-def _fit_stretches(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
-    """Fit one stretch after another, each from where the one before ended; return the end. Rerun = resume."""
-    stretches, start = config.stretches(), None
-    for (_, own), (until, _) in pairwise(stretches):
+def _fit_segments(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
+    """Fit one segment after another, each from where the one before ended; return the end. Rerun = resume."""
+    segments, start = config.segments(), None
+    for (_, own), (until, _) in pairwise(segments):
         end = join(job["checkpoints"], f"{job['run']}-{until}")
         if not open_store(end).exists(STATE):
             fit_until(own, job, start, until, end)
         start = end
-    own = stretches[-1][1]
+    own = segments[-1][1]
     return fit(own, job | {"config": own.model_dump(mode="json"), "start": start})
 
 
 def fit_until(config: TrainConfig, job: dict[str, Any], start: str | None, until: int, end: str) -> None:
-    """Fit from the checkpoint at `start`, or from the beginning, for `until` passes in all; keep the last at `end`."""
+    """Fit from the checkpoint at `start`, or from the beginning, for `until` epochs in all; keep the last at `end`."""
     more = {"config": config.model_dump(mode="json"), "start": start, "until": until}
     final = fit(config, job | more | {"checkpoints": f"{end}-fit", "run": "run"})
     with tempfile.TemporaryDirectory() as folder:
@@ -279,10 +279,10 @@ def fit(config: TrainConfig, job: dict[str, Any]) -> Checkpoint:
     """Run a job on Ray Train, with its checkpoints in job["checkpoints"]; return the last one."""
     plan = EpochPlan.from_json(job["plan"])
     datasets: dict[str, Any] = {}
-    epochs = total_passes(config, job["num_classes"])
+    epochs = total_epochs(config, job["num_classes"])
     if not job["memory"]:
         spec = stream_spec(job, config, plan)
-        datasets = {"train": training_dataset(spec, epochs), "sweep": sweep_dataset(spec)}
+        datasets = {"train": training_dataset(spec, epochs), "scan": scan_dataset(spec)}
     quicken_on_one_machine()
     filesystem, path = arrow_filesystem(open_store(job["checkpoints"]))
     options = ray.data.ExecutionOptions(preserve_order=True)
@@ -354,10 +354,10 @@ class _Watch:
                         if "validation_map" in line:
                             notes["mAP"] = f"{line['validation_map']:.4f}"
                         if not bar.done:
-                            bar.resume_at(line["pass"] - 1)
-                        bar.add(line["pass"] - bar.done, **notes)
+                            bar.resume_at(line["epoch"] - 1)
+                        bar.add(line["epoch"] - bar.done, **notes)
                         for name, value in line.items():
                             if writer is not None and isinstance(value, float):
-                                writer.add_scalar(name, value, line["pass"])
+                                writer.add_scalar(name, value, line["epoch"])
         if writer is not None:
             writer.close()

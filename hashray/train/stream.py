@@ -1,6 +1,6 @@
 """[Ray] Corpus -> batches on every worker, streamed by Ray Data, the same global batches for any worker count.
 
-A dataset holds every window of every pass over the images, in order. One task reads a window's rows
+A dataset holds every window of every epoch, in order. One task reads a window's rows
 (encoded bytes, verified), shuffles them and lays them out as batch 0 slice 0, batch 0 slice 1, …, each
 slice padded to the same number of rows; blocks are then cut to exactly one slice, decoded, augmented, and
 dealt out by Ray's stream split. That split promises no order. With equal blocks, their number a
@@ -45,26 +45,26 @@ class StreamSpec:
         self.world, self.position_url = world, position_url
 
 
-def training_dataset(spec: StreamSpec, passes: int) -> ray.data.Dataset:
-    """Every window of `passes` passes; windows behind the place where workers began give nothing when they run."""
+def training_dataset(spec: StreamSpec, epochs: int) -> ray.data.Dataset:
+    """Every window of `epochs` epochs; windows behind the place where workers began give nothing when they run."""
     items = [
-        {"item": json.dumps({"pass": number, "window": window.index})}
-        for number in range(passes)
+        {"item": json.dumps({"epoch": number, "window": window.index})}
+        for number in range(epochs)
         for window in spec.plan.windows(number)
     ]
-    return _dataset(items, spec, sweep=False)
+    return _dataset(items, spec, scan=False)
 
 
-def sweep_dataset(spec: StreamSpec) -> ray.data.Dataset:
+def scan_dataset(spec: StreamSpec) -> ray.data.Dataset:
     """All training rows once, in pass order 0, not augmented."""
-    items = [{"item": json.dumps({"pass": 0, "window": window.index})} for window in spec.plan.windows(0)]
-    return _dataset(items, spec, sweep=True)
+    items = [{"item": json.dumps({"epoch": 0, "window": window.index})} for window in spec.plan.windows(0)]
+    return _dataset(items, spec, scan=True)
 
 
-def _dataset(items: list[dict[str, str]], spec: StreamSpec, sweep: bool) -> ray.data.Dataset:
+def _dataset(items: list[dict[str, str]], spec: StreamSpec, scan: bool) -> ray.data.Dataset:
     rows = slice_rows(spec.plan.batch_size, spec.world)
-    read = partial(_read_window, spec=spec, sweep=sweep)
-    decode = partial(_decode, spec=spec, sweep=sweep)
+    read = partial(_read_window, spec=spec, scan=scan)
+    decode = partial(_decode, spec=spec, scan=scan)
     return (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.5)
@@ -73,12 +73,12 @@ def _dataset(items: list[dict[str, str]], spec: StreamSpec, sweep: bool) -> ray.
     )
 
 
-def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, sweep: bool) -> Iterator[pa.Table]:
+def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, scan: bool) -> Iterator[pa.Table]:
     for text in batch["item"]:
         item = json.loads(text)
-        window = spec.plan.windows(item["pass"])[item["window"]]
-        if sweep or not _is_past(spec, item["pass"], window):
-            yield from _window_tables(spec, item["pass"], window)
+        window = spec.plan.windows(item["epoch"])[item["window"]]
+        if scan or not _is_past(spec, item["epoch"], window):
+            yield from _window_tables(spec, item["epoch"], window)
 
 
 def _is_past(spec: StreamSpec, number: int, window: Window) -> bool:
@@ -89,7 +89,7 @@ def _is_past(spec: StreamSpec, number: int, window: Window) -> bool:
         return False
     at = json.loads(store.read(POSITION_FILE))
     steps = -(-window.rows // spec.plan.batch_size)
-    return (number, window.first_step + steps) <= (at["pass"], at["step"])
+    return (number, window.first_step + steps) <= (at["epoch"], at["step"])
 
 
 def _window_tables(spec: StreamSpec, number: int, window: Window) -> Iterator[pa.Table]:
@@ -110,7 +110,7 @@ def _window_tables(spec: StreamSpec, number: int, window: Window) -> Iterator[pa
             laid = pa.concat_tables([own, filler])
             tags = {
                 "real": np.arange(rows) < count,
-                "pass": np.full(rows, number, dtype=np.int64),
+                "epoch": np.full(rows, number, dtype=np.int64),
                 "step": np.full(rows, step, dtype=np.int64),
                 "batch_rows": np.full(rows, len(batch), dtype=np.int64),
             }
@@ -131,25 +131,25 @@ def training_rows(corpus: Corpus, part: str, selection: Selection) -> pa.Table:
     return table.set_column(table.column_names.index("labels"), "labels", column)
 
 
-def _decode(table: pa.Table, spec: StreamSpec, sweep: bool) -> pa.Table:
+def _decode(table: pa.Table, spec: StreamSpec, scan: bool) -> pa.Table:
     real = table.filter(table.column("real"))
     pixels = _corpus(spec.corpus).inputs(real, spec.size, spec.resize)
-    if not sweep and len(real):
-        number = int(table.column("pass")[0].as_py())
+    if not scan and len(real):
+        number = int(table.column("epoch")[0].as_py())
         ids = real.column("id").to_pylist()
         pixels = augment(pixels, spec.augmentation, row_seeds(spec.plan.seed, number, ids))
     padded = np.zeros((len(table), 3 * spec.size * spec.size), dtype=np.uint8)
     padded[np.flatnonzero(table.column("real").to_numpy())] = pixels.reshape(len(pixels), padded.shape[1])
-    keep = ["labels", "real", "pass", "step", "batch_rows"]
+    keep = ["labels", "real", "epoch", "step", "batch_rows"]
     return table.select(keep).append_column("pixels", bytes_column(padded))
 
 
 class StreamSlices(SliceSource):
     """A worker's end of the stream: Ray Train's shards of the two datasets."""
 
-    def __init__(self, spec: StreamSpec, train: Any, sweep: Any, num_classes: int) -> None:
+    def __init__(self, spec: StreamSpec, train: Any, scan: Any, num_classes: int) -> None:
         self.plan, self.spec, self.num_classes = spec.plan, spec, num_classes
-        self._train, self._sweep = train, sweep
+        self._train, self._scan = train, scan
         self._running: Iterator[tuple[int, Slice]] | None = None
 
     def epoch(self, number: int, first_step: int) -> Iterator[Slice]:
@@ -162,11 +162,11 @@ class StreamSlices(SliceSource):
             if found is None:
                 return
             if found[0] != number:
-                raise RunError(f"the data stream gave pass {found[0]} where pass {number} was due")
+                raise RunError(f"the data stream gave epoch {found[0]} where epoch {number} was due")
             yield found[1]
 
-    def sweep(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
-        for _, piece in self._read(self._sweep):
+    def scan(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
+        for _, piece in self._read(self._scan):
             yield piece.inputs, piece.labels
 
     def _read(self, shard: Any) -> Iterator[tuple[int, Slice]]:
@@ -175,7 +175,7 @@ class StreamSlices(SliceSource):
             steps = set(table.column("step").to_pylist())
             if len(table) != rows or len(steps) != 1:
                 raise CorruptArtifact(f"a slice of {len(table)} rows of steps {sorted(steps)}; expected {rows} of one")
-            number, step = table.column("pass")[0].as_py(), table.column("step")[0].as_py()
+            number, step = table.column("epoch")[0].as_py(), table.column("step")[0].as_py()
             total = table.column("batch_rows")[0].as_py()
             real = table.filter(table.column("real"))
             images = bytes_matrix(real.column("pixels")).reshape(len(real), 3, self.spec.size, self.spec.size)

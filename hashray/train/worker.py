@@ -56,7 +56,7 @@ def run_worker(job: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device()
     assert isinstance(device, torch.device)
-    shards = None if job["memory"] else (rt.get_dataset_shard("train"), rt.get_dataset_shard("sweep"))
+    shards = None if job["memory"] else (rt.get_dataset_shard("train"), rt.get_dataset_shard("scan"))
 
     def report(metrics: dict[str, Any], write: Any) -> None:
         if rank == 0:
@@ -79,7 +79,7 @@ def run_worker(job: dict[str, Any]) -> None:
         # Where this group begins, before it asks for data: a checkpoint that was written but that Ray had not
         # registered when the run was killed is not the one a rerun starts from.
         at = Position() if checkpoint is None else checkpoint.position
-        position = json.dumps({"pass": at.passes(loop.phases), "step": at.step}).encode()
+        position = json.dumps({"epoch": at.epochs_done(loop.phases), "step": at.step}).encode()
         open_store(join(job["checkpoints"], job["run"])).write(POSITION_FILE, position)
     loop.run(checkpoint, job.get("until"))
 

@@ -31,7 +31,7 @@ class Trial:
     folder: str
     state: str
     score: float | None
-    passes: int
+    epochs: int
     total: int
     reason: str
     lines: list[dict[str, Any]]
@@ -52,8 +52,8 @@ def leaderboard(trials: Sequence[Trial]) -> pa.Table:
             "trial": pa.array([t.number for t in rows], pa.int32()),
             "state": [t.state for t in rows],
             "score": pa.array([t.score for t in rows], pa.float64()),
-            "passes": pa.array([t.passes for t in rows], pa.int32()),
-            "of_passes": pa.array([t.total for t in rows], pa.int32()),
+            "epochs": pa.array([t.epochs for t in rows], pa.int32()),
+            "of_epochs": pa.array([t.total for t in rows], pa.int32()),
             "seed": pa.array([t.config and t.config.seed for t in rows], pa.int64()),
             "folder": [t.folder for t in rows],
             "point": [json.dumps(t.point, sort_keys=True) for t in rows],
@@ -63,16 +63,16 @@ def leaderboard(trials: Sequence[Trial]) -> pa.Table:
     )
 
 
-def passes_table(trials: Sequence[Trial]) -> pa.Table:
+def epochs_table(trials: Sequence[Trial]) -> pa.Table:
     """One row for each pass of each trial, in order: losses and validation as the training loop reported them.
 
-    Of a member of a population the passes of its weights, those before an exchange being another member's.
+    Of a member of a population the epochs of its weights, those before an exchange being another member's.
     """
     lines = [(trial.number, line) for trial in trials for line in trial.lines]
     names = sorted({name for _, line in lines for name, value in line.items() if isinstance(value, float)})
     columns: dict[str, Any] = {
         "trial": pa.array([number for number, _ in lines], pa.int32()),
-        "pass": pa.array([line["pass"] for _, line in lines], pa.int32()),
+        "epoch": pa.array([line["epoch"] for _, line in lines], pa.int32()),
         "phase": pa.array([line["phase"] for _, line in lines], pa.string()),
     }
     return pa.table(columns | {name: pa.array([line.get(name) for _, line in lines], pa.float64()) for name in names})
@@ -92,7 +92,7 @@ def importance(trials: Sequence[Trial], config: SweepConfig, seed: int) -> dict[
         names = list(config.active(kind))
         if len(own) < 4 or not names:
             continue
-        shared = min(t.passes for t in own)
+        shared = min(t.epochs for t in own)
         study = optuna.create_study(direction="maximize")
         for trial in own:
             value = max(line["validation_map"] for line in trial.lines[:shared])
@@ -106,7 +106,7 @@ def importance(trials: Sequence[Trial], config: SweepConfig, seed: int) -> dict[
                 shares = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
             except RuntimeError:  # every score is the same: nothing to explain
                 shares = dict.fromkeys(names, 0.0)
-        found[kind] = {"after_passes": shared, "trials": len(own), "shares": {n: float(shares[n]) for n in shares}}
+        found[kind] = {"after_epochs": shared, "trials": len(own), "shares": {n: float(shares[n]) for n in shares}}
     return found
 
 
@@ -120,7 +120,7 @@ def best_toml(best: Trial) -> bytes:
     table = best.config.model_dump(mode="json", exclude_none=True, exclude={"corpus", "out", "features"})
     changes = [{name: value for name, value in change.items() if value} for change in table.pop("changes")]
     table |= {"changes": changes} if changes else {}
-    head = f"# trial {best.number}: validation {best.score:.6f} after {best.passes} of {best.total} passes\n"
+    head = f"# trial {best.number}: validation {best.score:.6f} after {best.epochs} of {best.total} epochs\n"
     text = (head + tomli_w.dumps(table)).encode()
     try:
         again = validate(TrainConfig, parse_toml(text, "best.toml"), "best.toml")

@@ -20,8 +20,8 @@ SHOWN = 8
 class Watch:
     """What the trials have reported so far."""
 
-    def __init__(self, trials: int, passes: int, all_finish: bool = False) -> None:
-        self.trials, self.passes, self.all_finish = trials, passes, all_finish
+    def __init__(self, trials: int, epochs: int, all_finish: bool = False) -> None:
+        self.trials, self.epochs, self.all_finish = trials, epochs, all_finish
         self.start_s, self.before, self.began = time.monotonic(), 0, False
         self.points: dict[int, dict[str, Any]] = {}
         self.at: dict[int, tuple[int, int, float]] = {}
@@ -42,33 +42,33 @@ class Watch:
         if self.live is not None:
             self.live.stop()
 
-    def reported(self, point: dict[str, Any], passes: int, total: int, score: float, trained: bool) -> None:
-        """The trial at this point has reported, of passes `trained` now or by an earlier run of the sweep."""
+    def reported(self, point: dict[str, Any], epochs: int, total: int, score: float, trained: bool) -> None:
+        """The trial at this point has reported, of epochs `trained` now or by an earlier run of the sweep."""
         trial = point[NUMBER]
         self.began = self.began or trained
         self.points[trial] = values_of(point)
-        self.at[trial] = passes, total, score
+        self.at[trial] = epochs, total, score
         self._show(trial)
 
     def ended(self, point: dict[str, Any], failed: bool) -> None:
         """The trial at this point reports no more."""
         trial = point[NUMBER]
-        passes, total, _ = self.at.get(trial, (0, self.passes, 0.0))
-        self.over[trial] = "failed" if failed else "finished" if passes >= total else "stopped"
+        epochs, total, _ = self.at.get(trial, (0, self.epochs, 0.0))
+        self.over[trial] = "failed" if failed else "finished" if epochs >= total else "stopped"
         self._show(trial)
 
     def eta_s(self) -> float | None:
         """Seconds to go, if the trials that are left take as long as those that have ended in this run.
 
-        Where none stops early: if the passes that are left take as long as those that have been reported.
+        Where none stops early: if the epochs that are left take as long as those that have been reported.
         """
         done = self._done()
         now = done - self.before
-        total = self.trials * (self.passes if self.all_finish else 1)
+        total = self.trials * (self.epochs if self.all_finish else 1)
         return (time.monotonic() - self.start_s) / now * (total - done) if now else None
 
     def _done(self) -> int:
-        return sum(passes for passes, _, _ in self.at.values()) if self.all_finish else len(self.over)
+        return sum(epochs for epochs, _, _ in self.at.values()) if self.all_finish else len(self.over)
 
     def _show(self, trial: int) -> None:
         if not self.began:  # what an earlier run trained says nothing of how long the rest takes
@@ -76,13 +76,13 @@ class Watch:
         if self.live is not None:
             self.live.update(self._table())
             return
-        passes, _, score = self.at.get(trial, (0, 0, None))
+        epochs, _, score = self.at.get(trial, (0, 0, None))
         eta = self.eta_s()
         best = max((score for _, _, score in self.at.values()), default=None)
         line = {
             "stage": "tune", "done": len(self.over), "total": self.trials, "unit": "trials",
             "eta_s": eta and round(eta, 1), "trial": trial, "state": self.over.get(trial, "running"),
-            "passes": passes, "score": score, "best": best,
+            "epochs": epochs, "score": score, "best": best,
         }  # fmt: skip
         print(json.dumps(line), file=sys.stderr, flush=True)
 
@@ -90,13 +90,13 @@ class Watch:
         eta = self.eta_s()
         left = "" if eta is None else f", about {eta / 60:.0f} min left"
         table = Table(title=f"{len(self.over)} of {self.trials} trials{left}", title_justify="left")
-        for name in ("trial", "score", "passes", "state", "point"):
+        for name in ("trial", "score", "epochs", "state", "point"):
             table.add_column(name, justify="left" if name in ("state", "point") else "right")
         for trial in sorted(self.at, key=lambda name: -self.at[name][2])[:SHOWN]:
-            passes, total, score = self.at[trial]
+            epochs, total, score = self.at[trial]
             point = "  ".join(f"{name.rpartition('.')[2]} {short(v)}" for name, v in self.points[trial].items())
             state = self.over.get(trial, "running")
-            table.add_row(str(trial), f"{score:.4f}", f"{passes}/{total}", state, point)
+            table.add_row(str(trial), f"{score:.4f}", f"{epochs}/{total}", state, point)
         return table
 
 

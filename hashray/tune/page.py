@@ -17,7 +17,7 @@ from hashray.tune.live import short
 from hashray.tune.space import look_up
 
 SHOWN = 20
-UNEXPLAINED = "No importance: too few trials reported after the same passes with values of their own."
+UNEXPLAINED = "No importance: too few trials reported after the same epochs with values of their own."
 
 
 def draw(trials: Sequence[Trial], summary: Mapping[str, Any]) -> dict[str, Figure]:
@@ -29,8 +29,8 @@ def draw(trials: Sequence[Trial], summary: Mapping[str, Any]) -> dict[str, Figur
 
 
 def learning_curves(trials: Sequence[Trial], summary: Mapping[str, Any]) -> Figure:
-    """Validation over passes; the best trial and the default stand out, crosses where the scheduler stopped one."""
-    figure, axes = new_axes("Learning curves", "passes over the images", "validation")
+    """Validation over epochs; the best trial and the default stand out, crosses where the scheduler stopped one."""
+    figure, axes = new_axes("Learning curves", "epochs", "validation")
     best = ranked(trials)[0].number
     shown = {best: (OURS, 2.4, f"trial {best}, the best")}
     if summary["default_score"] is not None:
@@ -38,12 +38,12 @@ def learning_curves(trials: Sequence[Trial], summary: Mapping[str, Any]) -> Figu
     for trial in trials:
         if not trial.lines:
             continue
-        passes = [line["pass"] for line in trial.lines]
+        epochs = [line["epoch"] for line in trial.lines]
         scores = [line["validation_map"] for line in trial.lines]
         tint, width, label = shown.get(trial.number, ("#9aa3b5", 0.9, None))
-        axes.plot(passes, scores, color=tint, linewidth=width, label=label, zorder=2 + width)
+        axes.plot(epochs, scores, color=tint, linewidth=width, label=label, zorder=2 + width)
         mark = {"finished": "o", "stopped": "x", "failed": "v"}[trial.state]
-        axes.plot(passes[-1:], scores[-1:], marker=mark, color=tint, markersize=5)
+        axes.plot(epochs[-1:], scores[-1:], marker=mark, color=tint, markersize=5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
@@ -114,16 +114,16 @@ def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Map
     order = ranked(trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.point))
     rows = [
-        [str(rank), str(t.number), _score(t.score), f"{t.passes}/{t.total}", t.state,
+        [str(rank), str(t.number), _score(t.score), f"{t.epochs}/{t.total}", t.state,
          *[short(t.point.get(name, "")) for name in names]]
         for rank, t in enumerate(order[:SHOWN], 1)
     ]  # fmt: skip
-    share = summary["passes"] / summary["passes_of_full_grid"]
+    share = summary["epochs"] / summary["epochs_of_full_grid"]
     lead = (
         f"{summary['trials']} trials, {summary['stopped']} stopped early, {len(summary['failed'])} failed; "
-        f"{summary['passes']:,} of {summary['passes_of_full_grid']:,} passes trained ({share:.0%})"
+        f"{summary['epochs']:,} of {summary['epochs_of_full_grid']:,} epochs trained ({share:.0%})"
     )
-    columns = ["rank", "trial", "score", "passes", "state", *[name.rpartition(".")[2] for name in names]]
+    columns = ["rank", "trial", "score", "epochs", "state", *[name.rpartition(".")[2] for name in names]]
     failed = [[str(t.number), t.reason] for t in trials if t.state == "failed"]
     body = (
         f"<h2>Leaderboard{f': the best {SHOWN} of {len(order)}' if len(order) > SHOWN else ''}</h2>"
@@ -140,10 +140,10 @@ def _changes(best: Trial) -> str:
     if best.config is None or not best.config.changes:
         return ""
     names = list(best.point)
-    tables = [(after, own.model_dump(mode="json")) for after, own in best.config.stretches()]
+    tables = [(after, own.model_dump(mode="json")) for after, own in best.config.segments()]
     rows = [[str(after), *[short(look_up(table, name)) for name in names]] for after, table in tables]
-    title = "<h2>The schedule of the best</h2><p>Values from so many passes on, as best.toml has them.</p>"
-    return title + grid(["passes", *[name.rpartition(".")[2] for name in names]], rows)
+    title = "<h2>The schedule of the best</h2><p>Values from so many epochs on, as best.toml has them.</p>"
+    return title + grid(["epochs", *[name.rpartition(".")[2] for name in names]], rows)
 
 
 def _compared(found: Mapping[str, Any], verdict: str) -> str:

@@ -1,6 +1,6 @@
 """[Ray] Population-based training: Ray's own, in step, with draws that come out again.
 
-After every `grace_epochs` passes the worst quarter of the population go on from the weights of members of the best
+After every `grace_epochs` epochs the worst quarter of the population go on from the weights of members of the best
 quarter, at points a little off theirs (Jaderberg et al. 2017). Ray decides; what is added here is that its random
 numbers depend on the seed, the member and the pass alone, and that a member's point says where it came from: so a
 sweep that is run again goes through the same exchanges, and a member is a training config with changes.
@@ -22,19 +22,19 @@ WORST = -1.0  # score of a member that has failed: it goes on from another's wei
 
 
 class Population(PopulationBasedTraining):
-    """Ray's scheduler for a sweep whose trials all train for `passes`."""
+    """Ray's scheduler for a sweep whose trials all train for `epochs`."""
 
-    def __init__(self, config: SweepConfig, passes: int, time_attr: str) -> None:
-        self.config, self.passes = config, passes
+    def __init__(self, config: SweepConfig, epochs: int, time_attr: str) -> None:
+        self.config, self.epochs = config, epochs
         self.dimensions = config.active(config.method.kind)
         super().__init__(
-            time_attr=time_attr, perturbation_interval=grace_epochs(config.search, passes), synch=True,
+            time_attr=time_attr, perturbation_interval=grace_epochs(config.search, epochs), synch=True,
             hyperparam_mutations={name: _mutation(dimension) for name, dimension in self.dimensions.items()},
             log_config=False,
         )  # fmt: skip
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result[self._time_attr] >= self.passes:  # nothing is to be trained after an exchange at the very end
+        if result[self._time_attr] >= self.epochs:  # nothing is to be trained after an exchange at the very end
             return TrialScheduler.CONTINUE
         decision: str = super().on_trial_result(tune_controller, trial, result)
         return decision

@@ -1,6 +1,6 @@
 """[Ray] `hashray tune`: search a space of training configs, then train the winner and the default anew and score both.
 
-sweep/  leaderboard.parquet · passes.parquet · best.toml · sweep.json · report.html · figures/ · manifest.json
+sweep/  leaderboard.parquet · epochs.parquet · best.toml · sweep.json · report.html · figures/ · manifest.json
         costs.json · environment.json      of one machine, so no part of the artifact
         trials/<plan>/<number>-<run>/ · models/<plan>/<winner or default>-<seed>/ · evaluations/<plan>/…
 
@@ -27,7 +27,7 @@ from hashray.report.figures import png
 from hashray.storage import Store, join, open_store
 from hashray.train.rounds import train_model
 from hashray.train.run import pool_of, require_validation, run_of, with_absolute_paths
-from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
+from hashray.tune.leaderboard import Trial, best_toml, epochs_table, importance, leaderboard, ranked
 from hashray.tune.page import draw, sweep_page
 from hashray.tune.search import search
 from hashray.tune.space import SweepConfig, check_sweep
@@ -73,13 +73,13 @@ def tune(config: SweepConfig) -> Manifest:
     say(f"best of {len(trials)}: trial {best.number}, validation {best.score:.4f}; the default {told}")
     compared = _compare(config, corpus, best, default, out, of_search)
     judged = verdict(compared)
-    spent, full = sum(trial.passes for trial in trials), sum(trial.total for trial in trials)
+    spent, full = sum(trial.epochs for trial in trials), sum(trial.total for trial in trials)
     summary = {
         "trials": len(trials), "at_once": at_once, "best_trial": best.number, "best_score": best.score,
         "default_score": default and default.score,
         "stopped": sum(trial.state == "stopped" for trial in trials),
         "failed": [trial.number for trial in trials if trial.state == "failed"],
-        "passes": spent, "passes_of_full_grid": full, "importance": importance(trials, config, config.search.seed),
+        "epochs": spent, "epochs_of_full_grid": full, "importance": importance(trials, config, config.search.seed),
         "compared": compared, "verdict": judged,
     }  # fmt: skip
     require_free(store, plan)
@@ -95,7 +95,7 @@ def tune(config: SweepConfig) -> Manifest:
     store.clear("progress/")
     if judged:
         say(judged)
-    say(f"{out}: {spent:,} of {full:,} passes trained ({spent / full:.0%}); hashray train {join(out, 'best.toml')}")
+    say(f"{out}: {spent:,} of {full:,} epochs trained ({spent / full:.0%}); hashray train {join(out, 'best.toml')}")
     return manifest
 
 
@@ -189,7 +189,7 @@ def spread(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _write(store: Store, trials: list[Trial], best: Trial, summary: dict[str, Any]) -> tuple[artifact.FileRecord, ...]:
     figures = {name: png(figure) for name, figure in draw(trials, summary).items()}
-    tables = {"leaderboard.parquet": leaderboard(trials), "passes.parquet": passes_table(trials)}
+    tables = {"leaderboard.parquet": leaderboard(trials), "epochs.parquet": epochs_table(trials)}
     files = [artifact.write_file(store, name, table_bytes(table), len(table)) for name, table in tables.items()]
     files.append(artifact.write_file(store, "best.toml", best_toml(best)))
     files.append(artifact.write_file(store, "sweep.json", canonical(summary)))

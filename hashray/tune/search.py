@@ -30,15 +30,15 @@ from hashray.engine.session import WorkersConfig, require_room
 from hashray.errors import ConfigError, HashrayError, RunError
 from hashray.storage import Store, join, open_store
 from hashray.train.checkpoint import TENSORS
-from hashray.train.run import plan_job, require_one_network, total_passes, training_data
+from hashray.train.run import plan_job, require_one_network, total_epochs, training_data
 from hashray.tune.leaderboard import Trial
 from hashray.tune.live import Watch
 from hashray.tune.population import Population, first_members
 from hashray.tune.segments import SECONDS, ended_at
 from hashray.tune.space import NUMBER, ORIGIN, SweepConfig, donor_of, grace_epochs, milestones, values_of
 from hashray.tune.trial import (
+    EPOCHS,
     FAILED,
-    PASSES,
     SCORE,
     TOTAL,
     TRAINED,
@@ -60,7 +60,7 @@ class _Callbacks(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         point = result["config"]  # with which it was trained; an exchange may have given the trial another by now
-        self.watch.reported(point, result[PASSES], result[TOTAL], result[SCORE], result[TRAINED])
+        self.watch.reported(point, result[EPOCHS], result[TOTAL], result[SCORE], result[TRAINED])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, False)
@@ -74,7 +74,7 @@ class _Callbacks(tune.Callback):
         self._end(trial, True)
 
     def _end(self, trial: Any, failed: bool) -> None:
-        self.ended[trial.config[NUMBER]] = trial.config, int((trial.last_result or {}).get(PASSES, 0))
+        self.ended[trial.config[NUMBER]] = trial.config, int((trial.last_result or {}).get(EPOCHS, 0))
         self.watch.ended(trial.config, failed)
         ray.get(self.turns.end.remote(trial.trial_id))
 
@@ -89,12 +89,12 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[li
         ConfigError: the first rung or exchange comes after the last pass. RunError: the search was interrupted, every
             trial failed (the text says why the first did), or this cluster is too small to go on.
     """
-    most = max(total_passes(config.at(point), corpus.num_classes) for point in config.corners())
+    most = max(total_epochs(config.at(point), corpus.num_classes) for point in config.corners())
     population = config.search.scheduler == "pbt"
     if population:
         _require_exchanges(config, most, corpus.num_classes)
     if grace_epochs(config.search, most) > most:
-        raise ConfigError(f"search.grace_epochs = {config.search.grace_epochs}, and a trial has {most} passes at most")
+        raise ConfigError(f"search.grace_epochs = {config.search.grace_epochs}, and a trial has {most} epochs at most")
     source = training_data(config.base, corpus)
     store, trials_at = open_store(out), join(out, "trials", plan)
     own = open_store(trials_at)
@@ -121,7 +121,7 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[li
             own.delete(key)
         raise RunError(f"all {len(trials)} trials failed; trial 0: {trials[0].reason}")
     if population:
-        ends = {f"{trial.folder.rpartition('/')[2]}/{trial.passes}/{TENSORS}" for trial in trials}
+        ends = {f"{trial.folder.rpartition('/')[2]}/{trial.epochs}/{TENSORS}" for trial in trials}
         for key in set(_files(own, TENSORS)) - ends:
             own.delete(key)
     return trials, at_once
@@ -180,9 +180,9 @@ def _fit(
     return callbacks
 
 
-def _require_exchanges(config: SweepConfig, passes: int, num_classes: int) -> None:
-    if grace_epochs(config.search, passes) >= passes:
-        raise ConfigError(f"search.grace_epochs: the first exchange would come after all {passes} passes")
+def _require_exchanges(config: SweepConfig, epochs: int, num_classes: int) -> None:
+    if grace_epochs(config.search, epochs) >= epochs:
+        raise ConfigError(f"search.grace_epochs: the first exchange would come after all {epochs} epochs")
     for point in config.corners():
         require_one_network(config.at({**point, ORIGIN: [1, config.default()]}), num_classes)
 
@@ -198,7 +198,7 @@ def _trial(
     number, values = point[NUMBER], values_of(point)
     try:
         chosen = config.at(point)
-        total, folder = total_passes(chosen, corpus.num_classes), folder_of(trials_at, point, chosen, corpus)
+        total, folder = total_epochs(chosen, corpus.num_classes), folder_of(trials_at, point, chosen, corpus)
     except HashrayError as error:
         return Trial(number, values, "", "failed", None, 0, 0, " ".join(str(error).split()), [], None)
     lines: list[dict[str, Any]] = []
@@ -224,7 +224,7 @@ def _write_costs(trials: list[Trial], own: Store, out: Store) -> None:
     seconds: Counter[int] = Counter()
     for key in _files(own, SECONDS):
         seconds[number_of(key)] += json.loads(own.read(key))
-    costs = {str(trial.number): {"passes": trial.passes, "seconds": seconds[trial.number]} for trial in trials}
+    costs = {str(trial.number): {"epochs": trial.epochs, "seconds": seconds[trial.number]} for trial in trials}
     out.write("costs.json", canonical(costs))
 
 
@@ -263,12 +263,12 @@ def _scheduler(config: SweepConfig, most: int) -> TrialScheduler:
     grace = grace_epochs(config.search, most)
     if config.search.scheduler == "asha":
         return ASHAScheduler(
-            time_attr=PASSES, max_t=most, grace_period=grace, reduction_factor=config.search.reduction_factor
+            time_attr=EPOCHS, max_t=most, grace_period=grace, reduction_factor=config.search.reduction_factor
         )
     if config.search.scheduler == "pbt":
-        return Population(config, most, PASSES)
+        return Population(config, most, EPOCHS)
     if config.search.scheduler == "median":
-        return MedianStoppingRule(time_attr=PASSES, grace_period=grace, min_samples_required=3)
+        return MedianStoppingRule(time_attr=EPOCHS, grace_period=grace, min_samples_required=3)
     return FIFOScheduler()
 
 

@@ -1,6 +1,6 @@
 """[Ray] A trial in segments: from one report to the next, each a function of the config and the state before it.
 
-What a segment ends with is kept under <out>/trials/<plan>/<number>-<run>/<passes>/, where <plan> is the hash of the
+What a segment ends with is kept under <out>/trials/<plan>/<number>-<run>/<epochs>/, where <plan> is the hash of the
 sweep and <run> that of all that the trial's weights depend on. A segment that is there is read, not trained: a sweep
 that was killed and is run again goes through the same reports in the same order, from these files, up to where it
 stopped, and on from there. So the searcher and the scheduler need no state of their own on disk. (Ray's own restore
@@ -36,7 +36,7 @@ SECONDS = "seconds.json"  # of a trial: what its segments took
 
 @dataclass(frozen=True)
 class Segment:
-    """One stretch of a trial: from the checkpoint at `start`, or the beginning, for `until` passes in all.
+    """One segment of a trial: from the checkpoint at `start`, or the beginning, for `until` epochs in all.
 
     Its files lie under `trial`, where `start` does too, unless these are another's weights (tune/population.py).
     """
@@ -91,7 +91,7 @@ def train_here(job: dict[str, Any], segment: Segment) -> None:
 
     def report(metrics: dict[str, Any], write: Any) -> None:
         if write is not None:
-            last = metrics.get("pass") == segment.until
+            last = metrics["event"] == "epoch" and metrics["epoch"] == segment.until
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder))
                 keep_checkpoint(segment.end if last else partial, Path(folder))
@@ -107,7 +107,7 @@ def _before(segment: Segment, partial: str) -> Checkpoint | None:
         try:
             return read_checkpoint(partial)
         except CorruptArtifact:  # of two tries, of which the first was only thought dead
-            say(f"{partial} is of two tries, so the stretch begins anew")
+            say(f"{partial} is of two tries, so the segment begins anew")
     return None if segment.start is None else read_checkpoint(segment.start)
 
 

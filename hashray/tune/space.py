@@ -8,7 +8,7 @@
 
 A point of the space is a table {"optim.lr": 3e-3, …} of the dimensions that its method has; the config of the
 file itself is the first point of every sweep. Beside its values a point may hold the number of its trial, and of a
-member of a population after how many passes it went on from which other member's point.
+member of a population after how many epochs it went on from which other member's point.
 """
 
 from __future__ import annotations
@@ -123,13 +123,13 @@ class SearchConfig(Config):
         "asha", description="which trials stop early; pbt: none, but the worst go on from the best, changed a little"
     )
     grace_epochs: int | None = Field(
-        None, ge=1, description="passes before a trial may stop, or between two exchanges; unset: a ninth of all"
+        None, ge=1, description="epochs before a trial may stop, or between two exchanges; unset: a ninth of all"
     )
     reduction_factor: int = Field(3, ge=2, description="asha: one of so many trials goes on from a rung to the next")
     at_once: int | None = Field(None, ge=1, description="trials in flight; unset: as many as the cluster can train")
     seed: int = Field(0, ge=0, lt=2**32, description="of the search; trials are trained with the config's own seed")
     max_failures: int = Field(
-        1, ge=0, description="times that a stretch of a trial is tried again, and a trial whose own process is lost"
+        1, ge=0, description="times that a segment of a trial is tried again, and a trial whose own process is lost"
     )
     report_seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
         (1, 2, 3), description="seeds that the winner and the default are trained with, to be scored on the queries"
@@ -353,23 +353,23 @@ def look_up(table: Mapping[str, Any], name: str) -> Any:
 
 
 def _lineage(point: Mapping[str, Any]) -> list[tuple[int, Point]]:
-    """The values that a member's weights were trained with, and after how many passes each set of them began."""
+    """The values that a member's weights were trained with, and after how many epochs each set of them began."""
     origin = donor_of(point)
     return [(0, values_of(point))] if origin is None else [*_lineage(origin[1]), (origin[0], values_of(point))]
 
 
 def donor_of(point: Mapping[str, Any]) -> tuple[int, Point] | None:
-    """After how many passes a member went on from another's weights, and that one's point; None if it never did."""
-    passes, donor = point.get(ORIGIN) or (0, None)
-    return None if donor is None else (int(passes), donor)
+    """After how many epochs a member went on from another's weights, and that one's point; None if it never did."""
+    epochs, donor = point.get(ORIGIN) or (0, None)
+    return None if donor is None else (int(epochs), donor)
 
 
-def milestones(search: SearchConfig, most: int, passes: int) -> list[int]:
-    """After how many passes a trial reports, and may be stopped: asha's rungs, or every grace_epochs, and its end.
+def milestones(search: SearchConfig, most: int, epochs: int) -> list[int]:
+    """After how many epochs a trial reports, and may be stopped: asha's rungs, or every grace_epochs, and its end.
 
     Args:
-        most: passes of the longest trial, by which the rungs are laid for all.
-        passes: this trial's own.
+        most: epochs of the longest trial, by which the rungs are laid for all.
+        epochs: this trial's own.
 
     >>> milestones(SearchConfig(grace_epochs=2, reduction_factor=3), 20, 20)
     [2, 6, 18, 20]
@@ -380,16 +380,16 @@ def milestones(search: SearchConfig, most: int, passes: int) -> list[int]:
     """
     grace = grace_epochs(search, most)
     if search.scheduler == "none":
-        return [passes]
+        return [epochs]
     if search.scheduler == "asha":
         found = [
-            grace * search.reduction_factor**k for k in range(passes) if grace * search.reduction_factor**k < passes
+            grace * search.reduction_factor**k for k in range(epochs) if grace * search.reduction_factor**k < epochs
         ]
     else:
-        found = list(range(grace, passes, grace))
-    return [*found, passes]
+        found = list(range(grace, epochs, grace))
+    return [*found, epochs]
 
 
-def grace_epochs(search: SearchConfig, passes: int) -> int:
+def grace_epochs(search: SearchConfig, epochs: int) -> int:
     """Passes before a trial may stop."""
-    return search.grace_epochs or max(1, passes // 9)
+    return search.grace_epochs or max(1, epochs // 9)

@@ -23,7 +23,7 @@ from hashray.engine.session import unwrap
 from hashray.errors import HashrayError, RunError
 from hashray.storage import join, open_store
 from hashray.train.config import TrainConfig
-from hashray.train.run import environment_of, plan_job, run_of, total_passes
+from hashray.train.run import environment_of, plan_job, run_of, total_epochs
 from hashray.tune.population import WORST
 from hashray.tune.segments import (
     Segment,
@@ -37,7 +37,7 @@ from hashray.tune.segments import (
 from hashray.tune.space import NUMBER, SweepConfig, donor_of, milestones
 from hashray.tune.turns import Turns
 
-SCORE, PASSES, TOTAL, TRAINED = "score", "passes", "of_passes", "trained"
+SCORE, EPOCHS, TOTAL, TRAINED = "score", "epochs", "of_epochs", "trained"
 FAILED = "failed.json"
 
 
@@ -50,7 +50,7 @@ class TurnsActor:
         self.gates: dict[str, asyncio.Event] = {}
 
     async def enter(self, trial: str, number: int, until: int) -> None:
-        """Set out for the report after `until` passes in all."""
+        """Set out for the report after `until` epochs in all."""
         self.turns.enter(trial, number, until)
         self._release()
 
@@ -85,12 +85,12 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
     checkpoint = tune.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            done = int((Path(folder) / PASSES).read_text())
+            done = int((Path(folder) / EPOCHS).read_text())
     try:
         chosen = config.at(point)
         corpus, data = open_corpus(sweep["corpus"]), open_corpus(sweep["source"], None)
-        own = total_passes(chosen, corpus.num_classes)
-        trial, current = folder_of(sweep["trials"], point, chosen, corpus), chosen.stretches()[-1][1]
+        own = total_epochs(chosen, corpus.num_classes)
+        trial, current = folder_of(sweep["trials"], point, chosen, corpus), chosen.segments()[-1][1]
         job = plan_job(current, corpus, data)
         origin = donor_of(point)
         if origin is not None and origin[0] >= done:
@@ -119,11 +119,11 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
                 raise RunError(reason)
         position = ended_at(segment.end)
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / PASSES).write_text(str(until))
+            (Path(folder) / EPOCHS).write_text(str(until))
             # Of a population the weights of now are handed on, not the best there were.
             reached = last_validation if population else score_of
             score = WORST if position is None else reached(position)
-            told = {SCORE: score, PASSES: until, TOTAL: own, TRAINED: trained}
+            told = {SCORE: score, EPOCHS: until, TOTAL: own, TRAINED: trained}
             tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
         done, start = until, segment.end
 

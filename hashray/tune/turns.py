@@ -2,7 +2,7 @@
 
 A scheduler such as ASHA and a searcher such as TPE decide by what they have been told so far, so a sweep comes out
 again only if they are told in the same order. Here that order is the one of a machine on which every pass over the
-images takes equally long: of all trials in flight, the one whose report is due first in passes is told first (of
+images takes equally long: of all trials in flight, the one whose report is due first in epochs is told first (of
 equal ones, the one that was drawn first), and those that are ready earlier wait. Nothing here decides anything.
 A population is told in step (tune/population.py), and its members wait for nobody here (`at_once` = 0).
 """
@@ -28,7 +28,7 @@ class Turns:
         self.ended: set[str] = set()
 
     def enter(self, trial: str, number: int, until: int) -> None:
-        """The trial drawn as `number` sets out for its report after `until` passes in all.
+        """The trial drawn as `number` sets out for its report after `until` epochs in all.
 
         Again for the same report, if its process was lost on the way, even if its turn had come: nobody has been told
         anything since.

@@ -212,13 +212,13 @@ def test_a_sweep_as_a_job_on_two_nodes_comes_out_as_on_one_though_a_node_is_lost
         done = cluster.submit(*words, options=["--entrypoint-resources", '{"second": 1}'])
         assert done.returncode == 0, done.stdout + done.stderr
         job = pool.submit(cluster.submit, "python", "jobs/tune.py", path, "--corpus", corpus, "--out", str(two))
-        wait_until(lambda: ended(two) >= 4 or job.done(), "four stretches")
+        wait_until(lambda: ended(two) >= 4 or job.done(), "four segments")
         kill_tree(node)
         done = job.result()
     assert done.returncode == 0, done.stdout + done.stderr
     done = cluster.submit("python", "jobs/tune.py", path, "--corpus", corpus, "--out", str(one))
     assert done.returncode == 0, done.stdout + done.stderr
     assert artifact.verify(two) == [] == artifact.verify(one)
-    for name in ("leaderboard.parquet", "passes.parquet"):
+    for name in ("leaderboard.parquet", "epochs.parquet"):
         assert (elsewhere / name).read_bytes() == (two / name).read_bytes() == (one / name).read_bytes()
     assert len({artifact.load_manifest(out, "sweep").id for out in (elsewhere, two, one)}) == 1

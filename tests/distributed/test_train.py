@@ -28,11 +28,11 @@ from hashray.train.batches import EpochPlan, MemorySlices, Slice
 from hashray.train.config import TrainConfig
 from hashray.train.run import train
 from hashray.train.selection import Selection
-from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec, sweep_dataset, training_dataset
+from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec, scan_dataset, training_dataset
 from hashray.train.worker import training_rows
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-ROWS, BATCH, WINDOW, PASSES = 60, 8, 16, 3
+ROWS, BATCH, WINDOW, EPOCHS = 60, 8, 16, 3
 CONFIG: dict[str, Any] = {
     "method": {**METHOD, "rounds": 2},
     "backbone": BACKBONE,
@@ -176,16 +176,16 @@ def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(corpu
         spec = StreamSpec(corpus, plan, parts, selection, 16, "crop", AugmentConfig(shift=2), world, url)
         memory = [MemorySlices(plan, inputs, labels, ids, spec.augmentation, rank, world) for rank in range(world)]
         for source, slices in zip(memory, read_all(spec, 0, 0), strict=True):
-            assert_slices(slices, [piece for number in range(PASSES) for piece in source.epoch(number, 0)])
+            assert_slices(slices, [piece for number in range(EPOCHS) for piece in source.epoch(number, 0)])
         if world == 1:
             continue
         # After a checkpoint in the second pass the windows behind it are not read; what comes is the same.
-        open_store(url).write(POSITION_FILE, json.dumps({"pass": 1, "step": 5}).encode())
+        open_store(url).write(POSITION_FILE, json.dumps({"epoch": 1, "step": 5}).encode())
         for source, slices in zip(memory, read_all(spec, 1, 5), strict=True):
             assert_slices(slices, [*source.epoch(1, 5), *source.epoch(2, 0)])
         with ThreadPoolExecutor(world) as pool:
-            shards = split(sweep_dataset(spec), world)
-            swept = list(pool.map(lambda shard, spec=spec: list(StreamSlices(spec, None, shard, 3).sweep()), shards))  # type: ignore[misc]
+            shards = split(scan_dataset(spec), world)
+            swept = list(pool.map(lambda shard, spec=spec: list(StreamSlices(spec, None, shard, 3).scan()), shards))  # type: ignore[misc]
         assert sum(len(images) for share in swept for images, _ in share) == plan.rows
 
 
@@ -195,18 +195,18 @@ def split(dataset: ray.data.Dataset, world: int) -> list[Any]:
     return list(dataset.streaming_split(world, equal=True))
 
 
-def read_all(spec: StreamSpec, first_pass: int, first_step: int) -> list[list[Slice]]:
-    """What every worker sees of the passes from a place on; they read at the same time, as workers do."""
+def read_all(spec: StreamSpec, first_epoch: int, first_step: int) -> list[list[Slice]]:
+    """What every worker sees of the epochs from a place on; they read at the same time, as workers do."""
 
     def read(shard: Any) -> list[Slice]:
         source = StreamSlices(spec, shard, None, 3)
-        passes = [source.epoch(n, first_step if n == first_pass else 0) for n in range(first_pass, PASSES)]
-        found = [piece for one in passes for piece in one]
+        epochs = [source.epoch(n, first_step if n == first_epoch else 0) for n in range(first_epoch, EPOCHS)]
+        found = [piece for one in epochs for piece in one]
         assert source._running is not None and next(source._running, None) is None  # nothing is left over
         return found
 
     with ThreadPoolExecutor(spec.world) as pool:
-        return list(pool.map(read, split(training_dataset(spec, PASSES), spec.world)))
+        return list(pool.map(read, split(training_dataset(spec, EPOCHS), spec.world)))
 
 
 def assert_slices(found: list[Slice], expected: list[Slice]) -> None:

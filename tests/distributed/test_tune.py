@@ -78,26 +78,26 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_leaderboard_and_trains_not
     rows = board(out)
     assert {row["trial"] for row in rows} == set(range(6)) and len({row["folder"] for row in rows}) == 6
     assert {row["state"] for row in rows} == {"finished", "stopped"}
-    assert first.info["passes"] == sum(row["passes"] for row in rows) < first.info["passes_of_full_grid"] == 24
+    assert first.info["epochs"] == sum(row["epochs"] for row in rows) < first.info["epochs_of_full_grid"] == 24
     assert json.loads(next(row["point"] for row in rows if row["trial"] == 0))["optim.lr"] == 3e-3
-    told = (out / "leaderboard.parquet").read_bytes(), (out / "passes.parquet").read_bytes()
-    # As if it had been killed: a trial has lost its last stretch, another never began, and nothing was published.
+    told = (out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()
+    # As if it had been killed: a trial has lost its last segment, another never began, and nothing was published.
     (out / "manifest.json").unlink()
     (out / "leaderboard.parquet").unlink()
     kept = ends(out)
-    longest = max(rows, key=lambda row: row["passes"])
-    lost = [f"trials/{longest['folder']}/{longest['passes']}"]
+    longest = max(rows, key=lambda row: row["epochs"])
+    lost = [f"trials/{longest['folder']}/{longest['epochs']}"]
     lost += [str(Path(key).parent) for key in kept if rows[-1]["folder"] in key]
     for folder in lost:
         for file in (out / folder).iterdir():
             file.unlink()
     gone = {key for key in kept if str(Path(key).parent) in lost}
-    # The stretch before the lost one gave up its weights when that one ended; a killed sweep would still have them.
+    # The segment before the lost one gave up its weights when that one ended; a killed sweep would still have them.
     for key in [key for key in kept if longest["folder"] in key]:
         (out / key).unlink(missing_ok=True)
         gone.add(key)
     assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
-    assert ((out / "leaderboard.parquet").read_bytes(), (out / "passes.parquet").read_bytes()) == told
+    assert ((out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()) == told
     after = ends(out)
     assert after.keys() == kept.keys()
     assert {key for key in kept if after[key] != kept[key]} == gone
@@ -124,7 +124,7 @@ def test_the_labels_of_the_queries_are_no_part_of_the_search(corpus: str, tmp_pa
 def test_rungs_beyond_the_last_pass_are_refused(corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["tune", written(tmp_path), "--corpus", corpus, "--out", str(tmp_path / "sweep")]
     assert main([*words, "--search.grace-epochs", "9"]) == 2
-    assert "search.grace_epochs = 9, and a trial has 4 passes at most" in capfd.readouterr().err
+    assert "search.grace_epochs = 9, and a trial has 4 epochs at most" in capfd.readouterr().err
 
 
 def test_the_reason_of_a_trial_of_several_workers_is_the_first_workers() -> None:
@@ -257,7 +257,7 @@ def test_the_winner_trains_to_its_score_and_is_scored_beside_the_default(corpus:
     rows, found = board(out), artifact.load_manifest(out, "sweep").info
     model = tmp_path / "model"
     assert main(["train", str(out / "best.toml"), "--corpus", corpus, "--out", str(model)]) == 0
-    assert rows[0]["state"] == "finished" and rows[0]["passes"] == 4  # of the seed; a stopped winner trains on
+    assert rows[0]["state"] == "finished" and rows[0]["epochs"] == 4  # of the seed; a stopped winner trains on
     assert artifact.load_manifest(model, "model").info["validation_map"] == rows[0]["score"]
     assert set(found["compared"]) == ({"winner", "default"} if rows[0]["trial"] else {"winner"})
     for own in found["compared"].values():
@@ -274,7 +274,7 @@ def test_a_population_exchanges_weights_and_its_best_schedule_trains_again_to_it
     path = written(tmp_path, search=search)
     assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
     rows, first = board(out), artifact.load_manifest(out, "sweep")
-    assert {row["state"] for row in rows} == {"finished"} and first.info["passes"] == 16
+    assert {row["state"] for row in rows} == {"finished"} and first.info["epochs"] == 16
     configs = [json.loads(row["config"]) for row in rows]
     # One of four is the worst at each of three exchanges; who has never been it has no changes.
     assert 0 < sum("changes" in config for config in configs) <= 3
@@ -283,13 +283,13 @@ def test_a_population_exchanges_weights_and_its_best_schedule_trains_again_to_it
     changed = next(row for row, config in zip(rows, configs, strict=True) if "changes" in config)
     for change in json.loads(changed["config"])["changes"]:
         assert 1e-4 <= change["optim"].get("lr", 1e-3) <= 1e-1
-    # As if it had been killed in the last stretch: the same exchanges, and nothing else is trained again.
-    told = (out / "leaderboard.parquet").read_bytes(), (out / "passes.parquet").read_bytes()
+    # As if it had been killed in the last segment: the same exchanges, and nothing else is trained again.
+    told = (out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()
     (out / "manifest.json").unlink()
     before = ends(out)
     assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
     assert ends(out) == before and artifact.load_manifest(out, "sweep").id == first.id
-    assert ((out / "leaderboard.parquet").read_bytes(), (out / "passes.parquet").read_bytes()) == told
+    assert ((out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()) == told
 
 
 @pytest.mark.slow
@@ -302,7 +302,7 @@ def test_trials_of_two_workers_are_ray_train_runs(corpus: str, tmp_path: Path) -
     assert main(["tune", written(tmp_path, search=search), "--corpus", corpus, "--out", str(alone)]) == 0
     ours, theirs = (sorted(board(folder), key=lambda row: row["trial"]) for folder in (out, alone))
     assert [row["point"] for row in ours] == [row["point"] for row in theirs]
-    losses = [pq.read_table(folder / "passes.parquet").column("loss").to_pylist() for folder in (out, alone)]
+    losses = [pq.read_table(folder / "epochs.parquet").column("loss").to_pylist() for folder in (out, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -340,7 +340,7 @@ def test_kill_9_at_three_points_leaves_the_sweep_that_an_unbroken_one_makes(
     for point in points:
         kill_command_when(words, point, tmp_path / "log")
         now = ends(broken)
-        assert {key: now[key] for key in seen} == seen, "a finished stretch was trained again"
+        assert {key: now[key] for key in seen} == seen, "a finished segment was trained again"
         seen = now
     assert main(words) == 0
     assert board(broken) == board(whole)

@@ -78,9 +78,9 @@ def test_a_sweep_covers_every_row_once(plan: EpochPlan, world: int) -> None:
         MemorySlices(plan, rows, np.zeros((n, 1), np.uint8), [str(i) for i in range(n)], AugmentConfig(), rank, world)
         for rank in range(world)
     ]
-    seen = [row for member in workers for inputs, _ in member.sweep() for row in inputs[:, 0].tolist()]
+    seen = [row for member in workers for inputs, _ in member.scan() for row in inputs[:, 0].tolist()]
     assert sorted(seen) == list(range(n))
-    assert all(len(inputs) <= plan.batch_size for member in workers for inputs, _ in member.sweep())
+    assert all(len(inputs) <= plan.batch_size for member in workers for inputs, _ in member.scan())
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -31,20 +31,20 @@ def test_each_change_adds_to_those_before_it() -> None:
     config = changing(
         {"after": 3, "optim": {"lr": 1e-4}}, {"after": 5, "method": {"margin": 0.2}, "augment": {"flip": False}}
     )
-    stretches = config.stretches()
-    assert [after for after, _ in stretches] == [0, 3, 5]
-    assert [own.optim.lr for _, own in stretches] == [1e-3, 1e-4, 1e-4]
-    assert [own.method.margin for _, own in stretches] == [0.5, 0.5, 0.2]  # type: ignore[attr-defined]
-    assert [own.augment.flip for _, own in stretches] == [True, True, False]
-    assert all(not own.changes for _, own in stretches)
-    assert "changes" in config.result_of() and "changes" not in stretches[0][1].result_of()
+    segments = config.segments()
+    assert [after for after, _ in segments] == [0, 3, 5]
+    assert [own.optim.lr for _, own in segments] == [1e-3, 1e-4, 1e-4]
+    assert [own.method.margin for _, own in segments] == [0.5, 0.5, 0.2]  # type: ignore[attr-defined]
+    assert [own.augment.flip for _, own in segments] == [True, True, False]
+    assert all(not own.changes for _, own in segments)
+    assert "changes" in config.result_of() and "changes" not in segments[0][1].result_of()
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"after": 2, "optim": {"lrr": 1.0}}, "optim.lrr: unknown key, perhaps you meant 'lr'?"),
-        ({"after": 2, "optim": {"lr": -1.0}}, "after 2 passes: 1 fault\n  optim.lr: Input should be greater than 0"),
+        ({"after": 2, "optim": {"lr": -1.0}}, "after 2 epochs: 1 fault\n  optim.lr: Input should be greater than 0"),
         ({"after": 0, "optim": {"lr": 1.0}}, "changes.0.after: Input should be greater than or equal to 1"),
         ({"after": 2, "method": {"kind": "dseh"}}, "method.kind is settled when a training begins"),
         ({"after": 2, "optim": {"name": "sgd"}}, "optim.name is settled when a training begins"),
@@ -64,10 +64,10 @@ def test_changes_come_one_after_another_and_are_of_one_training() -> None:
 @pytest.mark.parametrize(
     ("method", "after", "text"),
     [
-        ({"hidden": 8}, 2, "after 2 passes: hidden would give another network"),
+        ({"hidden": 8}, 2, "after 2 epochs: hidden would give another network"),
         ({"warmup_share": 0.5}, 2, "warmup_share would give another network or other phases"),
         ({"priority": "split"}, 2, "priority would give another network"),  # whose class codes are of fewer bits
-        ({"margin": 0.2}, 20, "after = 20, and the training ends after 20 passes"),
+        ({"margin": 0.2}, 20, "after = 20, and the training ends after 20 epochs"),
     ],
 )
 def test_the_network_and_the_phases_stay_as_they_are(method: dict[str, Any], after: int, text: str) -> None:

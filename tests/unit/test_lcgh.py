@@ -137,7 +137,7 @@ def test_the_weights_of_the_warm_up_are_never_chosen() -> None:
 
     config = config_of(method=METHOD | {"warmup_share": 0.5}, epochs=4, validation_every=1)
     _, loop = run_loop(config, 60, validate=validate)
-    assert len(seen) == 4  # a sweep compares trials in their warm-up too
+    assert len(seen) == 4  # a scan compares trials in their warm-up too
     assert loop.position.best_at == "phase 1, epoch 1"
 
 

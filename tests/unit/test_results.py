@@ -141,7 +141,7 @@ def test_a_sweep_is_a_row_with_its_seeds_and_its_own_words(tmp_path: Path, monke
         who: {"seeds": [{"seed": s, "validation": value, "query_mAP": value + s / 10} for s in (1, 2)]}
         for who, value in (("winner", 0.6), ("default", 0.5))
     }
-    found = {"trials": 4, "passes": 30, "passes_of_full_grid": 40, "best_trial": 2, "best_score": 0.6,
+    found = {"trials": 4, "epochs": 30, "epochs_of_full_grid": 40, "best_trial": 2, "best_score": 0.6,
              "default_score": 0.5, "failed": [], "compared": seeds, "verdict": "It leads."}  # fmt: skip
     (tmp_path / "sweep/sweep.json").write_text(json.dumps(found))
     results.add_sweep(tmp_path / "sweep")

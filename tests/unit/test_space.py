@@ -19,7 +19,7 @@ from hashray.config import parse_toml, validate
 from hashray.errors import ConfigError
 from hashray.report.figures import png
 from hashray.train.config import TrainConfig
-from hashray.tune.leaderboard import Trial, best_toml, importance, leaderboard, passes_table, ranked
+from hashray.tune.leaderboard import Trial, best_toml, epochs_table, importance, leaderboard, ranked
 from hashray.tune.live import Watch
 from hashray.tune.page import draw, sweep_page
 from hashray.tune.run import spread, verdict
@@ -110,8 +110,8 @@ def test_a_member_of_a_population_is_a_config_with_changes(tmp_path: Path) -> No
     fourth = {NUMBER: 0, "optim.lr": 2e-3, "method.margin_ratio": 0.4, ORIGIN: [6, third]}
     chosen = config.at(fourth)
     assert chosen.optim.lr == 1e-3 and [change.after for change in chosen.changes] == [2, 6]
-    stretches = [(after, own.optim.lr, own.method.margin_ratio) for after, own in chosen.stretches()]  # type: ignore[attr-defined]
-    assert stretches == [(0, 1e-3, 0.5), (2, 2e-3, 0.5), (6, 2e-3, 0.4)]
+    segments = [(after, own.optim.lr, own.method.margin_ratio) for after, own in chosen.segments()]  # type: ignore[attr-defined]
+    assert segments == [(0, 1e-3, 0.5), (2, 2e-3, 0.5), (6, 2e-3, 0.4)]
     best = Trial(0, values_of(fourth), "", "finished", 0.5, 9, 9, "", [], chosen)
     assert validate(TrainConfig, parse_toml(best_toml(best), "best"), "best").result_of() == chosen.result_of()
 
@@ -224,16 +224,16 @@ def test_every_integer_between_the_ends_is_checked(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(2, 5), st.sampled_from(["asha", "median", "pbt", "none"]))
-def test_trials_report_in_order_and_at_the_end(passes: int, grace: int, factor: int, scheduler: Any) -> None:
+def test_trials_report_in_order_and_at_the_end(epochs: int, grace: int, factor: int, scheduler: Any) -> None:
     search = SearchConfig(scheduler=scheduler, algorithm="random", grace_epochs=grace, reduction_factor=factor)
-    found = milestones(search, passes, passes)
-    assert found == sorted(set(found)) and found[-1] == passes
+    found = milestones(search, epochs, epochs)
+    assert found == sorted(set(found)) and found[-1] == epochs
     assert all(later >= grace for later in found[:-1])
 
 
 def trial(config: SweepConfig, number: int, point: dict[str, Any], scores: list[float], total: int = 4) -> Trial:
     lines = [
-        {"pass": i + 1, "phase": "image", "loss": 1.0 / (i + 1), "validation_map": score, "epoch": i + 1}
+        {"epoch": i + 1, "phase": "image", "loss": 1.0 / (i + 1), "validation_map": score}
         for i, score in enumerate(scores)
     ]
     state = "failed" if not scores else "finished" if len(scores) == total else "stopped"
@@ -253,8 +253,8 @@ def test_the_leaderboard_ranks_by_score_then_by_number_and_failures_come_last(tm
     assert [row["state"] for row in table] == ["stopped", "stopped", "stopped", "failed"]
     assert table[3]["reason"] == "the loss is not finite" and table[3]["score"] is None
     assert not {name for name in leaderboard(trials).column_names if "time" in name or name.endswith("_s")}
-    lines = passes_table(trials).to_pylist()
-    assert [(line["trial"], line["pass"], line["validation_map"]) for line in lines] == [
+    lines = epochs_table(trials).to_pylist()
+    assert [(line["trial"], line["epoch"], line["validation_map"]) for line in lines] == [
         (0, 1, 0.2), (2, 1, 0.4), (2, 2, 0.3), (3, 1, 0.4),
     ]  # fmt: skip
 
@@ -294,14 +294,14 @@ def test_the_verdict_compares_the_lead_with_what_seeds_make(
 def test_what_an_earlier_run_trained_says_nothing_of_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    watch = Watch(trials=10, passes=4)
+    watch = Watch(trials=10, epochs=4)
     for number in range(6):  # found, not trained
         now[0] += 1
         watch.reported({NUMBER: number}, 4, 4, 0.5, trained=False)
         watch.ended({NUMBER: number}, failed=False)
     assert watch.eta_s() is None
     now[0] += 100
-    watch.reported({NUMBER: 6}, 3, 3, 0.5, trained=True)  # of a trial with fewer passes than others
+    watch.reported({NUMBER: 6}, 3, 3, 0.5, trained=True)  # of a trial with fewer epochs than others
     watch.ended({NUMBER: 6}, failed=False)
     assert watch.over[6] == "finished"
     assert watch.eta_s() == pytest.approx(3 * 100)
@@ -310,7 +310,7 @@ def test_what_an_earlier_run_trained_says_nothing_of_how_long_the_rest_takes(mon
 def test_in_a_terminal_a_table_of_the_best_trials_lives_while_ray_pickles_it(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = io.StringIO()
     monkeypatch.setattr("hashray.tune.live.console", Console(file=sink, force_terminal=True, width=100))
-    with Watch(trials=3, passes=4) as watch:
+    with Watch(trials=3, epochs=4) as watch:
         watch.reported({NUMBER: 1, "optim.lr": 1e-3}, 2, 4, 0.5, trained=True)
         watch.reported({NUMBER: 0, "optim.lr": 2e-3}, 4, 4, 0.75, trained=True)
         watch.ended({NUMBER: 0, "optim.lr": 2e-3}, failed=False)
@@ -325,12 +325,12 @@ def test_the_page_of_a_sweep_shows_stopped_and_failed_trials(tmp_path: Path) -> 
     scores = [[0.3, 0.4, 0.5, 0.6], [0.2], [], [0.3, 0.9, 0.7, 0.8]]
     trials = [trial(config, i, {"optim.lr": 1e-3 * (i + 1)}, own) for i, own in enumerate(scores)]
     summary = {
-        "trials": 4, "best_trial": 3, "best_score": 0.9, "default_score": 0.6, "stopped": 1, "failed": [2], "passes": 9,
-        "passes_of_full_grid": 16, "importance": {}, "compared": {}, "verdict": "",
+        "trials": 4, "best_trial": 3, "best_score": 0.9, "default_score": 0.6, "stopped": 1, "failed": [2], "epochs": 9,
+        "epochs_of_full_grid": 16, "importance": {}, "compared": {}, "verdict": "",
     }  # fmt: skip
     pictures = {name: png(figure) for name, figure in draw(trials, summary).items()}
     page = sweep_page(trials, summary, pictures)
-    assert "9 of 16 passes trained (56%)" in page and "the loss is not finite" in page
+    assert "9 of 16 epochs trained (56%)" in page and "the loss is not finite" in page
     assert page.index("0.9000") < page.index("0.6000") < page.index("0.2000")
 
 
@@ -349,7 +349,7 @@ def test_importance_finds_the_dimension_that_matters_at_the_report_that_all_made
     ]
     trials = [trial(config, i, p, [p["optim.lr"], *([0.0] if i % 2 else [])]) for i, p in enumerate(points)]
     found = importance(trials, config, seed=0)["adalabelhash"]
-    assert found["after_passes"] == 1 and found["trials"] == 36
+    assert found["after_epochs"] == 1 and found["trials"] == 36
     assert found["shares"]["optim.lr"] > 0.9 > 0.1 > found["shares"]["optim.weight_decay"]
     assert importance(trials[:3], config, seed=0) == {}
     # Of a score that only both together explain, neither explains much alone.

@@ -12,7 +12,7 @@ from hashray.tune.turns import Turns
 
 
 def told(seed: int, at_once: int, lengths: list[list[int]], fails: set[int]) -> list[tuple[str, int]]:
-    """Run trials that report after these many passes, at random speeds; return who reported what, in order.
+    """Run trials that report after these many epochs, at random speeds; return who reported what, in order.
 
     A trial in `fails` dies once on the way to a report and once when its turn has come, and sets out again for both.
     """

@@ -34,8 +34,13 @@ ENCODE_BATCH = 256
 class Model:
     """A trained method with its classes; `encode` takes images to codes."""
 
-    def __init__(self, method: Method, classes: Sequence[str], fingerprint: str, manifest: Manifest | None = None):
-        self.method, self.classes, self.fingerprint, self.manifest = method.eval(), list(classes), fingerprint, manifest
+    def __init__(self, method: Method, classes: Sequence[str], manifest: Manifest, url: str) -> None:
+        self.method, self.classes, self.manifest, self.url = method.eval(), list(classes), manifest, url
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of everything that its codes depend on."""
+        return str(self.manifest.fingerprint)
 
     @property
     def num_bits(self) -> int:
@@ -142,4 +147,4 @@ def load_model(url: str, endpoint_url: str | None = None, device: str | None = N
         fault = " ".join(" ".join(str(error).splitlines()[1:3]).split()) or str(error)
         raise MismatchError(f"{url} was written by another version of hashray: {fault}; train it again") from error
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Model(method.to(target), description["classes"], str(manifest.fingerprint), manifest)
+    return Model(method.to(target), description["classes"], manifest, store.url)

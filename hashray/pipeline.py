@@ -7,16 +7,18 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field
 
+from hashray.data.corpus import open_corpus
 from hashray.data.ingest import IngestConfig, ingest
 from hashray.data.sources import SourceConfig
 from hashray.data.splits import SplitConfig
-from hashray.encode.codes import EncodeConfig, encode
-from hashray.encode.features import features_of_model
+from hashray.encode.codes import encode_split
+from hashray.encode.features import BATCH_ROWS, features_of_model
 from hashray.engine.session import WorkersConfig
-from hashray.evaluate.run import EvaluateConfig, evaluate
+from hashray.evaluate.run import EvaluateConfig, evaluate_on
 from hashray.index.build import IndexConfig, build_index
 from hashray.index.shard import Kind
-from hashray.storage import join
+from hashray.model import load_model
+from hashray.storage import join, open_store
 from hashray.train.config import TrainConfig, read_training_config
 from hashray.train.rounds import train_model
 
@@ -59,19 +61,15 @@ def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
         )
     )  # fmt: skip
     train_model(training.model_copy(update={"corpus": at["corpus"], "out": at["model"], "max_bad": max_bad}))
-    features = features_of_model(at["model"], at["corpus"], config.pool, max_bad, training.features)
-    encode(
-        EncodeConfig(
-            model=at["model"], corpus=at["corpus"], features=features, out=at["codes"], max_bad=max_bad,
-            pool=config.pool,
-        )
-    )  # fmt: skip
+    model, corpus = load_model(at["model"], device="cpu"), open_corpus(at["corpus"])
+    features = features_of_model(model, corpus, config.pool, max_bad, training.features)
+    codes = open_store(at["codes"])
+    encode_split(model, corpus, features, codes, "database", BATCH_ROWS, max_bad, config.pool)
     build_index(
         IndexConfig(codes=at["codes"], out=at["index"], kind=config.kind, shards=config.shards, pool=config.pool)
     )
-    return evaluate(
-        EvaluateConfig(
-            model=at["model"], corpus=at["corpus"], codes=at["codes"], features=features, out=at["evaluation"],
-            max_bad=max_bad, pool=config.pool,
-        )
+    evaluation = EvaluateConfig(
+        model=at["model"], corpus=at["corpus"], codes=at["codes"], features=features and features.store.url,
+        out=at["evaluation"], max_bad=max_bad, pool=config.pool,
     )  # fmt: skip
+    return evaluate_on(evaluation, model, corpus, features)

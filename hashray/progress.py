@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any
@@ -13,15 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 JSON_INTERVAL_S = 2.0
+WAITING_INTERVAL_S = 10.0
 console = Console(stderr=True)
 
 
 class Bar:
-    """`with Bar("encode", total, "rows") as bar: bar.add(1024)`; JSON lines without a terminal."""
+    """`with Bar("encode", total, "rows") as bar: bar.add(1024)`. Without a terminal it prints JSON lines.
+
+    Several threads may report. The rate counts from the first report after the start, so that the time in which
+    workers start does not slow it down.
+    """
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self.start_s, self.start_done, self.last_s = time.monotonic(), done, 0.0
+        self.wait: str | None = None
+        self._lock = threading.RLock()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -36,22 +44,55 @@ class Bar:
 
     def add(self, count: int, **notes: Any) -> None:
         """Count `count` more units; `notes` are shown beside the rate."""
-        self.done += count
-        elapsed = max(time.monotonic() - self.start_s, 1e-6)
-        rate = (self.done - self.start_done) / elapsed
-        if self._progress is not None and self._task is not None:
-            text = f"{rate:,.0f} {self.unit}/s" + "".join(f"  {key} {value}" for key, value in notes.items())
-            self._progress.update(self._task, completed=self.done, rate=text)
-        elif elapsed - self.last_s >= JSON_INTERVAL_S or self.done >= self.total:
-            self.last_s = elapsed
-            left = (self.total - self.done) / rate if rate else None
-            line = {"stage": self.title, "done": self.done, "total": self.total, "unit": self.unit,
-                    "per_s": round(rate, 1), "eta_s": left and round(left, 1), **notes}  # fmt: skip
-            print(json.dumps(line, default=str), file=sys.stderr, flush=True)
+        with self._lock:
+            self.at(self.done + count, **notes)
+
+    def at(self, done: int, **notes: Any) -> None:
+        """Set how many units are done; `notes` are shown beside the rate."""
+        with self._lock:
+            self.wait, self.done = None, done
+            elapsed = max(time.monotonic() - self.start_s, 1e-6)
+            rate = (self.done - self.start_done) / elapsed
+            if self._progress is not None and self._task is not None:
+                text = f"{rate:,.0f} {self.unit}/s" + "".join(f"  {key} {value}" for key, value in notes.items())
+                self._progress.update(self._task, completed=self.done, rate=text)
+            elif elapsed - self.last_s >= JSON_INTERVAL_S or self.done >= self.total:
+                self.last_s = elapsed
+                left = (self.total - self.done) / rate if rate > 0 else None
+                self._print({"unit": self.unit, "per_s": round(rate, 1), "eta_s": left and round(left, 1), **notes})
+
+    def waiting(self, what: str) -> None:
+        """Say what the work waits for, until it starts."""
+        with self._lock:
+            self.wait = what
+            if self._progress is not None and self._task is not None:
+                self._progress.update(self._task, rate=f"waiting for {what}")
+            else:
+                waited_s = time.monotonic() - self.start_s
+                self.last_s = waited_s
+                self._print({"waiting_for": what, "waited_s": round(waited_s, 1)})
+
+    def started(self) -> None:
+        """The work starts now: what was waited for is no part of the rate."""
+        with self._lock:
+            if self.wait is not None:
+                self.wait, self.start_s, self.start_done, self.last_s = None, time.monotonic(), self.done, 0.0
+                if self._progress is not None and self._task is not None:
+                    self._progress.reset(self._task, completed=self.done, rate="")
+
+    def tick(self) -> None:
+        """Called now and then: says again what the work still waits for."""
+        with self._lock:
+            if self.wait is not None and time.monotonic() - self.start_s - self.last_s >= WAITING_INTERVAL_S:
+                self.waiting(self.wait)
 
     def resume_at(self, done: int) -> None:
         """Go on from `done` units: what was done before is no part of the rate."""
         self.done = self.start_done = done
+
+    def _print(self, fields: dict[str, Any]) -> None:
+        line = {"stage": self.title, "done": self.done, "total": self.total, **fields}
+        print(json.dumps(line, default=str), file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         if self._progress is not None:

@@ -16,13 +16,14 @@ from hashray.artifact.manifest import (
     canonical,
     sha256_hex,
 )
-from hashray.artifact.publish import publish, read_file, write_file
+from hashray.artifact.publish import MANIFEST, publish, read_file, write_file
 from hashray.artifact.tables import read_table, table_bytes
 from hashray.artifact.verify import describe, verify
 from hashray.artifact.versions import is_finished, load_manifest, newest_version, version_key
 
 __all__ = [
     "FORMAT_VERSION",
+    "MANIFEST",
     "QUARANTINE",
     "FileRecord",
     "Manifest",

@@ -8,7 +8,7 @@ and write the part. A row that cannot be decoded is quarantined with the reason.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
@@ -22,13 +22,15 @@ from hashray.data.corpus import CORPUS_SCHEMA
 from hashray.data.images import BadImage, decode
 from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
 from hashray.data.splits import SplitConfig, assign_splits, class_split, order_key
-from hashray.engine.parts import BadRow, Part, PartWorker, already_made, run_parts, write_quarantine
-from hashray.engine.session import WorkersConfig, connect
+from hashray.engine.parts import BadRow, Output, Part, PartWorker, run_parts, write_quarantine
+from hashray.engine.session import WorkersConfig
+from hashray.engine.stage import run_stage
 from hashray.errors import InputError
 from hashray.progress import say
 from hashray.storage import Store, open_store
 
 FETCH_THREADS = 8
+SHORT_ROWS = 5_000  # threads decode as fast as actors; above, a crashing decoder costs too much
 MOST_CLASSES = 1_000_000
 
 
@@ -48,11 +50,12 @@ class _IngestWorker(PartWorker):
     def __init__(self, store: str) -> None:
         self.keep_bytes = store == "bytes"
 
-    def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
+    def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
         rows, bad, hashes = [], [], []
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
             fetched = list(pool.map(_try_fetch, [row["uri"] for row in unit["items"]]))
         for row, data in zip(unit["items"], fetched, strict=True):
+            advance(1)
             try:
                 if isinstance(data, BadImage):
                     raise data
@@ -65,7 +68,8 @@ class _IngestWorker(PartWorker):
             if self.keep_bytes:
                 rows[-1]["uri"] = None
         table = pa.Table.from_pylist(rows, schema=CORPUS_SCHEMA)
-        return table, bad, {"splits": dict(sorted(Counter(row["split"] for row in rows).items()))}, {"hashes": hashes}
+        splits = dict(sorted(Counter(row["split"] for row in rows).items()))
+        return Output(table, bad, {"splits": splits}, {"hashes": hashes})
 
 
 def _try_fetch(locator: str) -> bytes | BadImage:
@@ -100,17 +104,20 @@ def ingest(config: IngestConfig) -> Manifest:
     depends_on = {"config": result_of, "items": items, "classes": classes, "version": artifact.FORMAT_VERSION}
     plan = sha256_hex(canonical(depends_on))[:16]
     store = open_store(config.out)
-    made = already_made(store, "corpus", plan)
-    if made is not None:
-        return made
-    connect()
-    chunks = [items[i : i + config.rows_per_part] for i in range(0, len(items), config.rows_per_part)]
-    units = [{"index": i, "rows": len(chunk), "items": chunk} for i, chunk in enumerate(chunks)]
-    parts = run_parts(store, plan, units, _IngestWorker, {"store": config.store}, config.pool, "ingest", config.max_bad)
-    info = {"plan": plan, "format": listing.format, "num_classes": len(classes)}
-    if config.split_protocol == "class-split":
-        info["class_split"] = class_split(labels, classes, config)
-    return _publish(store, result_of, classes, parts, info)
+
+    def work() -> Manifest:
+        chunks = [items[i : i + config.rows_per_part] for i in range(0, len(items), config.rows_per_part)]
+        units = [{"index": i, "rows": len(chunk), "items": chunk} for i, chunk in enumerate(chunks)]
+        parts = run_parts(
+            store, plan, units, _IngestWorker, {"store": config.store}, config.pool, "ingest", config.max_bad,
+            len(items) <= SHORT_ROWS,
+        )  # fmt: skip
+        info = {"plan": plan, "format": listing.format, "num_classes": len(classes)}
+        if config.split_protocol == "class-split":
+            info["class_split"] = class_split(labels, classes, config)
+        return _publish(store, result_of, classes, parts, info)
+
+    return run_stage(store, "corpus", plan, work)
 
 
 def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:

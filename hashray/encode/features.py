@@ -1,4 +1,4 @@
-"""[Ray] Cached features of a frozen trunk: one pass over the corpus, kept as an artifact, trained on many times.
+"""[Ray] Cached features of a frozen trunk: one scan of the corpus, kept as an artifact, trained on many times.
 
 features/  parts/part-00000.parquet … (id, feature, labels, split) · classes.json · quarantine.parquet · manifest.json
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from hashray.artifact import Manifest, canonical, read_table, sha256_hex
 from hashray.data.columns import list_column
 from hashray.data.corpus import ROW_FIELDS, Corpus, iterate_bytes, open_corpus
 from hashray.data.images import Pixels, Resize, decode_rows
-from hashray.engine.parts import BadRow, PartWorker, already_made, run_parts, write_quarantine
-from hashray.engine.session import WorkersConfig, connect
+from hashray.engine.parts import BadRow, Output, PartWorker, run_parts, write_quarantine
+from hashray.engine.session import WorkersConfig
+from hashray.engine.stage import run_stage
 from hashray.methods.backbone import (
     BackboneConfig,
     Trunk,
@@ -29,22 +31,40 @@ from hashray.methods.backbone import (
     state_fingerprint,
     with_absolute_weights,
 )
-from hashray.model import load_model
+from hashray.model import Model, load_model
 from hashray.storage import absolute, join, open_store
 
 BATCH_ROWS = 64
+SHORT_PIXELS = 100_000_000  # a minute or two of MobileNetV2 on two cores, less than Ray's start for smaller trunks
 
 
-def worker_device(gpu: bool) -> torch.device:
-    """Prepare a worker process that runs a trunk; return where it does: a GPU, or one core."""
-    if gpu:
-        return torch.device("cuda")
-    torch.set_num_threads(1)
-    return torch.device("cpu")
+class TrunkWorker(PartWorker):
+    """A worker whose parts go through a trunk, on a GPU or on one core; other cores have other parts."""
+
+    runs_trunk = True
+
+    def __init__(self, gpu: bool) -> None:
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.threads = torch.get_num_threads()
+        if not gpu:
+            torch.set_num_threads(1)
+
+    def close(self) -> None:
+        torch.set_num_threads(self.threads)
+
+
+def is_short(rows: int, image_size: int) -> bool:
+    """Whether a scan of so many images is over before a Ray cluster has paid for its start."""
+    return rows * image_size**2 <= SHORT_PIXELS
 
 
 def map_part(
-    table: pa.Table, size: int, resize: Resize, compute: Callable[[Pixels], NDArray[Any]], batch: int
+    table: pa.Table,
+    size: int,
+    resize: Resize,
+    compute: Callable[[Pixels], NDArray[Any]],
+    batch: int,
+    advance: Callable[[int], None],
 ) -> tuple[pa.Table, NDArray[Any], list[BadRow]]:
     """Decode the images of a part and compute on them, `batch` rows at a time, decoding one batch ahead.
 
@@ -70,25 +90,38 @@ def map_part(
             bad += [BadRow(id=row_id, reason=reason) for row_id, reason in faults]
             if len(pixels):
                 outputs.append(compute(pixels))
+            advance(min(batch, len(table) - start))
     rows = table.take(pa.array(kept, pa.int64()))
     return rows, np.concatenate(outputs) if outputs else np.zeros((0, 0), np.float32), bad
 
 
-class _FeatureWorker(PartWorker):
-    runs_trunk = True
+@dataclass(frozen=True)
+class TrunkRecipe:
+    """Where each worker gets a trunk: from the weights that the config names, or from inside a model."""
 
-    def __init__(self, corpus: str, backbone: dict[str, Any], trunk_of_model: str | None, gpu: bool) -> None:
+    backbone: BackboneConfig
+    model_url: str | None = None
+
+    def load(self) -> Trunk:
+        """The trunk in evaluation mode, on the CPU."""
+        if self.model_url is None:
+            return build_trunk(self.backbone).eval()
+        return load_model(self.model_url, device="cpu").method.trunk.eval()
+
+
+class _FeatureWorker(TrunkWorker):
+    def __init__(self, corpus: str, recipe: TrunkRecipe, gpu: bool) -> None:
+        super().__init__(gpu)
         self.corpus = open_corpus(corpus)
-        self.device = worker_device(gpu)
-        self.trunk = _load_trunk(BackboneConfig.model_validate(backbone), trunk_of_model).to(self.device)
+        self.trunk = recipe.load().to(self.device)
 
-    def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
+    def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
         table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]))
         config = self.trunk.config
-        rows, features, bad = map_part(table, config.image_size, config.resize, self._features, BATCH_ROWS)
+        rows, features, bad = map_part(table, config.image_size, config.resize, self._features, BATCH_ROWS, advance)
         column = list_column(features.reshape(len(rows), self.trunk.feature_dim))
         out = rows.select(["id", "labels", "split"]).append_column("feature", column)
-        return out, bad, {"splits": dict(sorted(Counter(out.column("split").to_pylist()).items()))}, {}
+        return Output(out, bad, {"splits": dict(sorted(Counter(out.column("split").to_pylist()).items()))})
 
     @torch.inference_mode()
     def _features(self, pixels: Pixels) -> Any:
@@ -96,13 +129,13 @@ class _FeatureWorker(PartWorker):
 
 
 def features_of_model(
-    model_url: str, corpus_url: str, workers: WorkersConfig, max_bad: float, out: str | None = None
-) -> str | None:
-    """Features of a corpus through the frozen trunk inside a model, computed or found; None if it was trained."""
-    backbone = load_model(model_url, device="cpu").backbone
-    if not backbone.frozen:
+    model: Model, corpus: Corpus, workers: WorkersConfig, max_bad: float, out: str | None = None
+) -> Corpus | None:
+    """Features of a corpus through the frozen trunk inside a model; None if the model trained its trunk."""
+    if not model.backbone.frozen:
         return None
-    return compute_features(corpus_url, backbone, out, workers, max_bad, trunk_of_model=model_url)
+    recipe = TrunkRecipe(model.backbone, model.url)
+    return compute_features(corpus, recipe, out, workers, max_bad, model.method.trunk)
 
 
 def lost_before(features: Corpus, corpus: Corpus, split: str) -> list[BadRow]:
@@ -118,59 +151,51 @@ def trunk_fingerprint(trunk: Trunk) -> str:
 
 
 def _settings(trunk: Trunk) -> dict[str, Any]:
-    config = trunk.config  # what was made before features could be mirrored stays valid
+    config = trunk.config  # features made before `mirrored` existed stay valid
     return config.model_dump(
         mode="json", exclude={"weights", "frozen_norms"} | (set() if config.mirrored else {"mirrored"})
     )
 
 
-def _load_trunk(backbone: BackboneConfig, trunk_of_model: str | None) -> Trunk:
-    trunk = build_trunk(backbone) if trunk_of_model is None else load_model(trunk_of_model, device="cpu").method.trunk
-    return trunk.eval()
-
-
 def compute_features(
-    corpus_url: str,
-    backbone: BackboneConfig,
+    corpus: Corpus,
+    recipe: TrunkRecipe,
     out: str | None,
     workers: WorkersConfig,
     max_bad: float,
-    trunk_of_model: str | None = None,
-) -> str:
-    """Compute, or find, the features of a corpus through a frozen trunk; return their url. Rerun = resume.
+    trunk: Trunk | None = None,
+) -> Corpus:
+    """Compute or open the features of a corpus through a frozen trunk. Rerun = resume.
 
-    Unset, `out` is features/<trunk fingerprint> inside the corpus: every run with this trunk shares them.
-    The trunk's weights are those that `backbone` names, or those inside a model.
+    Args:
+        out: unset: features/<trunk fingerprint> inside the corpus, shared by every run with this trunk.
+        trunk: the recipe's trunk, where it is loaded already.
     """
-    corpus_url, backbone = absolute(corpus_url), with_absolute_weights(backbone)
-    out, trunk_of_model = out and absolute(out), trunk_of_model and absolute(trunk_of_model)
-    corpus = open_corpus(corpus_url)
-    trunk = _load_trunk(backbone, trunk_of_model)
+    recipe = TrunkRecipe(with_absolute_weights(recipe.backbone), recipe.model_url)
+    trunk = trunk or recipe.load()
     fingerprint = trunk_fingerprint(trunk)
-    url = out or join(corpus_url, "features", fingerprint[:16])
-    store = open_store(url)
+    store = open_store(absolute(out) if out else join(corpus.store.url, "features", fingerprint[:16]))
     plan = sha256_hex(f"features {corpus.manifest.id} {fingerprint}".encode())[:16]
-    if already_made(store, "features", plan) is not None:
-        return url
-    connect()
-    units = [{"index": i, "rows": r.rows, "part": r.name} for i, r in enumerate(corpus.parts)]
-    arguments = {
-        "corpus": corpus_url, "backbone": backbone.model_dump(mode="json"), "trunk_of_model": trunk_of_model,
-        "gpu": workers.gpus_per_worker > 0,
-    }  # fmt: skip
-    parts = run_parts(store, plan, units, _FeatureWorker, arguments, workers, "features", max_bad)
-    classes = artifact.write_file(store, "classes.json", canonical(corpus.classes))
-    rows_in, bad = sum(part.rows_in for part in parts), sum(len(part.bad) for part in parts)
-    columns = {"id": "string", "feature": f"float32[{trunk.feature_dim}]", **{n: str(t) for n, t in ROW_FIELDS}}
-    artifact.publish(
-        store,
-        Manifest(
-            kind="features", project_version=__version__, config=_settings(trunk),
-            parents={"corpus": corpus.manifest.id},
-            columns=columns, fingerprint=fingerprint, rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
-            files=(*[part.file for part in parts], classes, write_quarantine(store, parts)),
-            info={"plan": plan, "feature_dim": trunk.feature_dim},
-        ),
-    )  # fmt: skip
-    store.clear("progress/")
-    return url
+
+    def work() -> Manifest:
+        units = [{"index": i, "rows": r.rows, "part": r.name} for i, r in enumerate(corpus.parts)]
+        arguments = {"corpus": corpus.store.url, "recipe": recipe, "gpu": workers.gpus_per_worker > 0}
+        short = is_short(corpus.count("all"), trunk.config.image_size)
+        parts = run_parts(store, plan, units, _FeatureWorker, arguments, workers, "features", max_bad, short)
+        classes = artifact.write_file(store, "classes.json", canonical(corpus.classes))
+        rows_in, bad = sum(part.rows_in for part in parts), sum(len(part.bad) for part in parts)
+        columns = {"id": "string", "feature": f"float32[{trunk.feature_dim}]", **{n: str(t) for n, t in ROW_FIELDS}}
+        manifest = artifact.publish(
+            store,
+            Manifest(
+                kind="features", project_version=__version__, config=_settings(trunk),
+                parents={"corpus": corpus.manifest.id},
+                columns=columns, fingerprint=fingerprint, rows_in=rows_in, rows_out=rows_in - bad,
+                rows_quarantined=bad, files=(*[part.file for part in parts], classes, write_quarantine(store, parts)),
+                info={"plan": plan, "feature_dim": trunk.feature_dim},
+            ),
+        )  # fmt: skip
+        store.clear("progress/")
+        return manifest
+
+    return Corpus(store, run_stage(store, "features", plan, work))

@@ -1,30 +1,37 @@
-"""[Ray] A stage as independent units, each finished once: how rows are never lost and reruns resume.
+"""[Ray] A stage as parts, each done exactly once: how rows are never lost and reruns resume.
 
-A unit is a fixed range of rows that becomes one part file. A pool of actors takes units one at a time
-(Ray Data restarts a dead actor and hands its unit to another); the actor writes the part, then a small
-record of it under progress/<plan>/. The plan is a hash of everything the result depends on, so a rerun
-with the same arguments finds the records and skips those units, and a rerun with others does not. Parts are
-a function of their unit alone: a unit that ran twice wrote the same bytes twice.
-Pixels never cross the object store: a unit reads, decodes, computes and writes in one process.
+A part is a fixed range of rows that becomes one file. A pool of actors takes parts one at a time (Ray Data
+restarts a dead actor and hands its part to another). The actor writes the file, then a small record of it
+under progress/<plan>/. The plan is a hash of everything the result depends on, so a rerun with the same
+arguments finds the records and skips those parts, and a rerun with others does not. A file is a function of
+its part alone: a part that ran twice wrote the same bytes twice.
+Pixels never cross the object store: one process reads, decodes, computes and writes a part.
+Short work on one machine runs in threads of this process (`WorkersConfig.runs_here`): same parts, same bytes.
+Ray's own job checkpoint is not used: it keeps all ids in RAM (ray#65685) and reads all input again (ray#65891).
 """
 
 from __future__ import annotations
 
 import json
+import os
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 import ray
 from pydantic import BaseModel, ConfigDict, Field
 
 from hashray import artifact, errors
-from hashray.artifact import FileRecord, Manifest, table_bytes
-from hashray.engine.session import WorkersConfig, memory_environment, require_room, unwrap
-from hashray.errors import AlreadyExists, AuditError, HashrayError, InputError, TooManyBadRows
+from hashray.artifact import FileRecord, table_bytes
+from hashray.engine.reports import Reports, listening
+from hashray.engine.session import WorkersConfig, connect, memory_environment, require_room, unwrap
+from hashray.engine.stage import require_free
+from hashray.errors import AuditError, HashrayError, InputError, RunError, TooManyBadRows
 from hashray.progress import Bar, say
 from hashray.storage import Store
 
@@ -42,7 +49,7 @@ class BadRow(BaseModel):
 
 
 class Part(BaseModel):
-    """What a unit became: its file, the rows it took, and those it put aside. `notes` stay out of manifests."""
+    """A finished part: its file, the rows it took, and those it put aside. `notes` stay out of manifests."""
 
     model_config = ConfigDict(frozen=True)
     index: int
@@ -52,40 +59,110 @@ class Part(BaseModel):
     notes: dict[str, Any] = Field(default_factory=dict)
 
 
+class Output(NamedTuple):
+    """What a worker makes of a part: its rows, the rows put aside, `info` for the manifest, notes for the driver."""
+
+    table: pa.Table
+    bad: list[BadRow]
+    info: dict[str, Any] = {}  # noqa: RUF012  # a NamedTuple's defaults are never changed
+    notes: dict[str, Any] = {}  # noqa: RUF012
+
+
 class PartWorker(ABC):
-    """What a stage does with one unit. Built once per actor, from plain arguments."""
+    """What a stage does with one part. Built once per process, from plain arguments."""
 
     runs_trunk: ClassVar[bool] = False
 
     @abstractmethod
-    def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[BadRow], dict[str, Any], dict[str, Any]]:
-        """Rows of the part, rows put aside, the part's `info` in the manifest, and notes for the driver."""
+    def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
+        """Compute a part; call `advance` with the number of rows that are done since the last call."""
+
+    def close(self) -> None:
+        """Leave this process as it was. Called where the process goes on with other work."""
+        return
 
 
-class _Actor:
+class _Runner:
+    """Computes parts with one worker and writes their files and records."""
+
     def __init__(self, worker: type[PartWorker], arguments: dict[str, Any], store: Store, plan: str) -> None:
         self.make = partial(worker, **arguments)
         self.worker: PartWorker | None = None
         self.store, self.plan = store, plan
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"part": [self._run(json.loads(text)) for text in batch["unit"]], "error": [""] * len(batch["unit"])}
-        except HashrayError as error:  # as data: Ray Data keeps of an exception only its traceback as text
-            return {"part": [""], "error": [json.dumps([type(error).__name__, str(error)])]}
-
-    def _run(self, unit: dict[str, Any]) -> str:
+    def run(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Part:
         if self.worker is None:
             self.worker = self.make()
-        table, bad, info, notes = self.worker.process(unit)
+        output = self.worker.process(unit, advance)
         name = part_name(self.plan, unit["index"])
-        if len(table) + len(bad) != unit["rows"]:
-            raise AuditError(f"{name}: {unit['rows']} rows in, {len(table)} out, {len(bad)} quarantined")
-        record = artifact.write_file(self.store, name, table_bytes(table), rows=len(table), info=info)
-        part = Part(index=unit["index"], file=record, rows_in=unit["rows"], bad=tuple(bad), notes=notes)
-        data = part.model_dump_json()
-        self.store.write(_record_key(self.plan, part.index), data.encode())
-        return data
+        if len(output.table) + len(output.bad) != unit["rows"]:
+            raise AuditError(f"{name}: {unit['rows']} rows in, {len(output.table)} out, {len(output.bad)} quarantined")
+        record = artifact.write_file(
+            self.store, name, table_bytes(output.table), rows=len(output.table), info=output.info
+        )
+        part = Part(
+            index=unit["index"], file=record, rows_in=unit["rows"], bad=tuple(output.bad), notes=output.notes
+        )  # fmt: skip
+        self.store.write(_record_key(self.plan, part.index), part.model_dump_json().encode())
+        return part
+
+
+class _Actor:
+    """A runner inside Ray Data's actor pool. Errors travel as data: Ray Data keeps only the text of an exception."""
+
+    def __init__(self, runner: _Runner, reports: Any) -> None:
+        self.runner, self.reports = runner, reports
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        (text,) = batch["unit"]
+        unit = json.loads(text)
+        self.reports.put.remote({"start": unit["index"]})
+        try:
+            part = self.runner.run(unit, lambda rows: self.reports.put.remote({"part": unit["index"], "rows": rows}))
+        except HashrayError as error:
+            return {"part": [""], "error": [json.dumps([type(error).__name__, str(error)])]}
+        except Exception as error:  # no lost worker: the same part would fail again, so it ends the stage
+            text = f"part {unit['index']}: {type(error).__name__}: {error}"
+            return {"part": [""], "error": [json.dumps([RunError.__name__, text])]}
+        return {"part": [part.model_dump_json()], "error": [""]}
+
+
+class _Meter:
+    """Rows done, finished parts and parts in flight together, on the driver's bar."""
+
+    def __init__(self, bar: Bar, title: str) -> None:
+        self.bar, self.title, self.finished, self.in_flight = bar, title, bar.done, dict[int, int]()
+        self.started: set[int] = set()
+        self.stopped = False
+        self.lock = threading.Lock()
+
+    def hear(self, line: Mapping[str, Any]) -> None:
+        """Take a worker's report: it started a part, or got on with one."""
+        if "rows" in line:
+            self.advance(line["part"], line["rows"])
+        elif line["start"] in self.started:
+            with self.lock:
+                self.in_flight.pop(line["start"], None)
+            say(f"note: {self.title}: part {line['start']} runs again, its worker was lost")
+        else:
+            self.started.add(line["start"])
+            self.bar.started()
+
+    def advance(self, index: int, rows: int) -> None:
+        if self.stopped:
+            raise RunError(f"{self.title}: stopped")  # in a thread whose result nobody waits for
+        with self.lock:
+            self.in_flight[index] = self.in_flight.get(index, 0) + rows
+            self._show()
+
+    def finish(self, part: Part) -> None:
+        with self.lock:
+            self.finished += part.rows_in
+            self.in_flight[part.index] = 0
+            self._show()
+
+    def _show(self) -> None:
+        self.bar.at(min(self.bar.total, self.finished + sum(self.in_flight.values())))
 
 
 def run_parts(
@@ -97,98 +174,113 @@ def run_parts(
     workers: WorkersConfig,
     title: str,
     max_bad: float,
+    short: bool = False,
 ) -> list[Part]:
-    """Run every unit that has no record yet; return the parts of all, in order.
+    """Compute every part that has no record yet; return all parts, in order.
 
     Args:
         plan: hash of everything the parts depend on.
-        units: each with `index` (its place) and `rows` (how many rows go in); JSON-able.
+        units: what each part is made of: `index` (its place), `rows` (how many rows go in) and more; JSON-able.
         max_bad: share of all rows that may be quarantined; above it the run stops.
+        short: whether the work is small enough to run in this process where nothing asks for a cluster.
 
     Raises:
         AlreadyExists: another plan's artifact is finished here; nothing of it is touched.
         InputError: no machine here can hold a worker.
-        HashrayError: what a worker raised, as it raised it.
-        TooManyBadRows: with counts, the first reasons and where the table of all of them is.
+        HashrayError: what a worker raised, as it raised it. RunError: any other error of a worker.
+        TooManyBadRows: with counts, the first reasons and the place of the table of all of them.
     """
     require_free(store, plan)
     total = sum(int(unit["rows"]) for unit in units)
     parts = finished_parts(store, plan, len(units))
-    if sum(len(part.bad) for part in parts.values()) > max_bad * total:  # mended since: those units run again
+    if sum(len(part.bad) for part in parts.values()) > max_bad * total:  # mended since: those parts run again
         parts = {index: part for index, part in parts.items() if not part.bad}
     todo = [unit for unit in units if int(unit["index"]) not in parts]
-    bar = Bar(title, total, "rows", done=sum(part.rows_in for part in parts.values()))
-    with bar:
+    with Bar(title, total, "rows", done=sum(part.rows_in for part in parts.values())) as bar:
         if todo:
-            require_room(workers.cpus_per_worker, workers.gpus_per_worker)
-            items = [{"unit": json.dumps(dict(unit))} for unit in todo]
-            size = min(len(todo), workers.most())
-            # By the environment: a pool's actors compute in a thread of their own, which mallopt would not reach.
-            keeps = worker.runs_trunk and not workers.gpus_per_worker
-            dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-                _Actor,
-                fn_constructor_args=(worker, arguments, store, plan),
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=size),
-                num_cpus=workers.cpus_per_worker,
-                num_gpus=workers.gpus_per_worker or None,
-                runtime_env={"env_vars": memory_environment()} if keeps else None,
-            )
-            try:
-                for row in dataset.iter_rows():
-                    if row["error"]:
-                        name, text = json.loads(row["error"])
-                        raise getattr(errors, name)(text)
-                    part = Part.model_validate_json(row["part"])
+            meter = _Meter(bar, title)
+            bad = sum(len(part.bad) for part in parts.values())
+            execute = _in_this_process if workers.runs_here(short) else _on_ray
+            runner = _Runner(worker, arguments, store, plan)
+            with closing(execute(todo, runner, workers, meter)) as results:
+                for part in results:
                     parts[part.index] = part
-                    bar.add(part.rows_in)
-                    _stop_if_bad(store, parts, total, max_bad, title)
-            except Exception as error:
-                found = unwrap(error)
-                if found is error:
-                    raise
-                raise found from error
+                    meter.finish(part)
+                    bad += len(part.bad)
+                    if bad > max_bad * total:
+                        _too_many_bad(store, parts, total, max_bad, title)
     missing = [str(unit["index"]) for unit in units if int(unit["index"]) not in parts]
     if missing:
-        raise AuditError(f"{title}: {len(missing)} units gave no part, the first {missing[0]}; run it again")
+        raise AuditError(f"{title}: {len(missing)} parts are missing, the first is {missing[0]}; run it again")
     require_free(store, plan)
     return [parts[int(unit["index"])] for unit in units]
+
+
+def _in_this_process(
+    todo: Sequence[Mapping[str, Any]], runner: _Runner, workers: WorkersConfig, meter: _Meter
+) -> Generator[Part]:
+    """Yield the parts as threads finish them. Decoding and torch release Python's lock, so cores are busy."""
+    runner.worker = runner.make()
+    threads = min(len(todo), workers.workers or os.cpu_count() or 1)
+    meter.bar.started()
+    pool = ThreadPoolExecutor(threads, "hashray-part")
+    try:
+        waiting = [pool.submit(runner.run, unit, partial(meter.advance, unit["index"])) for unit in todo]
+        for future in as_completed(waiting):
+            yield future.result()
+    except Exception as error:
+        if isinstance(error, HashrayError):
+            raise
+        raise RunError(f"{meter.title}: {type(error).__name__}: {error}") from error
+    finally:
+        meter.stopped = True
+        pool.shutdown(wait=False, cancel_futures=True)
+        runner.worker.close()
+
+
+def _on_ray(
+    todo: Sequence[Mapping[str, Any]], runner: _Runner, workers: WorkersConfig, meter: _Meter
+) -> Generator[Part]:
+    """Yield the parts as a pool of actors finishes them."""
+    meter.bar.waiting("workers to start")
+    connect()
+    require_room(workers.cpus_per_worker, workers.gpus_per_worker)
+    items = [{"unit": json.dumps(dict(unit))} for unit in todo]
+    # By the environment: a pool's actors compute in a thread of their own, which mallopt would not reach.
+    keeps = runner.make.func.runs_trunk and not workers.gpus_per_worker  # type: ignore[attr-defined]
+    reports = Reports.remote()  # type: ignore[attr-defined]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _Actor,
+        fn_constructor_args=(runner, reports),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(len(todo), workers.most())),
+        num_cpus=workers.cpus_per_worker,
+        num_gpus=workers.gpus_per_worker or None,
+        runtime_env={"env_vars": memory_environment()} if keeps else None,
+    )
+    with listening(reports, meter.hear, meter.bar.tick), _plain_errors():
+        for row in dataset.iter_rows():
+            if row["error"]:
+                name, text = json.loads(row["error"])
+                raise getattr(errors, name)(text if name != RunError.__name__ else f"{meter.title}: {text}")
+            yield Part.model_validate_json(row["part"])
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise the hashray error inside what Ray raises; anything else as it is."""
+    try:
+        yield
+    except Exception as error:
+        plain = unwrap(error)
+        if plain is error:
+            raise
+        raise plain from error
 
 
 def part_name(plan: str, index: int) -> str:
     """Where a unit's part goes: with the plan in its name, so that no other run ever writes over it."""
     return f"parts/part-{index:05d}-{plan[:8]}.parquet"
-
-
-def already_made(store: Store, kind: str, plan: str, name: str = "plan") -> Manifest | None:
-    """The finished artifact of this very plan; None where nothing is finished yet.
-
-    Raises:
-        MismatchError: what is finished there is of another kind. AlreadyExists: it is another plan's.
-    """
-    if not artifact.is_finished(store):
-        return None
-    manifest = artifact.load_manifest(store, kind)
-    require_free(store, plan, name)
-    for left in ("progress/", "checkpoints/"):  # by a run that was killed between its manifest and its tidying
-        store.clear(left)
-    say(f"{store.url} is finished already" + ("" if manifest.rows_out is None else f": {manifest.rows_out:,} rows"))
-    return manifest
-
-
-def require_free(store: Store, plan: str, name: str = "plan") -> None:
-    """Raise AlreadyExists where the finished artifact of another plan is, before anything of it is overwritten.
-
-    `name` is what the manifest's info calls its plan.
-    """
-    if not artifact.is_finished(store):
-        return
-    manifest = artifact.load_manifest(store)
-    if manifest.info.get(name) != plan:
-        raise AlreadyExists(
-            f"{store.url} holds a finished {manifest.kind} ({manifest.id[:12]}) of another input or configuration; "
-            "nothing was changed there: choose another --out, or delete the folder to make it again"
-        )
 
 
 def finished_parts(store: Store, plan: str, count: int) -> dict[int, Part]:
@@ -203,8 +295,8 @@ def finished_parts(store: Store, plan: str, count: int) -> dict[int, Part]:
 
     keys = [key for key, _ in store.list(f"progress/{plan}/")]
     with ThreadPoolExecutor(RECORD_THREADS) as pool:
-        found = [part for part in pool.map(read, keys) if part is not None]
-    return {part.index: part for part in found if part.index < count}
+        parts = [part for part in pool.map(read, keys) if part is not None]
+    return {part.index: part for part in parts if part.index < count}
 
 
 def _record_key(plan: str, index: int) -> str:
@@ -219,10 +311,8 @@ def write_quarantine(store: Store, parts: Sequence[Part], before: Sequence[BadRo
     return artifact.write_file(store, artifact.QUARANTINE, table_bytes(table), rows=len(rows))
 
 
-def _stop_if_bad(store: Store, parts: Mapping[int, Part], total: int, max_bad: float, title: str) -> None:
+def _too_many_bad(store: Store, parts: Mapping[int, Part], total: int, max_bad: float, title: str) -> None:
     bad = [row for part in parts.values() for row in part.bad]
-    if len(bad) <= max_bad * total:
-        return
     write_quarantine(store, list(parts.values()))
     first = "".join(f"\n  {row.id}: {row.reason}" for row in bad[:5])
     raise TooManyBadRows(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
-from typing import Any
+import platform
+import socket
+import tempfile
+from typing import Any, Literal
 
 import ray
 from pydantic import Field
@@ -17,14 +21,24 @@ from hashray.progress import say
 # A worker must look for objects where the driver does; credentials come from the node, never from here.
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
 API_SERVER, NOBODY = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
+CONNECT_TIMEOUT_S = 10
+LONGEST_TEMP_PATH = 35  # Ray adds some 70 characters to it, and a Unix socket's path ends at 107
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
 
 
 class WorkersConfig(Config):
     """How many workers, and what each of them takes."""
 
-    workers: int | None = Field(None, ge=1, description="at most so many; unset: one a CPU or GPU")
-    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs that each takes")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each takes; a trunk runs there if above 0")
+    workers: int | None = Field(None, ge=1, description="Most workers at a time; unset: one a CPU or GPU")
+    cpus_per_worker: float = Field(1.0, gt=0, description="Logical CPUs of each worker")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker; above 0 the trunk runs there")
+    ray: Literal["auto", "always", "never"] = Field(
+        "auto", description="Whether workers are Ray's; auto: short work on one machine runs in this process"
+    )
+
+    def runs_here(self, short: bool) -> bool:
+        """Whether work runs in this process: where it is `short` and no cluster is joined, or if `ray` is "never"."""
+        return runs_here(self.ray, short)
 
     def most(self) -> int:
         """The largest useful pool on this cluster, at least 1."""
@@ -37,10 +51,17 @@ class WorkersConfig(Config):
         return max(1, _workers_in(total, self.cpus_per_worker, self.gpus_per_worker))
 
 
-def require_room(cpus: float, gpus: float, at_once: int = 1) -> None:
-    """Refuse what this machine cannot hold: Ray would wait for it for ever, without a word.
+def runs_here(choice: Literal["auto", "always", "never"], short: bool) -> bool:
+    """Whether work runs in this process, without Ray: by choice, or where it is short and no cluster is joined."""
+    if choice != "auto":
+        return choice == "never"
+    return short and not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
 
-    A cluster may grow; there it is only said.
+
+def require_room(cpus: float, gpus: float, at_once: int = 1) -> None:
+    """Fail on one machine that cannot hold the workers, where Ray would wait silently.
+
+    On a cluster, which may scale up, only warn.
 
     Raises:
         InputError: `at_once` workers of so many CPUs and GPUs each do not fit.
@@ -53,7 +74,7 @@ def require_room(cpus: float, gpus: float, at_once: int = 1) -> None:
     text = f"{at_once} workers of {cpus:g} CPUs and {gpus:g} GPUs each were asked for, and there are {there}"
     if not os.environ.get("RAY_ADDRESS"):
         raise InputError(f"{text} on this machine: ask for fewer, or run on a cluster that has them")
-    say(f"note: {text} in {len(nodes)} nodes by now: waiting till they come")
+    say(f"note: {text} in {len(nodes)} nodes by now: waiting for the cluster to scale up")
 
 
 def _workers_in(resources: dict[str, float], cpus: float, gpus: float) -> int:
@@ -66,39 +87,82 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), else start Ray on this machine.
 
     A local instance has at least four logical CPUs: on two, a training run and the pipeline that feeds it
-    wait for each other for ever.
+    wait for each other without end.
 
     Raises:
-        RunError: nobody answers at RAY_ADDRESS.
+        RunError: nothing answers at RAY_ADDRESS, or Ray does not start here.
     """
     if ray.is_initialized():
         return
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _require_listener(address)
         try:
             ray.init(runtime_env={"env_vars": forwarded}, log_to_driver=False, logging_level=logging.WARNING)
-        except ConnectionError as error:
-            address = os.environ["RAY_ADDRESS"]
-            raise RunError(f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset it") from error
+        except Exception as error:  # Ray raises its own, gRPC's and built-in errors, by the state of the cluster
+            raise RunError(
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({_first_line(error)}). Start it, or unset the name"
+            ) from error
     else:
-        start_local(num_cpus=max(4, os.cpu_count() or 1), logging_level=logging.WARNING)
+        try:
+            start_local(num_cpus=max(4, os.cpu_count() or 1), logging_level=logging.WARNING)
+        except Exception as error:  # as above: a socket path that is too long, a time-out, a full disk
+            raise RunError(_why_ray_did_not_start(error)) from error
     _quiet_data()
+
+
+def _require_listener(address: str) -> None:
+    """Ask once whether anything listens at an address: Ray itself would ask for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):  # "auto", "local": not an address
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise RunError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}). Start it, or unset RAY_ADDRESS"
+        ) from error
+
+
+def _why_ray_did_not_start(error: Exception) -> str:
+    folder = tempfile.gettempdir()
+    if "AF_UNIX" in str(error):
+        return (
+            f"Ray cannot start below TMPDIR={folder}: the path has {len(folder)} characters, Ray's sockets allow "
+            f"{LONGEST_TEMP_PATH}. Set TMPDIR to a shorter folder, such as /tmp"
+        )
+    return (
+        f"Ray does not start on this machine ({_first_line(error)}). Another Ray may be starting at the same time, or "
+        f"memory or {folder} may be full: look, then run the same command again"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def start_local(**options: Any) -> None:
     """Start Ray on this machine, without its dashboard; `options` are ray.init's.
 
     Ray Train asks the dashboard whether its controller is alive. Where there is none, the question looks 40 s for an
-    address, and every training waits 12 s of them at its end; an address at which nobody listens answers at once.
+    address, and every training waits 12 s of them at its end. An address at which nothing listens answers at once.
     """
-    given = os.environ.get(API_SERVER)
+    before = os.environ.get(API_SERVER)
     os.environ.setdefault(API_SERVER, NOBODY)
     try:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
     finally:
-        if given is None:  # Ray's own processes have it now; `ray job submit` from this one would believe it
+        if before is None:  # Ray's own processes have it now; `ray job submit` from this one would believe it
             del os.environ[API_SERVER]
+
+
+def keep_memory() -> None:
+    """Let glibc keep what this process frees, as `memory_environment` does for a process that starts."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 256 << 20)):
+            mallopt(option, value)
 
 
 def memory_environment() -> dict[str, str]:

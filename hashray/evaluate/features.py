@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hashray.data.corpus import Corpus, open_corpus
-from hashray.encode.features import compute_features
+from hashray.data.corpus import Corpus
+from hashray.encode.features import TrunkRecipe, compute_features
 from hashray.engine.session import WorkersConfig
 from hashray.errors import InputError
 from hashray.methods.backbone import BackboneConfig
@@ -24,22 +24,20 @@ class BaselineFeatures:
     """
 
     def __init__(
-        self, model: Model, corpus: Corpus, frozen_url: str | None, workers: WorkersConfig, max_bad: float
+        self, model: Model, corpus: Corpus, frozen: Corpus | None, workers: WorkersConfig, max_bad: float
     ) -> None:
-        trained = dict(model.manifest.config["backbone"]) if model.manifest else {}
-        backbone = BackboneConfig.model_validate(trained)
-        self.cached: Corpus | None = None
-        self.corpus = corpus
-        if backbone.weights is None and frozen_url is None:
+        backbone = BackboneConfig.model_validate(model.manifest.config["backbone"])
+        self.cached, self.corpus = frozen, corpus
+        if backbone.weights is None and frozen is None:
             self.name = f"pixels, {PIXEL_SIZE} x {PIXEL_SIZE} x 3"
             return
-        # A frozen trunk is in the model, whatever became of the weights file; a trained one started from the file.
-        start = backbone.model_copy(update={"frozen": True})
-        url = frozen_url or compute_features(corpus.store.url, start, None, workers, max_bad)
-        self.cached = open_corpus(url, "features")
-        made = {"model": "trained with labels before", None: "random weights"}.get(model.backbone.weights, "pretrained")
+        if frozen is None:  # a trained trunk started from the weights file; a frozen one is in the model
+            start = backbone.model_copy(update={"frozen": True})
+            self.cached = compute_features(corpus, TrunkRecipe(start), None, workers, max_bad)
+        origins = {"model": "trained with labels before", None: "random weights"}
+        origin = origins.get(model.backbone.weights, "pretrained")
         mirrored = ", mirrored" if backbone.mirrored else ""
-        self.name = f"{backbone.name}, {backbone.image_size} px{mirrored}, {made}"
+        self.name = f"{backbone.name}, {backbone.image_size} px{mirrored}, {origin}"
 
     def ids(self, split: str) -> set[str]:
         """The rows of a split that have features: fewer than the corpus's where some went to quarantine."""

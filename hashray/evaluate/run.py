@@ -23,10 +23,10 @@ from hashray.codes import binarize
 from hashray.config import Config
 from hashray.data.columns import code_matrix
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.encode.codes import EncodeConfig, encode
-from hashray.encode.features import features_of_model, trunk_fingerprint
-from hashray.engine.parts import already_made, require_free
-from hashray.engine.session import WorkersConfig, connect
+from hashray.encode.codes import encode_split
+from hashray.encode.features import BATCH_ROWS, features_of_model, trunk_fingerprint
+from hashray.engine.session import WorkersConfig
+from hashray.engine.stage import require_free, run_stage
 from hashray.errors import InputError, MismatchError, perhaps
 from hashray.evaluate.baselines import CODE_BASELINES, fit_baselines
 from hashray.evaluate.codewords import analyse
@@ -110,36 +110,39 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         InputError: no query or database rows, or a ties name that is not known.
         AlreadyExists: `out` holds an evaluation of another model, corpus or protocol.
     """
-    corpus = open_corpus(config.corpus)
-    if not corpus.num_classes:
-        raise InputError(f"{config.corpus} has no labels, and without them no row is relevant to any; ingest them too")
-    if config.baselines and not corpus.count("train"):
-        raise InputError(f"{config.corpus} has no train rows to fit the baselines on; give --no-baselines")
+    return evaluate_on(config, load_model(config.model, device="cpu"), open_corpus(config.corpus))
+
+
+def evaluate_on(config: EvaluateConfig, model: Model, corpus: Corpus, features: Corpus | None = None) -> dict[str, Any]:
+    """Score an open model on an open corpus; as `evaluate`.
+
+    Args:
+        features: cached features of the model's frozen trunk, where they are open already.
+    """
     scenarios = _scenarios(config, corpus)
-    for scenario in scenarios:
-        for split in (scenario.query_split, scenario.database_split):
-            corpus.require(split, "evaluation")
-    model, store = load_model(config.model, device="cpu"), open_store(config.out)
-    assert model.manifest is not None
+    store = open_store(config.out)
     settings = config.model_dump(mode="json", exclude=PLACES)
     plan = sha256_hex(canonical([model.manifest.id, corpus.manifest.id, settings]))[:16]
-    made = already_made(store, "evaluation", plan)
-    if made is None:
-        connect()
-        metrics = _measured(config, model, corpus, scenarios)
-        _write(config, plan, corpus, model, metrics)
-    else:
-        metrics = json.loads(artifact.read_file(store, made.record("metrics.json")))
+
+    def work() -> Manifest:
+        metrics = _measured(config, model, corpus, features, scenarios)
+        return _write(config, plan, corpus, model, metrics)
+
+    manifest = run_stage(store, "evaluation", plan, work)
+    metrics = json.loads(artifact.read_file(store, manifest.record("metrics.json")))
     _show(config, metrics["results"])
     return metrics
 
 
-def _measured(config: EvaluateConfig, model: Model, corpus: Corpus, scenarios: tuple[Scenario, ...]) -> dict[str, Any]:
+def _measured(
+    config: EvaluateConfig, model: Model, corpus: Corpus, features: Corpus | None, scenarios: tuple[Scenario, ...]
+) -> dict[str, Any]:
     """All that metrics.json holds."""
-    features = features_of_model(config.model, config.corpus, config.pool, config.max_bad, config.features)
+    if features is None:
+        features = features_of_model(model, corpus, config.pool, config.max_bad, config.features)
     name = str(model.method.config.kind)
-    query = _encoded(config, corpus, name, config.query_split, features, None)
-    database = _encoded(config, corpus, name, config.database_split, features, config.codes)
+    query = _encoded(config, model, corpus, features, config.query_split, None)
+    database = _encoded(config, model, corpus, features, config.database_split, config.codes)
     protocol = _protocol(config, model, corpus, query, database)
     if config.baselines and len(database.ids) + len(query.ids) <= config.baseline_limit:
         protocol |= _add_baselines(config, model, corpus, features, query, database)
@@ -176,7 +179,6 @@ def _measured(config: EvaluateConfig, model: Model, corpus: Corpus, scenarios: t
 
 def _training(model: Model) -> dict[str, Any]:
     """What a reader must know of how the model was made."""
-    assert model.manifest is not None
     kept = {key: model.manifest.info[key] for key in TRAINING if key in model.manifest.info}
     return kept | {"config": model.manifest.config, "trunk": trunk_fingerprint(model.method.trunk)}
 
@@ -208,10 +210,19 @@ def _show(config: EvaluateConfig, results: list[dict[str, Any]]) -> None:
 
 
 def _scenarios(config: EvaluateConfig, corpus: Corpus) -> tuple[Scenario, ...]:
-    asked = (config.query_split, config.database_split)
-    if corpus.manifest.config.get("split_protocol") == "class-split" and asked == ("query", "database"):
-        return CLASS_SPLIT
-    return (Scenario("", *asked),)
+    """Who is ranked against whom, after checking that the corpus has the rows and labels for it."""
+    if not corpus.num_classes:
+        raise InputError(f"{config.corpus} has no labels, and without them no row is relevant to any; ingest them too")
+    if config.baselines and not corpus.count("train"):
+        raise InputError(f"{config.corpus} has no train rows to fit the baselines on; give --no-baselines")
+    splits = (config.query_split, config.database_split)
+    scenarios: tuple[Scenario, ...] = (Scenario("", *splits),)
+    if corpus.manifest.config.get("split_protocol") == "class-split" and splits == ("query", "database"):
+        scenarios = CLASS_SPLIT
+    for scenario in scenarios:
+        for split in (scenario.query_split, scenario.database_split):
+            corpus.require(split, "evaluation")
+    return scenarios
 
 
 def _score_all(
@@ -241,30 +252,28 @@ def _score_all(
 
 
 def _encoded(
-    config: EvaluateConfig, corpus: Corpus, name: str, split: str, features: str | None, given: str | None
+    config: EvaluateConfig, model: Model, corpus: Corpus, features: Corpus | None, split: str, given: str | None
 ) -> Side:
     """The rows of a split that have a code, in the codes' order; without those whose labels nobody knows."""
-    out = given or join(config.out, "codes", split)
+    store = open_store(given or join(config.out, "codes", split))
     if given is None:
-        encode(
-            EncodeConfig(
-                model=config.model, corpus=config.corpus, out=out, split=split, features=features,
-                max_bad=config.max_bad, pool=config.pool,
-            )
+        manifest = encode_split(
+            model, corpus, features, store, split, BATCH_ROWS, config.max_bad, config.pool
         )  # fmt: skip
-    store = open_store(out)
-    manifest = artifact.load_manifest(store, "codes")
-    made_from = (manifest.parents["model"], manifest.parents["corpus"], manifest.info["split"])
-    wanted = (artifact.load_manifest(config.model, "model").id, corpus.manifest.id, split)
-    if made_from != wanted:
-        raise MismatchError(f"{out} are not the codes of the {split!r} rows of {config.corpus} by {config.model}")
+    else:
+        manifest = artifact.load_manifest(store, "codes")
+        made_from = (manifest.parents["model"], manifest.parents["corpus"], manifest.info["split"])
+        if made_from != (model.manifest.id, corpus.manifest.id, split):
+            raise MismatchError(
+                f"{store.url} are not the codes of the {split!r} rows of {config.corpus} by {config.model}"
+            )
     tables = [read_table(store, record) for record in manifest.files if record.name.startswith("parts/")]
     table = pa.concat_tables(tables)
     ids = table.column("id").to_pylist()
     codes = code_matrix(table.column("code"), int(manifest.info["num_bits"]))
     rows = corpus.rows(split)
     place = {row_id: i for i, row_id in enumerate(rows.ids)}
-    side = Side(ids, rows.labels[[place[row_id] for row_id in ids]], {name: codes})
+    side = Side(ids, rows.labels[[place[row_id] for row_id in ids]], {model.method.config.kind: codes})
     hidden = corpus.rows("unlabelled")
     unknown = {row_id for row_id, labels in zip(hidden.ids, hidden.labels, strict=True) if not labels.any()}
     known = set(ids) - unknown
@@ -276,7 +285,7 @@ def _encoded(
 
 
 def _add_baselines(
-    config: EvaluateConfig, model: Model, corpus: Corpus, frozen: str | None, query: Side, database: Side
+    config: EvaluateConfig, model: Model, corpus: Corpus, frozen: Corpus | None, query: Side, database: Side
 ) -> dict[str, Any]:
     """Fit the baselines on the train rows, put their codes into both sides; return what they were fitted on."""
     features = BaselineFeatures(model, corpus, frozen, config.pool, config.max_bad)
@@ -312,9 +321,9 @@ def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Side,
         "ties": config.ties,
         "split_seed": settings.get("seed"),
         "class_split": corpus.manifest.info.get("class_split", {}),
-        "train_seed": model.manifest.config.get("seed") if model.manifest else None,
+        "train_seed": model.manifest.config.get("seed"),
         "corpus": corpus.manifest.id,
-        "model": model.manifest.id if model.manifest else None,
+        "model": model.manifest.id,
         "fingerprint": model.fingerprint,
     }
 
@@ -329,7 +338,7 @@ def _logit_health(model: Model, corpus: Corpus, split: str, encoded: set[str]) -
     return {name: whole[name] for name in ("near_zero", "quantization", "exact_zeros")}
 
 
-def _write(config: EvaluateConfig, plan: str, corpus: Corpus, model: Model, metrics: dict[str, Any]) -> None:
+def _write(config: EvaluateConfig, plan: str, corpus: Corpus, model: Model, metrics: dict[str, Any]) -> Manifest:
     store = open_store(config.out)
     pictures = figures.draw_all(metrics)
     images = corpus.images(config.query_split, [row["query"] for row in metrics["gallery"]])
@@ -341,7 +350,7 @@ def _write(config: EvaluateConfig, plan: str, corpus: Corpus, model: Model, metr
     files.append(artifact.write_file(store, "metrics.json", canonical(metrics)))
     parents = {"model": metrics["protocol"]["model"], "corpus": metrics["protocol"]["corpus"]}
     settings = json.loads(config.model_dump_json(exclude={"pool"}))
-    artifact.publish(
+    return artifact.publish(
         store,
         Manifest(
             kind="evaluation", project_version=__version__, config=settings, parents=parents, files=tuple(files),

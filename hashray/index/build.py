@@ -19,7 +19,6 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 import tyro
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
@@ -29,8 +28,10 @@ from hashray.artifact import FileRecord, Manifest, canonical, read_table, sha256
 from hashray.codes import Codes
 from hashray.config import Config
 from hashray.data.columns import code_matrix
-from hashray.engine.session import WorkersConfig, connect, require_room, unwrap
-from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputError
+from hashray.engine.session import WorkersConfig
+from hashray.engine.stage import require_free, run_stage
+from hashray.engine.tasks import run_tasks
+from hashray.errors import AuditError, CorruptArtifact, InputError
 from hashray.index import shard
 from hashray.index.shard import NPROBE, SAMPLE_PER_LIST, Kind, WrittenShard
 from hashray.progress import Bar, say
@@ -38,6 +39,7 @@ from hashray.storage import Store, check_conditional_put, join, open_store
 
 ROWS_PER_SHARD = 5_000_000  # Flat answers 5M rows of 64 bits in some 4 ms; IVF pays above that
 SAMPLE_ROWS = 1 << 18
+SHORT_ROWS = 1_000_000  # 8 MB of 64-bit codes: built here in less time than Ray takes to start
 SAMPLE_PER_SHARD = 256  # the rows of two shards then differ by some 10 %
 
 RecordT = TypeVar("RecordT", FileRecord, WrittenShard)
@@ -77,39 +79,25 @@ def build_index(config: IndexConfig) -> Manifest:
         raise InputError(f"{config.codes} holds no codes: there is nothing to build an index of")
     settings = config.model_dump(mode="json", exclude={"codes", "out", "pool"})
     plan = sha256_hex(canonical({"codes": codes.id, "config": settings, "format": artifact.FORMAT_VERSION}))[:16]
-    if artifact.is_finished(store, version_key(1)):
-        return _finished(config, store, plan)
-    check_conditional_put(store)
-    connect()
-    num_shards = min(rows, config.shards or -(-rows // ROWS_PER_SHARD))
-    nlist = 0 if config.kind == "flat" else config.nlist or shard.default_nlist(rows // num_shards)
-    done, quantizer = _Job(source, store, parts, int(codes.info["num_bits"]), config, plan).run(num_shards, nlist)
-    found = sum(part.info.rows for part in done)
-    if found != rows:
-        raise AuditError(f"{config.codes} holds {rows:,} rows, the shards {found:,}; nothing was published")
-    nprobe = min(config.nprobe or NPROBE, nlist) or None
-    info = {"plan": plan, "nlist": nlist or None, "nprobe": nprobe}
-    manifest = shard.index_manifest(codes, done, config.kind, settings, quantizer, info)
-    try:
+
+    def work() -> Manifest:
+        check_conditional_put(store)
+        num_shards = min(rows, config.shards or -(-rows // ROWS_PER_SHARD))
+        nlist = 0 if config.kind == "flat" else config.nlist or shard.default_nlist(rows // num_shards)
+        build = _Build(source, store, parts, int(codes.info["num_bits"]), config, plan)
+        shards, quantizer = build.run(num_shards, nlist)
+        count = sum(part.info.rows for part in shards)
+        if count != rows:
+            raise AuditError(f"{config.codes} holds {rows:,} rows, the shards {count:,}; nothing was published")
+        info = {"plan": plan, "nlist": nlist or None, "nprobe": min(config.nprobe or NPROBE, nlist) or None}
+        require_free(store, plan, key=version_key(1))
+        manifest = shard.index_manifest(codes, shards, config.kind, settings, quantizer, info)
         artifact.publish(store, manifest, version_key(1))
-    except AlreadyExists:
-        return _finished(config, store, plan)
-    store.clear(f"progress/{plan}/")
-    say(f"{config.out}: {rows:,} rows in {len(done)} {config.kind} shards, version 1")
-    return manifest
-
-
-def _finished(config: IndexConfig, store: Store, plan: str) -> Manifest:
-    there = artifact.load_manifest(store, "index", version_key(1))
-    if there.info.get("plan") == plan:
         store.clear(f"progress/{plan}/")
-        say(f"{config.out} is finished already: {there.rows_out:,} rows")
-        return there
-    raise AlreadyExists(
-        f"{join(store.url, version_key(1))}: another build published version 1 of this index first: "
-        f"{there.rows_out:,} rows, {there.info['kind']}, of codes {there.parents.get('codes', '')[:12]} "
-        f"(id {there.id[:12]}). It was left as it is: use it, or choose another --out"
-    )
+        say(f"{config.out}: {rows:,} rows in {len(shards)} {config.kind} shards, version 1")
+        return manifest
+
+    return run_stage(store, "index", plan, work, key=version_key(1))
 
 
 @dataclass(frozen=True)
@@ -122,7 +110,7 @@ class _Survey:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Build:
     """One build: what its tasks need, and where the records of finished work are."""
 
     source: Store
@@ -160,7 +148,7 @@ class _Job:
         jobs = [(self.source, part, width, mine[n] - starts[n]) for n, part in enumerate(self.parts)]
         parts: dict[int, Any] = {}
         with Bar("read ids", len(jobs), "parts") as bar:
-            for number, found in self._tasks(_survey_part, dict(enumerate(jobs))):
+            for number, found in self._calls(_survey_part, dict(enumerate(jobs))):
                 parts[number] = found
                 bar.add(1)
         order = range(len(jobs))
@@ -172,7 +160,7 @@ class _Job:
     def _train(self, codes: Codes, nlist: int) -> FileRecord:
         rng = np.random.default_rng(self.config.seed)
         sample = codes[np.sort(rng.choice(len(codes), min(len(codes), SAMPLE_PER_LIST * nlist), replace=False))]
-        ((_, trained),) = self._tasks(_train, {0: (sample, nlist, self.config.seed)})
+        ((_, trained),) = self._calls(_train, {0: (sample, nlist, self.config.seed)})
         record = artifact.write_file(self.store, f"quantizers/{sha256_hex(trained)}.faiss", trained)
         self.store.write(self._key("quantizer"), record.model_dump_json().encode())
         return record
@@ -181,36 +169,20 @@ class _Job:
         self, survey: _Survey, num_shards: int, done: Mapping[int, Any], quantizer: FileRecord | None
     ) -> Iterator[tuple[int, WrittenShard]]:
         bounds = [None, *(survey.ids[len(survey.ids) * n // num_shards].as_py() for n in range(1, num_shards)), None]
-        trained = ray.put(artifact.read_file(self.store, quantizer) if quantizer else None)
+        trained = artifact.read_file(self.store, quantizer) if quantizer else None
         jobs = {}
         for number in range(num_shards):
             low, high = bounds[number], bounds[number + 1]
             parts = [part for part, (first, last) in zip(self.parts, survey.ranges, strict=True)
                      if (low is None or last >= low) and (high is None or first < high)]  # fmt: skip
             key = self._key(_name(number, quantizer))
-            jobs[number] = (self.source, self.store, parts, (low, high), self.num_bits, self.config.kind, trained, key)
-        for number, text in self._tasks(_build_shard, {n: job for n, job in jobs.items() if n not in done}):
+            jobs[number] = (self.source, self.store, parts, (low, high), self.num_bits, self.config.kind, key)
+        for number, text in self._calls(_build_shard, {n: job for n, job in jobs.items() if n not in done}, trained):
             yield number, WrittenShard.model_validate_json(text)
 
-    def _tasks(self, function: Any, jobs: Mapping[int, tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Run a task for every job, as many at a time as the pool has workers; yield (key, result) as they end."""
-        pool = self.config.pool
-        require_room(pool.cpus_per_worker, pool.gpus_per_worker)
-        task = function.options(num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker)
-        waiting, limit = list(jobs), pool.most()
-        running: dict[Any, int] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < limit:
-                    number = waiting.pop(0)
-                    running[task.remote(*jobs[number])] = number
-                (ready,), _ = ray.wait(list(running), num_returns=1)
-                result = ray.get(ready)
-                yield running.pop(ready), result
-        except ray.exceptions.RayError as error:
-            # The others run to their end, and the rerun finds what they wrote. Not ray.cancel: on 2.60, cancelling a
-            # task at the moment it ends kills the driver ("Tried to complete task that was not pending").
-            raise unwrap(error) from error
+    def _calls(self, function: Any, jobs: Mapping[int, tuple[Any, ...]], *shared: Any) -> Iterator[tuple[int, Any]]:
+        rows = sum(part.rows or 0 for part in self.parts)
+        return run_tasks(function, jobs, self.config.pool, rows <= SHORT_ROWS, shared)
 
     def _read(self, name: str, model: type[RecordT]) -> RecordT | None:
         try:
@@ -237,7 +209,6 @@ def _ids(table: pa.Table, where: str) -> pa.ChunkedArray:
     return ids.cast(pa.large_string())
 
 
-@ray.remote
 def _survey_part(
     source: Store, part: FileRecord, num_bits: int | None, picks: NDArray[np.int64]
 ) -> tuple[tuple[str, str], pa.Array, Codes]:
@@ -252,12 +223,10 @@ def _survey_part(
     return ends_text, shard.one_array(ids.take(pa.array(picks))), codes
 
 
-@ray.remote
 def _train(sample: Codes, nlist: int, seed: int) -> bytes:
     return shard.train_quantizer(sample, nlist, seed)
 
 
-@ray.remote
 def _build_shard(
     source: Store,
     store: Store,
@@ -265,8 +234,8 @@ def _build_shard(
     bounds: tuple[str | None, str | None],
     num_bits: int,
     kind: str,
-    quantizer: bytes | None,
     record_key: str,
+    quantizer: bytes | None,
 ) -> str:
     """Build the shard of the ids from the lower bound up to, not including, the upper; write it, then its record."""
     low, high = bounds

@@ -221,6 +221,11 @@ class Method(nn.Module, ABC):
         """Whether this method, with these settings, learns class scores."""
         return cls.class_scores is not Method.class_scores
 
+    @classmethod
+    def learns_from_labels(cls, config: Any) -> bool:
+        """Whether labels teach this method anything, with these settings."""
+        return True
+
     def class_codes(self) -> Codes | None:
         """The codeword of each class, packed uint8 [c, num_bits // 8]; None for a method without codewords."""
         return None

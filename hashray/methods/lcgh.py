@@ -224,6 +224,10 @@ class LCGH(Method):
         """Labels alone train the codewords."""
         return config.label_weight > 0
 
+    @classmethod
+    def learns_from_labels(cls, config: LCGHConfig) -> bool:
+        return config.label_weight > 0
+
     def class_scores(self, inputs: Tensor) -> Tensor:
         """Inner products of the bits that see the labels with the codewords.
 

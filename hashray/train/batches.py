@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -50,11 +50,6 @@ class EpochPlan:
     batch_size: int
     window_rows: int
     seed: int
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> EpochPlan:
-        """The plan whose `asdict` went through JSON."""
-        return EpochPlan(**{**data, "part_rows": tuple(data["part_rows"])})
 
     @property
     def rows(self) -> int:

@@ -136,7 +136,10 @@ class TrainConfig(Config):
     features: str | None = Field(None, description="frozen trunk: where cached features go; unset: inside the corpus")
     workers: int = Field(1, ge=1, description="processes that share each global batch")
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs of each, and its torch's threads")
-    gpu: bool = Field(False, description="one GPU a worker")
+    gpu: bool = Field(False, description="One GPU for each worker")
+    ray: Literal["auto", "always", "never"] = Field(
+        "auto", description="Whether workers are Ray's; auto: a short training of one worker runs in this process"
+    )
     max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint after a lost worker")
     max_bad: float = Field(0.05, ge=0, le=1, description="frozen trunk: share of rows that may be quarantined")
     tensorboard: bool = Field(True, description="curves beside the checkpoints, for TensorBoard")
@@ -200,7 +203,7 @@ class TrainConfig(Config):
 
     def result_of(self) -> dict[str, Any]:
         """The part of the config that the trained weights depend on."""
-        places = {"corpus", "out", "features", "workers", "cpus_per_worker", "gpu", "max_failures", "max_bad"}
+        places = {"corpus", "out", "features", "workers", "cpus_per_worker", "gpu", "ray", "max_failures", "max_bad"}
         places |= {"init", "pseudo_labels"}  # by what they hold, not by where they are
         pace = {"checkpoint_every", "checkpoint_steps", "memory_limit_mib", "tensorboard", "input"}
         return self.model_dump(mode="json", exclude=places | pace | (set() if self.changes else {"changes"}))

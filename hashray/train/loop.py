@@ -9,6 +9,7 @@ resumed run draws what an unbroken one draws.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, final
@@ -25,6 +26,7 @@ from hashray.train.batches import Slice, SliceSource
 from hashray.train.checkpoint import Checkpoint, Position, save_checkpoint
 from hashray.train.config import OptimConfig, TrainConfig
 
+PROGRESS_S = 0.5
 NO_MASS = 1e-12  # of a term that no row of a step has
 # Given the metrics of an epoch and, when a checkpoint is due, a function that writes it into a folder.
 Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
@@ -143,6 +145,7 @@ class Loop:
         self.best: dict[str, Tensor] | None = None
         self.average: dict[str, Tensor] | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self.reported_s = 0.0
         method.trunk.amp = config.precision == "bf16"
 
     def run(self, checkpoint: Checkpoint | None = None, until: int | None = None) -> dict[str, Tensor]:
@@ -210,6 +213,7 @@ class Loop:
             for name, value in self._step(phase, wrapped, piece, rate).items():
                 sums[name] = sums.get(name, 0.0) + value
             position.step += 1
+            self._progress(number, position.step, plan.steps)
             due = self.config.checkpoint_steps
             if due and position.step % due == 0 and position.step < plan.steps:
                 position.notes["sums"] = sums
@@ -229,6 +233,13 @@ class Loop:
             line["validation_map"] = self._select(place)
         position.notes.setdefault("history", []).append(line)
         self._report(line, save=last or self._reached(until) or position.epoch % self.config.checkpoint_every == 0)
+
+    def _progress(self, number: int, step: int, steps: int) -> None:
+        """Report where an epoch is, at most twice a second, on the first worker."""
+        now = time.monotonic()
+        if self.workers.rank == 0 and step < steps and now - self.reported_s >= PROGRESS_S:
+            self.reported_s = now
+            self.report({"event": "progress", "epoch": number + 1, "step": step}, None)
 
     def _in_step(self, slices: Iterator[Slice]) -> Iterator[Slice]:
         for piece in slices:

@@ -1,66 +1,91 @@
-"""[Ray] What each training worker does: builds the method and its data, runs train/loop.py, reports."""
+"""[Ray] A training by Ray Train: what each worker runs, and the driver's side of it.
+
+Only lost workers are retried, from the last checkpoint, and each retry is said with its reason. An error that would
+come again ends the training at once: the worker reports it, and the driver stops the worker group.
+"""
 
 from __future__ import annotations
 
 import json
-import statistics
+import os
+import queue
 import tempfile
+import threading
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train as rt
 import torch
-from numpy.typing import NDArray
-from ray.train.torch import get_device
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.train.torch import TorchTrainer, get_device
 
-from hashray.codes import binarize
+from hashray import errors
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.methods import build_method
-from hashray.methods.backbone import build_trunk
-from hashray.methods.base import LabelTable, Method
-from hashray.metrics import mean_average_precision
-from hashray.model import load_model
+from hashray.engine.reports import Reports, listening
+from hashray.engine.session import connect, memory_environment, quicken_on_one_machine, require_room, unwrap
+from hashray.errors import HashrayError, RunError
 from hashray.storage import join, open_store
-from hashray.train.batches import EpochPlan, MemorySlices, SliceSource, held_out
-from hashray.train.checkpoint import Position, load_checkpoint, read_checkpoint
+from hashray.storage.s3 import arrow_filesystem
+from hashray.train.assembly import build_loop
+from hashray.train.checkpoint import Checkpoint, Position, load_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.loop import Loop, Report
-from hashray.train.selection import Selection
-from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec
+from hashray.train.job import TrainJob, total_epochs
+from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec, scan_dataset, training_dataset
+from hashray.train.watch import Watch
 
-VALIDATION_DATABASE = 5000
-PSEUDO_SPLITS = ("query-pseudo", "database-pseudo")
-ENCODE_ROWS = 256
-
-
-@ray.remote
-class MetricsQueue:
-    """Where the first worker leaves lines for the driver's bar."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-
-    def put(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-
-    def take(self) -> list[dict[str, Any]]:
-        taken, self.lines = self.lines, []
-        return taken
+GROUP_END_S = 30
+PEER_DIED = ("gloo", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL")
 
 
-def run_worker(job: dict[str, Any]) -> None:
-    """The train function of every worker. `job` is JSON-able but for the board."""
-    context = rt.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+def run_worker(options: dict[str, Any]) -> None:
+    """The train function of every worker: Ray Train hands it {"job": TrainJob, "reports": the queue}."""
+    job: TrainJob = options["job"]
+    rank, world = rt.get_context().get_world_rank(), rt.get_context().get_world_size()
+    reports = options["reports"]
+    try:
+        _run(job, reports, rank, world)
+    except Exception as error:
+        if ray.get(reports.has_failed.remote()):  # the failed worker has left, and this one only misses it
+            return
+        plain = unwrap(error)
+        if is_of_lost_worker(error, world):
+            raise
+        name = type(plain).__name__ if isinstance(plain, HashrayError) else RunError.__name__
+        line = {"failed": _text_of(plain), "name": name, "trace": traceback.format_exc()}
+        ray.get(reports.put.remote(line))
+        # Not raised, or Ray Train would start the group again for the same error. The others see the group break.
+        if world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def is_of_lost_worker(error: BaseException, world: int) -> bool:
+    """Whether an error only says that another process died, so that the same work may succeed when it is run again."""
+    if isinstance(unwrap(error), HashrayError) or isinstance(error, RayTaskError):
+        return False
+    if isinstance(error, RayError | torch.distributed.DistError):
+        return True
+    # Gloo reports a peer that died as a plain RuntimeError.
+    return world > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_DIED)
+
+
+def _text_of(error: BaseException) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return str(cause) if isinstance(cause, HashrayError) else f"{type(cause).__name__}: {cause}"
+
+
+def _run(job: TrainJob, reports: Any, rank: int, world: int) -> None:
     device = get_device()
     assert isinstance(device, torch.device)
-    shards = None if job["memory"] else (rt.get_dataset_shard("train"), rt.get_dataset_shard("scan"))
 
     def report(metrics: dict[str, Any], write: Any) -> None:
         if rank == 0:
-            job["board"].put.remote(metrics)
+            reports.put.remote(metrics)
+        if metrics["event"] == "progress":
+            return
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if rank == 0 and write is not None:
@@ -68,129 +93,147 @@ def run_worker(job: dict[str, Any]) -> None:
                 checkpoint = rt.Checkpoint.from_directory(folder)
             rt.report(metrics, checkpoint=checkpoint)
 
-    loop = build_loop(job, rank, world, device, report, shards)
-    checkpoint, found = None, rt.get_checkpoint()
-    if found is not None:
-        with found.as_directory() as folder:
+    shards = None if job.in_memory else (rt.get_dataset_shard("train"), rt.get_dataset_shard("scan"))
+
+    def stream(data: Corpus) -> StreamSlices:
+        assert shards is not None
+        return StreamSlices(stream_spec(job, data), *shards, job.num_classes)
+
+    loop = build_loop(job, rank, world, device, report, None if job.in_memory else stream)
+    checkpoint, latest = None, rt.get_checkpoint()
+    if latest is not None:
+        with latest.as_directory() as folder:
             checkpoint = load_checkpoint(Path(folder))
-    elif job.get("start"):
-        checkpoint = read_checkpoint(job["start"])
-    if rank == 0 and not job["memory"]:
-        # Where this group begins, before it asks for data: a checkpoint that was written but that Ray had not
-        # registered when the run was killed is not the one a rerun starts from.
-        at = Position() if checkpoint is None else checkpoint.position
-        position = json.dumps({"epoch": at.epochs_done(loop.phases), "step": at.step}).encode()
-        open_store(join(job["checkpoints"], job["run"])).write(POSITION_FILE, position)
-    loop.run(checkpoint, job.get("until"))
+    elif job.start:
+        checkpoint = read_checkpoint(job.start)
+    at = Position() if checkpoint is None else checkpoint.position
+    if rank == 0:
+        reports.put.remote({"event": "start", "epoch": at.epochs_done(loop.phases), "step": at.step, "world": world})
+        if not job.in_memory:
+            # Where this group begins, before it asks for data: a checkpoint that was written but that Ray had not
+            # registered when the run was killed is not the one a rerun starts from.
+            position = json.dumps({"epoch": at.epochs_done(loop.phases), "step": at.step}).encode()
+            open_store(join(job.checkpoints, job.run)).write(POSITION_FILE, position)
+    loop.run(checkpoint, job.until)
 
 
-def build_loop(
-    job: dict[str, Any], rank: int, world: int, device: torch.device, report: Report, shards: tuple[Any, Any] | None
-) -> Loop:
-    """One worker's side of a job: the method, its rows from memory or from `shards`, its validation."""
-    config = TrainConfig.model_validate(job["config"])
-    torch.manual_seed(config.seed)  # the same initial weights on every worker
-    trunk = build_trunk(config.backbone)
-    method = build_method(config.method, trunk, job["num_classes"])
-    if config.init is not None:
-        method.load_state_dict(load_model(config.init, device="cpu").method.state_dict())
-    method = method.to(device)
-    if device.type == "cuda" and world > 1:
-        # The trunk alone: LabNet is trained by the first worker, whose norms would wait for the others for ever.
-        method.trunk = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method.trunk)
-    table = LabelTable(torch.tensor(job["rows"], dtype=torch.uint8), torch.tensor(job["counts"]))
-    plan = EpochPlan.from_json(job["plan"])
-    data, selection = open_corpus(job["source"], None), selection_of(config, job)
-    source: SliceSource
-    if shards is None:
-        source = MemorySlices(plan, *training_rows(data, selection, config), config.augment, rank, world)
-    else:
-        source = StreamSlices(stream_spec(job, config, plan), *shards, job["num_classes"])
-    validation = _Validation(data, job, config) if job["validation"] or job["validation_given"] else None
-    if validation is not None and rank == 0:
-        validation.load()
-    return Loop(method, config, table, source, report, validation, device)
-
-
-class _Validation:
-    """mAP of the held-out (or given) validation rows against a draw of the other train rows.
-
-    With `select_by` harmonic: the harmonic mean of that and of the mAP within the pseudo-unseen classes.
-    """
-
-    def __init__(self, data: Corpus, job: dict[str, Any], config: TrainConfig) -> None:
-        self.data, self.config = data, config
-        self.given, self.held = bool(job["validation_given"]), set(job["validation"])
-
-    def load(self) -> None:
-        """Read both sides; on the worker that validates."""
-        split = "validation" if self.given else "train"
-        query = load_rows(self.data, None if self.given else self.held, self.config, split)
-        # Drawn, not the first: rows of a Parquet or tar source may stand class by class.
-        others = sorted({*self.data.rows("train").ids} - self.held)
-        drawn = held_out(others, VALIDATION_DATABASE, self.config.seed)
-        self.sides = [(query, load_rows(self.data, drawn, self.config, "train"))]
-        if self.config.select_by == "harmonic":
-            queries, database = (load_rows(self.data, None, self.config, name) for name in PSEUDO_SPLITS)
-            self.sides.append((queries, database))
-
-    def __call__(self, method: Method) -> float:
-        found = [
-            mean_average_precision(_codes(method, query), query_labels, _codes(method, database), database_labels)
-            for (query, query_labels), (database, database_labels) in self.sides
-        ]
-        return statistics.harmonic_mean(found)
-
-
-def selection_of(config: TrainConfig, job: dict[str, Any]) -> Selection:
-    """The training rows of a job."""
-    return Selection(frozenset(job["validation"]), config.pseudo_labels, config.unlabelled)
-
-
-def stream_spec(job: dict[str, Any], config: TrainConfig, plan: EpochPlan) -> StreamSpec:
+def stream_spec(job: TrainJob, data: Corpus) -> StreamSpec:
     """What the tasks of a job's stream need to know."""
-    parts = [record.name for record in open_corpus(job["source"], None).parts]
+    config, parts = job.config, [record.name for record in data.parts]
     return StreamSpec(
-        job["source"], plan, parts, selection_of(config, job), config.backbone.image_size, config.backbone.resize,
-        config.augment, config.workers, join(job["checkpoints"], job["run"]),
+        job.source, job.plan, parts, job.selection, config.backbone.image_size, config.backbone.resize,
+        config.augment, config.workers, join(job.checkpoints, job.run),
     )  # fmt: skip
 
 
-def training_rows(
-    data: Corpus, selection: Selection, config: TrainConfig
-) -> tuple[NDArray[Any], NDArray[np.int8], list[str]]:
-    """(inputs, labels, ids) of the training rows, in corpus order."""
-    pieces = []
-    for record in data.parts:
-        table = selection.take(data.read_part(record))
-        if len(table):
-            inputs = data.inputs(table, config.backbone.image_size, config.backbone.resize)
-            pieces.append((inputs, selection.labels(data, table), table.column("id").to_pylist()))
-    ids = [row_id for _, _, own in pieces for row_id in own]
-    return np.concatenate([inputs for inputs, _, _ in pieces]), np.concatenate([labels for _, labels, _ in pieces]), ids
+def environment_of(config: TrainConfig) -> dict[str, Any]:
+    """The Ray runtime environment of a training's workers."""
+    return {} if config.gpu or config.backbone.frozen else {"env_vars": memory_environment()}
 
 
-def load_rows(
-    data: Corpus, chosen: set[str] | None, config: TrainConfig, split: str
-) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """(inputs, labels) of the rows of a split that are `chosen`, all if None, in corpus order."""
-    inputs: list[NDArray[Any]] = []
-    labels: list[NDArray[np.uint8]] = []
-    for record in data.parts:
-        if not data.count_part(record, split):
-            continue
-        table = data.read_part(record, split)
-        if chosen is not None:
-            table = table.filter(np.array([i in chosen for i in table.column("id").to_pylist()], dtype=bool))
-        inputs.append(data.inputs(table, config.backbone.image_size, config.backbone.resize))
-        labels.append(data.label_matrix(table))
-    return np.concatenate(inputs), np.concatenate(labels)
+def fit_on_ray(job: TrainJob) -> Checkpoint:
+    """Run a job on Ray Train, with its checkpoints in `job.checkpoints`; return the last one.
+
+    Raises:
+        HashrayError: what a worker raised, as it raised it. RunError: any other error of a worker, or too many losses.
+    """
+    config = job.config
+    with Watch(job) as watch:
+        watch.bar.waiting("workers to start")
+        connect()
+        require_room(config.cpus_per_worker, float(config.gpu), config.workers)
+        quicken_on_one_machine()
+        reports = Reports.remote()  # type: ignore[attr-defined]
+        failure: queue.SimpleQueue[HashrayError | None] = queue.SimpleQueue()
+
+        def hear(line: dict[str, Any]) -> None:
+            if "failed" in line:
+                failure.put(_error_of(line))
+            else:
+                watch.hear(line)
+
+        with listening(reports, hear, watch.bar.tick):
+            result = _until_done(_trainer(job, reports), failure)
+    if result.error is not None:
+        raise unwrap(result.error) from result.error
+    if result.checkpoint is None:
+        raise RunError(f"the training run {job.run} ended without a checkpoint; delete {job.checkpoints}")
+    with result.checkpoint.as_directory() as folder:
+        return load_checkpoint(Path(folder))
 
 
-def _codes(method: Method, inputs: NDArray[Any]) -> NDArray[np.uint8]:
-    device = method.trunk.mean.device
-    chunks = [
-        binarize(method.encode(torch.as_tensor(inputs[i : i + ENCODE_ROWS], device=device)))
-        for i in range(0, len(inputs), ENCODE_ROWS)
-    ]
-    return np.concatenate(chunks)
+def _error_of(line: Mapping[str, Any]) -> HashrayError:
+    error: HashrayError = getattr(errors, line["name"])(line["failed"])
+    error.add_note(line["trace"])
+    return error
+
+
+def _until_done(trainer: TorchTrainer, failure: queue.SimpleQueue[HashrayError | None]) -> Any:
+    """Fit in a thread of its own, so that Ctrl-C and a failure that would come again reach this one at once.
+
+    In the main thread Ray Train answers Ctrl-C itself: it waits for its controller, a minute at times, and exits 1.
+    """
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:  # raised again below
+            outcome["error"] = error
+        failure.put(None)
+
+    threading.Thread(target=fit, name="hashray-fit", daemon=True).start()
+    error = failure.get()
+    if error is not None:
+        with suppress(queue.Empty):
+            failure.get(timeout=GROUP_END_S)  # the group ends by itself; where it hangs, the process's end ends it
+        raise error
+    if "error" in outcome:
+        plain = unwrap(outcome["error"])
+        if isinstance(plain, HashrayError):
+            raise plain from outcome["error"]
+        lost = isinstance(plain, RayActorError) or getattr(plain, "worker_failures", None)
+        why = f"{type(plain).__name__}: {str(plain).strip().partition(os.linesep)[0]}"
+        raise RunError(
+            f"the training lost its workers once too often ({why}). Run the same command again to go on"
+            if lost else f"the training ended with {why}"
+        ) from outcome["error"]  # fmt: skip
+    return outcome["result"]
+
+
+class _Retries(rt.UserCallback):
+    """Tells the driver, from Ray Train's controller, why workers were lost."""
+
+    def __init__(self, reports: Any) -> None:
+        self.reports = reports
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        for rank, error in sorted(worker_exceptions.items()):
+            self.reports.put.remote({"lost": _text_of(unwrap(error)), "rank": rank})
+
+
+def _trainer(job: TrainJob, reports: Any) -> TorchTrainer:
+    config = job.config
+    datasets: dict[str, Any] = {}
+    if not job.in_memory:
+        spec = stream_spec(job, open_corpus(job.source, None))
+        epochs = total_epochs(config, job.num_classes)
+        datasets = {"train": training_dataset(spec, epochs), "scan": scan_dataset(spec)}
+    filesystem, path = arrow_filesystem(open_store(job.checkpoints))
+    return TorchTrainer(
+        run_worker,
+        train_loop_config={"job": job, "reports": reports},
+        scaling_config=rt.ScalingConfig(
+            num_workers=config.workers, use_gpu=config.gpu, resources_per_worker={"CPU": config.cpus_per_worker}
+            | ({"GPU": 1} if config.gpu else {}),
+        ),
+        run_config=rt.RunConfig(
+            name=job.run, storage_path=path, storage_filesystem=filesystem,
+            failure_config=rt.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=rt.CheckpointConfig(num_to_keep=2),
+            callbacks=[_Retries(reports)],  # type: ignore[list-item]  # its v2 type
+            worker_runtime_env=environment_of(config),  # type: ignore[call-arg]  # Ray Train has had it since its version 2
+        ),
+        datasets=datasets,
+        dataset_config=rt.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+    )  # fmt: skip

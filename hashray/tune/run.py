@@ -17,16 +17,17 @@ from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical, sha256_hex, table_bytes
 from hashray.config import require_path
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.engine.parts import already_made, require_free
 from hashray.engine.session import connect
+from hashray.engine.stage import require_free, run_stage
 from hashray.errors import Diverged, RunError
 from hashray.evaluate.environment import environment
 from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.progress import say
 from hashray.report.figures import png
 from hashray.storage import Store, join, open_store
+from hashray.train.job import require_validation, run_of
 from hashray.train.rounds import train_model
-from hashray.train.run import pool_of, require_validation, run_of, with_absolute_paths
+from hashray.train.run import open_init, pool_of, with_absolute_paths
 from hashray.tune.leaderboard import Trial, best_toml, epochs_table, importance, leaderboard, ranked
 from hashray.tune.page import draw, sweep_page
 from hashray.tune.search import search
@@ -54,12 +55,15 @@ def tune(config: SweepConfig) -> Manifest:
     asked: dict[str, Any] = {
         "base": base, "space": {n: d.model_dump(mode="json") for n, d in config.space.items()},
         "search": config.search.model_dump(mode="json"), "corpus": corpus.manifest.id,
-        "start": run_of(config.base, corpus)[0],
+        "start": run_of(config.base, corpus, open_init(config.base))[0],
     }  # fmt: skip
     plan = sha256_hex(canonical(asked))[:16]
-    made = already_made(store, "sweep", plan)
-    if made is not None:
-        return made
+    return run_stage(store, "sweep", plan, lambda: _tune(config, corpus, store, asked, plan))
+
+
+def _tune(config: SweepConfig, corpus: Corpus, store: Store, asked: dict[str, Any], plan: str) -> Manifest:
+    """Search, train the winner and the default anew, publish what came of it."""
+    out = store.url
     # By this the folders of trials, models and evaluations are named: of the report seeds no trial knows.
     searched = asked | {"search": config.search.model_dump(mode="json", exclude={"report_seeds"})}
     of_search = sha256_hex(canonical(searched))[:16]

@@ -30,7 +30,8 @@ from hashray.engine.session import WorkersConfig, require_room
 from hashray.errors import ConfigError, HashrayError, RunError
 from hashray.storage import Store, join, open_store
 from hashray.train.checkpoint import TENSORS
-from hashray.train.run import plan_job, require_one_network, total_epochs, training_data
+from hashray.train.job import plan_job, require_labels, require_one_network, total_epochs
+from hashray.train.run import open_init, training_data
 from hashray.tune.leaderboard import Trial
 from hashray.tune.live import Watch
 from hashray.tune.population import Population, first_members
@@ -95,7 +96,8 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[li
         _require_exchanges(config, most, corpus.num_classes)
     if grace_epochs(config.search, most) > most:
         raise ConfigError(f"search.grace_epochs = {config.search.grace_epochs}, and a trial has {most} epochs at most")
-    source = training_data(config.base, corpus)
+    require_labels(config.base, corpus)
+    source = training_data(config.base, corpus, open_init(config.base))
     store, trials_at = open_store(out), join(out, "trials", plan)
     own = open_store(trials_at)
     sweep = {"config": config.model_dump(mode="json", exclude_unset=True), "corpus": corpus.store.url,
@@ -233,7 +235,7 @@ def _at_once(config: SweepConfig, corpus: Corpus, source: Corpus, store: Store, 
     key = f"progress/at-once-{plan}.json"
     require_room(config.cpus_per_worker, float(config.gpu), config.workers)
     # A stream needs a CPU of its own beside the workers that it feeds, or both wait for ever.
-    streams = any(not plan_job(config.at(point), corpus, source)["memory"] for point in config.corners())
+    streams = any(not plan_job(config.at(point), source).in_memory for point in config.corners())
     pool = WorkersConfig(
         cpus_per_worker=config.cpus_per_worker * config.workers + streams,
         gpus_per_worker=float(config.gpu) * config.workers,

@@ -11,25 +11,19 @@ ray#30838.)
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import ray
-import torch
 
 from hashray.artifact import canonical
-from hashray.errors import CorruptArtifact
-from hashray.progress import say
 from hashray.storage import join, open_store
-from hashray.train.checkpoint import STATE, TENSORS, Checkpoint, Position, keep_checkpoint, read_checkpoint
-from hashray.train.config import TrainConfig
+from hashray.train.checkpoint import STATE, TENSORS, Position
+from hashray.train.job import TrainJob
+from hashray.train.local import fit_here
 from hashray.train.run import fit_until
-from hashray.train.worker import build_loop
 
 SECONDS = "seconds.json"  # of a trial: what its segments took
 
@@ -78,45 +72,23 @@ def _seconds_counted(segment: Segment) -> Iterator[None]:
         store.write(SECONDS, canonical(earlier + time.monotonic() - begin))
 
 
-def train_here(job: dict[str, Any], segment: Segment) -> None:
+def train_here(job: TrainJob, segment: Segment) -> None:
     """Train a segment in this process, from the state before it or from where it was interrupted.
 
     Raises:
         Diverged: the loss is not finite.
     """
-    config = TrainConfig.model_validate(job["config"])
-    if not config.gpu:
-        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-    partial = f"{segment.end}-partial"
-
-    def report(metrics: dict[str, Any], write: Any) -> None:
-        if write is not None:
-            last = metrics["event"] == "epoch" and metrics["epoch"] == segment.until
-            with tempfile.TemporaryDirectory() as folder:
-                write(Path(folder))
-                keep_checkpoint(segment.end if last else partial, Path(folder))
-
     with _seconds_counted(segment):
-        loop = build_loop(job, 0, 1, torch.device("cuda" if config.gpu else "cpu"), report, None)
-        loop.run(_before(segment, partial), segment.until)
+        job = replace(job, start=segment.start, until=segment.until)
+        fit_here(job, f"{segment.end}-partial", lambda line: None, segment.end)
 
 
-def _before(segment: Segment, partial: str) -> Checkpoint | None:
-    """The state in which this segment was interrupted, or the one that it begins with; None at the very beginning."""
-    if open_store(partial).exists(STATE):
-        try:
-            return read_checkpoint(partial)
-        except CorruptArtifact:  # of two tries, of which the first was only thought dead
-            say(f"{partial} is of two tries, so the segment begins anew")
-    return None if segment.start is None else read_checkpoint(segment.start)
-
-
-def train_by_ray_train(job: dict[str, Any], segment: Segment) -> None:
+def train_by_ray_train(job: TrainJob, segment: Segment) -> None:
     """Train a segment as a Ray Train run of its own, for several workers or images that are streamed."""
-    # Tries are counted by the sweep, which goes on from the same checkpoints.
-    config = TrainConfig.model_validate(job["config"]).model_copy(update={"max_failures": 0})
+    # The sweep counts attempts, and resumes from the same checkpoints.
+    config = job.config.model_copy(update={"max_failures": 0, "ray": "always"})
     with _seconds_counted(segment):
-        fit_until(config, job, segment.start, segment.until, segment.end)
+        fit_until(replace(job, config=config, start=segment.start, until=segment.until), segment.end)
 
 
 def forget_before(segment: Segment, start_too: bool) -> None:

@@ -34,7 +34,8 @@ KINDS = ("log", "linear", "integer", "choice")
 # A trial's score must mean the same for all of them, and all find the same corpus.
 FIXED = {
     "corpus", "out", "features", "init", "pseudo_labels", "self_training", "changes", "seed", "epochs", "input",
-    "workers", "cpus_per_worker", "gpu", "max_failures", "max_bad", "validation_rows", "validation_every", "select_by",
+    "workers", "cpus_per_worker", "gpu", "ray", "max_failures", "max_bad", "validation_rows", "validation_every",
+    "select_by",
     "checkpoint_every", "checkpoint_steps", "memory_limit_mib", "tensorboard", "unlabelled",
     "backbone.frozen",
 }  # fmt: skip

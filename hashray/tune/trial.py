@@ -23,7 +23,9 @@ from hashray.engine.session import unwrap
 from hashray.errors import HashrayError, RunError
 from hashray.storage import join, open_store
 from hashray.train.config import TrainConfig
-from hashray.train.run import environment_of, plan_job, run_of, total_epochs
+from hashray.train.job import TrainJob, plan_job, run_of, total_epochs
+from hashray.train.run import open_init
+from hashray.train.worker import environment_of
 from hashray.tune.population import WORST
 from hashray.tune.segments import (
     Segment,
@@ -91,7 +93,7 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
         corpus, data = open_corpus(sweep["corpus"]), open_corpus(sweep["source"], None)
         own = total_epochs(chosen, corpus.num_classes)
         trial, current = folder_of(sweep["trials"], point, chosen, corpus), chosen.segments()[-1][1]
-        job = plan_job(current, corpus, data)
+        job = plan_job(current, data)
         origin = donor_of(point)
         if origin is not None and origin[0] >= done:
             done, donor = origin
@@ -130,7 +132,7 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
 
 def folder_of(trials_at: str, point: dict[str, Any], chosen: TrainConfig, corpus: Corpus) -> str:
     """Where a trial's segments are: two trials at one point do not share them."""
-    return join(trials_at, f"{point[NUMBER]:04d}-{run_of(chosen, corpus)[0]}")
+    return join(trials_at, f"{point[NUMBER]:04d}-{run_of(chosen, corpus, open_init(chosen))[0]}")
 
 
 def number_of(key: str) -> int:
@@ -149,7 +151,7 @@ def keep_failure(trial: str, reason: str) -> None:
     open_store(trial).write(FAILED, canonical({"reason": reason}))
 
 
-def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segment: Segment) -> str | None:
+def _train(config: SweepConfig, chosen: TrainConfig, job: TrainJob, segment: Segment) -> str | None:
     """Train a segment; the reason why it could not be, where it has failed once too often."""
     before = failure_of(segment.trial)
     if before is not None:
@@ -157,7 +159,7 @@ def _train(config: SweepConfig, chosen: TrainConfig, job: dict[str, Any], segmen
     reason = ""
     for _ in range(config.search.max_failures + 1):
         try:
-            if chosen.workers > 1 or not job["memory"]:
+            if chosen.workers > 1 or not job.in_memory:
                 train_by_ray_train(job, segment)
             else:
                 # Not inside the trial's own placement group, which holds next to nothing.

@@ -1,0 +1,76 @@
+"""A stage and its artifact: published once, however many runs work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hashray import artifact
+from hashray.artifact import MANIFEST, Manifest
+from hashray.errors import AlreadyExists, HashrayError
+from hashray.progress import say
+from hashray.storage import Store
+
+
+class FinishedElsewhere(HashrayError):
+    """Another run of the same plan published this artifact first. Never leaves this file."""
+
+
+def run_stage(
+    store: Store, kind: str, plan: str, work: Callable[[], Manifest], name: str = "plan", key: str = MANIFEST
+) -> Manifest:
+    """Return the artifact of this plan: the finished one, or what `work` publishes. Rerun = resume.
+
+    Where another run of the same plan publishes it first, that artifact counts, whatever became of this run.
+
+    Args:
+        name: what the manifest's info calls its plan.
+        key: where the manifest stands.
+
+    Raises:
+        MismatchError: what is finished there is of another kind. AlreadyExists: it is another plan's.
+    """
+    manifest = _finished(store, kind, plan, name, key)
+    if manifest is not None:
+        rows = "" if manifest.rows_out is None else f": {manifest.rows_out:,} rows"
+        say(f"{store.url} is finished already{rows}")
+        return manifest
+    try:
+        return work()
+    except Exception as error:
+        manifest = _finished(store, kind, plan, name, key)
+        if manifest is None:
+            raise
+        if not isinstance(error, FinishedElsewhere):
+            say(f"note: this run ended with: {error}")
+        say(f"{store.url}: finished by another run")
+        return manifest
+
+
+def _finished(store: Store, kind: str, plan: str, name: str, key: str) -> Manifest | None:
+    if not artifact.is_finished(store, key):
+        return None
+    manifest = artifact.load_manifest(store, kind, key)
+    _refuse_other(store, manifest, plan, name)
+    for left in ("progress/", "checkpoints/"):  # by a run that was killed between its manifest and its tidying
+        store.clear(left)
+    return manifest
+
+
+def require_free(store: Store, plan: str, name: str = "plan", key: str = MANIFEST) -> None:
+    """Return where nothing is finished yet, before anything is written or published there.
+
+    Raises:
+        AlreadyExists: the finished artifact of another plan is there.
+        FinishedElsewhere: another run of this plan has published it.
+    """
+    if artifact.is_finished(store, key):
+        _refuse_other(store, artifact.load_manifest(store, key=key), plan, name)
+        raise FinishedElsewhere(f"{store.url} is finished")
+
+
+def _refuse_other(store: Store, manifest: Manifest, plan: str, name: str) -> None:
+    if manifest.info.get(name) != plan:
+        raise AlreadyExists(
+            f"{store.url} holds a finished {manifest.kind} ({manifest.id[:12]}) of another input or configuration. "
+            "Nothing was changed there. Choose another --out, or delete the folder to make it again"
+        )

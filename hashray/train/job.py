@@ -1,0 +1,212 @@
+"""What a training is, worked out on the driver from labels and splits alone, before anything starts. No Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hashray import artifact
+from hashray.artifact import canonical, sha256_hex
+from hashray.data.corpus import Corpus
+from hashray.errors import ConfigError, InputError, MismatchError
+from hashray.methods import build_method, known_methods
+from hashray.methods.backbone import build_trunk, weights_identity
+from hashray.methods.base import LabelTable, Method
+from hashray.model import Model
+from hashray.train.batches import EpochPlan, held_out
+from hashray.train.config import TrainConfig
+from hashray.train.selection import Selection
+
+PSEUDO_SPLITS = ("query-pseudo", "database-pseudo")
+SHORT_PIXELS = 400_000_000  # two minutes of a small trunk on one core
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What every worker of a training needs to know. Sent to workers as it is.
+
+    Attributes:
+        config: with absolute paths and a decided precision.
+        source: url of the corpus, or of its cached features.
+        validation: ids of the train rows held out for validation.
+        validation_given: whether the corpus's own validation rows choose the model instead.
+        table: the distinct label rows, [u, c].
+        in_memory: whether each worker holds all training rows; else they are streamed.
+        checkpoints: folder or url of the checkpoints of all runs of this job.
+        run: name of this run below it.
+        start: url of a checkpoint to begin from; None begins with fresh weights.
+        until: epochs after which to stop, counted over all phases; None trains to the end.
+    """
+
+    config: TrainConfig
+    source: str
+    num_classes: int
+    validation: tuple[str, ...]
+    validation_given: bool
+    table: LabelTable
+    plan: EpochPlan
+    in_memory: bool
+    checkpoints: str = ""
+    run: str = ""
+    start: str | None = None
+    until: int | None = None
+
+    @property
+    def selection(self) -> Selection:
+        """The training rows."""
+        return Selection(frozenset(self.validation), self.config.pseudo_labels, self.config.unlabelled)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the training is over before a Ray cluster has paid for its start: one worker and little to compute.
+
+        A step forward and back costs about three times the trunk's forward pass.
+        """
+        side = 1 if self.config.backbone.frozen else self.config.backbone.image_size
+        epochs = total_epochs(self.config, self.num_classes)
+        return self.config.workers == 1 and self.in_memory and 3 * epochs * self.plan.rows * side**2 <= SHORT_PIXELS
+
+
+def require_validation(config: TrainConfig, corpus: Corpus, what: str) -> None:
+    """Refuse a corpus and a config that give no validation rows.
+
+    Raises:
+        InputError: `what` is done by validation rows.
+    """
+    if config.validation(corpus.count("validation"), corpus.count("train")) == (False, 0):
+        raise InputError(f"{what} by validation rows: set validation_rows above 0, and have 5 train rows")
+
+
+def require_labels(config: TrainConfig, corpus: Corpus) -> None:
+    """Refuse a corpus whose labels cannot teach the method, from labels and splits alone.
+
+    Raises:
+        InputError: a train row without a label, fewer than two classes, no unlabelled rows where the config wants
+            them, or no pseudo-unseen classes.
+    """
+    train = corpus.rows("train")
+    without = int((train.labels.sum(1) == 0).sum())
+    if without:
+        raise InputError(
+            f"{without:,} of {len(train.ids):,} train rows have no label, {config.method.kind} needs one for each; "
+            "ingest them again as split unlabelled, or with labels"
+        )
+    method = known_methods()[config.method.kind][1]
+    if method.learns_from_labels(config.method) and len(np.unique(train.labels, axis=0)) < 2:
+        names = [corpus.classes[i] for i in np.flatnonzero(train.labels.any(0))]
+        raise InputError(
+            f"all {len(train.ids):,} train rows of {corpus.store.url} have the same label ({', '.join(names)}). "
+            "One class cannot teach a code what differs: ingest images of two classes or more"
+        )
+    if config.unlabelled and not corpus.count("unlabelled"):
+        raise InputError(f"unlabelled = true, and {corpus.store.url} has no unlabelled rows")
+    if config.select_by == "harmonic":
+        for name in PSEUDO_SPLITS:
+            corpus.require(name, 'select_by = "harmonic" (hashray ingest --pseudo-unseen-classes N)')
+
+
+def plan_job(config: TrainConfig, data: Corpus) -> TrainJob:
+    """Plan the training on a corpus or on its cached features, which `require_labels` has seen.
+
+    Raises:
+        ConfigError: a change gives another network or other phases.
+    """
+    require_one_network(config, data.num_classes)
+    train = data.rows("train")
+    given, wanted = config.validation(data.count("validation"), len(train.ids))
+    validation = held_out(train.ids, wanted, config.seed)
+    selection = Selection(frozenset(validation), config.pseudo_labels, config.unlabelled)
+    counts, labels = [], [np.zeros((0, data.num_classes), dtype=np.int8)]
+    for record in data.parts:
+        table = selection.take(data.part_rows(record, "all"))
+        counts.append(len(table))
+        labels.append(selection.labels(data, table))
+    known = np.concatenate(labels) == 1
+    plan = EpochPlan(tuple(counts), config.batch_size, config.shuffle_window, config.seed)
+    return TrainJob(
+        config=config, source=data.store.url, num_classes=data.num_classes,
+        validation=tuple(sorted(validation)), validation_given=given,
+        table=LabelTable.of(torch.as_tensor(known[known.any(1)].astype(np.uint8))), plan=plan,
+        in_memory=_fits_memory(config, plan.rows),
+    )  # fmt: skip
+
+
+def run_of(config: TrainConfig, corpus: Corpus, init: Model | None) -> tuple[str, dict[str, str]]:
+    """The hash of everything a trained model depends on, and the manifest ids of what it is made from.
+
+    Raises:
+        InputError: the model to start from does not fit. MismatchError: pseudo-labels of another corpus.
+    """
+    parents = {"corpus": corpus.manifest.id}
+    if init is not None:
+        if init.classes != corpus.classes:
+            raise InputError(f"init = {config.init!r} has other classes than the corpus, or in another order")
+        fresh = untrained(config, corpus.num_classes)
+        try:
+            fresh.load_state_dict(init.method.state_dict())
+        except RuntimeError as error:
+            fault = str(error).splitlines()[1].strip()
+            raise InputError(f"init = {config.init!r} is of another method, size or trunk: {fault}") from error
+        parents["init"] = init.manifest.id
+    if config.pseudo_labels is not None:
+        pseudo = artifact.load_manifest(config.pseudo_labels, "pseudo-labels")
+        if pseudo.parents["corpus"] != corpus.manifest.id:
+            raise MismatchError(f"pseudo_labels = {config.pseudo_labels!r} are of another corpus")
+        parents["pseudo-labels"] = pseudo.id
+    settings = config.result_of()
+    settings["backbone"]["weights"] = weights_identity(config.backbone)  # by what they hold, not by where they are
+    return sha256_hex(canonical({"config": settings, "parents": parents}))[:16], parents
+
+
+def _fits_memory(config: TrainConfig, rows: int) -> bool:
+    size_bytes = rows * 3 * config.backbone.image_size**2
+    auto = config.backbone.frozen or size_bytes <= config.memory_limit_mib << 20
+    return config.input == "memory" or (config.input == "auto" and auto)
+
+
+def total_epochs(config: TrainConfig, num_classes: int) -> int:
+    """Passes over the images of a whole training."""
+    return _epochs(untrained(config, num_classes), config)
+
+
+def _epochs(method: Method, config: TrainConfig) -> int:
+    return sum(phase.epochs for phase in method.phases(config.epochs))
+
+
+def untrained(config: TrainConfig, num_classes: int) -> Method:
+    """The config's method with fresh weights; those of the trunk are not read."""
+    return build_method(config.method, build_trunk(config.backbone, load_weights=False), num_classes)
+
+
+def require_one_network(config: TrainConfig, num_classes: int) -> None:
+    """Refuse changes after which the weights so far would not fit.
+
+    Raises:
+        ConfigError: another network, other phases, or a change after the end.
+    """
+    if not config.changes:
+        return
+    first, *later = [untrained(own, num_classes) for _, own in config.segments()]
+    total = _epochs(first, config)
+    for change, method in zip(config.changes, later, strict=True):
+        if change.after >= total:
+            raise ConfigError(f"changes: after = {change.after}, and the training ends after {total} epochs")
+        if not _same_network(first, method, config.epochs):
+            raise ConfigError(
+                f"changes, after {change.after} epochs: {', '.join(change.method)} would give another network or other "
+                "phases; weights and rates can change while a model trains"
+            )
+
+
+def _same_network(first: Method, other: Method, epochs: int) -> bool:
+    """Whether both have the same phases and, from the same weights, the same codes of rows and of classes."""
+    phases = [[(phase.name, phase.round, phase.epochs) for phase in own.phases(epochs)] for own in (first, other)]
+    state, shapes = first.state_dict(), {name: tensor.shape for name, tensor in other.state_dict().items()}
+    if phases[0] != phases[1] or {name: tensor.shape for name, tensor in state.items()} != shapes:
+        return False
+    other.load_state_dict(state)
+    features = torch.randn(8, first.trunk.feature_dim, generator=torch.Generator().manual_seed(0))
+    classes = [own.class_codes() for own in (first, other)]
+    return torch.equal(first.encode(features), other.encode(features)) and np.array_equal(*classes)  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ def main() -> None:
             config = _config(given, frozen, counts[frozen], join(folder, "features") if frozen else None)
             if frozen:
                 start = time.perf_counter()
-                training_data(config.base, corpus)
+                training_data(config.base, corpus, None)
                 features_s = time.perf_counter() - start
             start = time.perf_counter()
             trials, _ = search(config, corpus, join(folder, "cached" if frozen else "trunk"), "benchmark")

@@ -1,157 +1,131 @@
-"""`hashray STAGE …`: every stage one function, every error one message and an exit code.
+"""`hashray COMMAND …`: every stage one function, every error one message and an exit code.
 
 Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted (run again to go on).
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
-import json
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
-from pydantic import Field
 
 from hashray import __version__
-from hashray.config import Config, ConfigT, override, parse_flags, validate
+from hashray.config import Config, merge, parse, validate, with_tables
 from hashray.errors import HashrayError, InputError, perhaps
-from hashray.progress import say, show_table
+from hashray.progress import say
 
-# command -> (module, function, config class or None where the function parses its own arguments, one line)
-STAGES: dict[str, tuple[str, str, str | None, str]] = {
-    "demo": ("hashray.demo", "demo", "DemoConfig", "real images, the whole pipeline, a page at the end"),
-    "ingest": ("hashray.data.ingest", "ingest", "IngestConfig", "images -> corpus"),
-    "train": ("hashray.cli", "train_command", None, "CONFIG.toml [--corpus C] [--out MODEL] [--any.field value]"),
-    "tune": ("hashray.cli", "tune_command", None, "SWEEP.toml [--corpus C] [--out SWEEP] [--search.trials N]"),
-    "encode": ("hashray.encode.codes", "encode", "EncodeConfig", "model + corpus -> packed codes"),
-    "index build": ("hashray.index.build", "build_index", "IndexConfig", "codes -> sharded FAISS index, published"),
-    "search": ("hashray.cli", "search_command", "SearchConfig", "query images -> nearest rows of an index"),
-    "evaluate": ("hashray.evaluate.run", "evaluate", "EvaluateConfig", "mAP beside baselines, figures, report.html"),
-    "figures": ("hashray.report.compare", "compare", "FiguresConfig", "evaluations beside each other, drawn"),
-    "pipeline": (
-        "hashray.pipeline",
-        "pipeline",
-        "PipelineConfig",
-        "ingest, train, encode, index and evaluate in a row",
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the function that runs it and the config class of its flags, each as `module:name`.
+
+    A command with `reads` takes a TOML file first; `reads` is the function that reads it, and flags override it.
+    """
+
+    function: str
+    config: str
+    line: str
+    example: str
+    reads: str | None = None
+
+
+Commands = dict[str, "Command | Commands"]
+COMMANDS: Commands = {
+    "demo": Command(
+        "hashray.demo:demo",
+        "hashray.demo:DemoConfig",
+        "Real images, the whole pipeline, a page at the end",
+        "hashray demo --out demo-out",
     ),
-    "describe": ("hashray.cli", "describe_command", "ArtifactConfig", "what an artifact is, from what, how big"),
-    "verify": ("hashray.cli", "verify_command", "ArtifactConfig", "every checksum, every row count, ids unique"),
+    "ingest": Command(
+        "hashray.data.ingest:ingest",
+        "hashray.data.ingest:IngestConfig",
+        "Images -> corpus",
+        "hashray ingest photos/ --out runs/corpus --split-protocol per-class",
+    ),
+    "train": Command(
+        "hashray.train.rounds:train_model",
+        "hashray.train.config:TrainConfig",
+        "Corpus -> trained model",
+        "hashray train jobs/configs/photos.toml --corpus runs/corpus --out runs/model --method.num-bits 64",
+        reads="hashray.train.config:read_training_config",
+    ),
+    "tune": Command(
+        "hashray.tune.run:tune",
+        "hashray.tune.space:SweepConfig",
+        "Search for a better training config, by Ray Tune",
+        "hashray tune jobs/sweeps/adalabelhash.toml --corpus runs/corpus --out runs/sweep --search.trials 32",
+        reads="hashray.tune.space:read_sweep",
+    ),
+    "encode": Command(
+        "hashray.encode.codes:encode",
+        "hashray.encode.codes:EncodeConfig",
+        "Model + corpus -> packed codes",
+        "hashray encode --model runs/model --corpus runs/corpus --out runs/codes",
+    ),
+    "index": {
+        "build": Command(
+            "hashray.index.build:build_index",
+            "hashray.index.build:IndexConfig",
+            "Codes -> sharded FAISS index, published",
+            "hashray index build --codes runs/codes --out runs/index",
+        ),
+    },
+    "search": Command(
+        "hashray.search.command:search",
+        "hashray.search.command:SearchConfig",
+        "Query images -> nearest rows of an index",
+        "hashray search runs/index --model runs/model --image query.jpg --k 10",
+    ),
+    "evaluate": Command(
+        "hashray.evaluate.run:evaluate",
+        "hashray.evaluate.run:EvaluateConfig",
+        "mAP beside baselines, figures, report.html",
+        "hashray evaluate --model runs/model --corpus runs/corpus --out runs/evaluation",
+    ),
+    "figures": Command(
+        "hashray.report.compare:compare",
+        "hashray.report.compare:FiguresConfig",
+        "Evaluations beside each other, drawn",
+        "hashray figures runs/a/evaluation runs/b/evaluation --out runs/figures",
+    ),
+    "pipeline": Command(
+        "hashray.pipeline:pipeline",
+        "hashray.pipeline:PipelineConfig",
+        "Ingest, train, encode, index and evaluate in a row",
+        "hashray pipeline jobs/configs/photos.toml --source photos/ --out runs --split-protocol per-class",
+    ),
+    "describe": Command(
+        "hashray.artifact.command:describe",
+        "hashray.artifact.command:ArtifactConfig",
+        "What an artifact is, its parents and its size",
+        "hashray describe runs/index",
+    ),
+    "verify": Command(
+        "hashray.artifact.command:verify",
+        "hashray.artifact.command:ArtifactConfig",
+        "Every checksum, every row count, ids unique",
+        "hashray verify runs/index",
+    ),
 }
+GROUPS = {"index": "Build an index of codes"}
+ABOUT = (
+    "hashray: from an image corpus to a searchable, sharded index of learned binary codes. Every path is a local "
+    "folder or s3://bucket/prefix; --endpoint-url URL names a server other than AWS; --version prints the version."
+)
 
 
-class ArtifactConfig(Config):
-    """Look at one artifact: corpus, features, pseudo-labels, model, codes, index, evaluation or sweep."""
-
-    artifact: Annotated[str, tyro.conf.Positional] = Field(description="local folder or s3:// url")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print JSON")
-
-
-class SearchConfig(Config):
-    """Search an index with images."""
-
-    index: Annotated[str, tyro.conf.Positional] = Field(description="index, local folder or s3:// url")
-    model: str = Field(description="the model that made the index's codes")
-    image: tuple[str, ...] = Field(description="image files, local or s3://")
-    k: int = Field(10, ge=1, description="neighbours a query")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print JSON")
-
-
-def train_command(arguments: Sequence[str]) -> None:
-    """Train from a TOML file, overridden by flags."""
-    from hashray.train.config import TrainConfig, read_training_config
-    from hashray.train.rounds import train_model
-
-    train_model(_from_file("train", TrainConfig, read_training_config, arguments))
-
-
-def tune_command(arguments: Sequence[str]) -> None:
-    """Search from a TOML file, overridden by flags."""
-    from hashray.tune.run import tune
-    from hashray.tune.space import SweepConfig, read_sweep
-
-    tune(_from_file("tune", SweepConfig, read_sweep, arguments))
-
-
-def _from_file(
-    stage: str, config_class: type[ConfigT], read: Callable[[str], ConfigT], arguments: Sequence[str]
-) -> ConfigT:
-    """The config of a stage whose first argument is a TOML file and whose flags override it."""
-    if not arguments or arguments[0].startswith("-"):
-        if arguments and arguments[0] in ("-h", "--help"):
-            print(f"usage: hashray {stage} CONFIG.toml [--corpus C] [--out OUT] [--any.field value]\n")
-            print("All fields, with the defaults of method.kind = dseh:\n")
-            override(validate(config_class, {"method": {"kind": "dseh"}}, "defaults"), ["--help"], f"hashray {stage}")
-        raise InputError(f"hashray {stage} needs a config first: hashray {stage} CONFIG.toml [--any.field value]")
-    path, *flags = arguments
-    return override(read(path), list(flags), f"hashray {stage} {path}")
-
-
-def search_command(config: SearchConfig) -> None:
-    """Encode the images with the model and print each one's nearest rows."""
-    from hashray.data.images import BadImage, decode
-    from hashray.model import load_model
-    from hashray.search.reader import open_index
-    from hashray.storage import read_url
-
-    index, model = open_index(config.index), load_model(config.model)
-    images = []
-    for path in config.image:
-        try:
-            images.append(decode(read_url(path)))
-        except BadImage as error:
-            raise InputError(f"{path} cannot be used as a query: {error}") from error
-    ids, distances = index.search(model.encode(images), config.k)
-    answers = [
-        {
-            "query": path,
-            "hits": [
-                {"id": str(row_id), "distance": int(distance)}
-                for row_id, distance in zip(ids[i], distances[i], strict=True)
-                if row_id is not None
-            ],
-        }
-        for i, path in enumerate(config.image)
-    ]
-    if config.json_:
-        print(json.dumps(answers))
-        return
-    for answer in answers:
-        rows = [[str(hit["id"]), str(hit["distance"])] for hit in answer["hits"]]  # type: ignore[index]
-        show_table(str(answer["query"]), ["id", f"distance of {model.num_bits}"], rows)
-
-
-def describe_command(config: ArtifactConfig) -> None:
-    """Print what an artifact is."""
-    from hashray.artifact import describe
-
-    found = describe(config.artifact)
-    if config.json_:
-        print(json.dumps(found))
-        return
-    for key, value in found.items():
-        text = json.dumps(value) if isinstance(value, dict | list) else f"{value:,}" if _is_count(value) else str(value)
-        print(f"{key:<16} {text}")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def verify_command(config: ArtifactConfig) -> int:
-    """Check everything about an artifact; print what is wrong, exit 1 if anything is."""
-    from hashray.artifact import verify
-
-    problems = verify(config.artifact)
-    if config.json_:
-        print(json.dumps({"artifact": config.artifact, "whole": not problems, "problems": problems}))
-    elif not problems:
-        print(f"{config.artifact} is whole")
-    for problem in problems:
-        say(f"error: {problem}")
-    return 1 if problems else 0
+class _NotChosen(Config):
+    """Stands for a command that the command line does not name: its module is not imported."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,37 +136,143 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HashrayError as error:
         say(f"error: {error}")
         return error.exit_code
-    except BrokenPipeError:  # who read the output has gone, as in `hashray describe … | head`
+    except BrokenPipeError:  # the reader of the output has gone, as in `hashray describe … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes the rest when it ends
         return 1
     except KeyboardInterrupt:
-        say("interrupted; finished parts are kept, the same command goes on from them")
+        say(f"interrupted. Finished work is kept; to go on, run the same command again: hashray {shlex.join(words)}")
         return 130
+    except Exception as error:
+        if not _is_of_full_disk(error):
+            raise
+        say(f"error: {error}. Free some space and run the same command again; finished files are kept")
+        return 1
+
+
+def entry(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command as this process: text is UTF-8 whatever the locale, and Ctrl-C leaves nothing running."""
+    if sys.getfilesystemencoding().lower() != "utf-8":  # file names would depend on the locale
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # never None in a command
+    code = main(arguments)
+    if code == 130:
+        # Not sys.exit: threads that still decode would be waited for. Ray's processes end with this one.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if (ray := sys.modules.get("ray")) is not None and hasattr(ray, "shutdown"):
+            ray.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _is_of_full_disk(error: Exception) -> bool:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or os.strerror(errno.ENOSPC) in str(error)  # as safetensors reports it
 
 
 def _run(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
-        print(_help())
-        return 0 if words else 2
-    if words[0] == "--version":
+    if words == ["--version"]:
         print(f"hashray {__version__}")
         return 0
-    if words[0] == "index" and (len(words) == 1 or words[1] in ("-h", "--help")):
-        known = [name for name in STAGES if name.startswith("index ")]
-        print(f"usage: hashray index build …     (hashray index build --help for its flags)\nknown: {', '.join(known)}")
-        return 0 if len(words) > 1 else 2
-    name = " ".join(words[:2]) if words[0] == "index" else words[0]
-    if name not in STAGES:
-        raise InputError(f"{name!r} is not a command{perhaps(name, STAGES) or '.'} Commands: {', '.join(STAGES)}")
-    module_name, function_name, config_name, _ = STAGES[name]
-    module = importlib.import_module(module_name)
-    function: Callable[[Any], Any] = getattr(module, function_name)
-    rest = words[len(name.split()) :]
-    if config_name is None:
-        function(rest)
-        return 0
-    result = function(parse_flags(getattr(module, config_name), rest, f"hashray {name}"))
+    try:
+        os.getcwd()  # noqa: PTH109  # raises where the folder is gone; nothing else is wanted of it
+    except FileNotFoundError as error:
+        raise InputError("the working directory was deleted: change to one that exists, then run it again") from error
+    path, command = _chosen(words)
+    if command is None:
+        try:
+            parse(_subcommands(COMMANDS, path, None), words or ["--help"], "hashray", ABOUT)
+        except SystemExit as stopped:  # tyro has printed the help, or what is wrong
+            return int(stopped.code or 0) if words else 2
+        return 2
+    config_class: type[Config] = _load(command.config)
+    flags, before = words[len(path) :], None
+    if command.reads is not None:
+        before, flags = _from_file(path[0], config_class, _load(command.reads), flags)
+    leaf = (config_class,) if before is None else (config_class, before)
+    config = parse(_subcommands(COMMANDS, path, leaf), [*path, *flags], "hashray", ABOUT)
+    if before is not None:
+        config = merge(before, config, flags)
+    result = _load(command.function)(config)
     return result if isinstance(result, int) else 0
+
+
+def names_of_commands() -> list[str]:
+    """Every command as it is typed, groups before their commands."""
+    lines = [[name] if isinstance(entry, Command) else [f"{name} {inner}" for inner in entry]
+             for name, entry in COMMANDS.items()]  # fmt: skip
+    return [name for line in lines for name in line]
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _chosen(words: Sequence[str]) -> tuple[list[str], Command | None]:
+    """The command that the words name and its path in the table; no command where the words end in a group.
+
+    Raises:
+        InputError: a word that is no command.
+    """
+    table, path = COMMANDS, list[str]()
+    for word in words:
+        if word.startswith("-"):
+            break
+        if word not in table:
+            name = " ".join([*path, word])
+            known = [" ".join([*path, other]) for other in table]
+            raise InputError(f"{name!r} is not a command{perhaps(name, known) or '.'} Commands: {', '.join(known)}")
+        path.append(word)
+        entry = table[word]
+        if isinstance(entry, Command):
+            return path, entry
+        table = entry
+    return path, None
+
+
+def _subcommands(table: Commands, path: Sequence[str], leaf: tuple[Any, ...] | None) -> Any:
+    """The table as tyro's subcommands: `leaf` (config class, default) stands for the command at `path`.
+
+    Only the module of that command is imported; the others are names with a line each.
+    """
+    kinds: list[Any] = []
+    for name, entry in table.items():
+        chosen = bool(path) and name == path[0]
+        if not isinstance(entry, Command):
+            inner = _subcommands(entry, path[1:] if chosen else (), leaf if chosen else None)
+            marker = tyro.conf.subcommand(
+                name, description=GROUPS[name], prefix_name=False, constructor_factory=partial(_same, inner)
+            )
+            kinds.append(Annotated[Any, marker])
+        elif chosen and leaf is not None:
+            default = {"default": leaf[1]} if len(leaf) > 1 else {}
+            text = f"{leaf[0].__doc__}\n\nExample:\n  {entry.example}"
+            kinds.append(Annotated[leaf[0], tyro.conf.subcommand(name, description=text, prefix_name=False, **default)])
+        else:
+            kinds.append(Annotated[_NotChosen, tyro.conf.subcommand(name, description=entry.line, prefix_name=False)])
+    if len(kinds) == 1:  # a union of one is no union: tyro would leave the name out
+        kinds.append(Annotated[_NotChosen, tyro.conf.subcommand("help", description="Print this", prefix_name=False)])
+    return Union[tuple(kinds)]  # noqa: UP007  # of types that are known only now
+
+
+def _same(kind: Any) -> Any:
+    return kind
+
+
+def _from_file(name: str, config_class: type[Config], read: Any, words: list[str]) -> tuple[Config, list[str]]:
+    """The config of a command whose first argument is a TOML file, with the tables its flags are about; the flags."""
+    if words and not words[0].startswith("-"):
+        path, *flags = words
+        return with_tables(read(path), flags), flags
+    if words and words[0] in ("-h", "--help"):
+        say("The fields of the TOML file, with the defaults of method.kind = dseh:")
+        default = validate(config_class, {"method": {"kind": "dseh"}}, "defaults")
+        return with_tables(default, words), words
+    raise InputError(f"hashray {name} needs a config first: hashray {name} CONFIG.toml [--any.field value]")
 
 
 def _take_endpoint(words: list[str]) -> list[str]:
@@ -208,15 +288,5 @@ def _take_endpoint(words: list[str]) -> list[str]:
     return words
 
 
-def _help() -> str:
-    lines = [f"  {name:<12} {line}" for name, (_, _, _, line) in STAGES.items()]
-    return (
-        "hashray: from an image corpus to a searchable, sharded index of learned binary codes\n\n"
-        "usage: hashray COMMAND …     (hashray COMMAND --help for its flags)\n\n"
-        + "\n".join(lines)
-        + "\n\nEvery path is a local folder or s3://bucket/prefix; --endpoint-url URL for other servers than AWS."
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

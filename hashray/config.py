@@ -56,25 +56,43 @@ def validate(config_class: type[ConfigT], data: Mapping[str, Any], where: str) -
 def override(config: ConfigT, arguments: list[str], program: str) -> ConfigT:
     """Apply `--method.num-bits 32`-style flags over a config, by tyro; exits 2 on an unknown flag.
 
-    What neither the config nor a flag sets is filled in anew, so that a field that others follow (a preset)
+    What neither the config nor a flag sets is filled in afresh, so that a field that others follow (a preset)
     works on the command line as it does in a file. A flag of an optional table that the config lacks adds the table.
 
     Raises:
         ConfigError: each flag is allowed, all together are not.
     """
-    flags = {text.partition("=")[0].replace("_", "-") for text in arguments if text.startswith("-")}
-    config = _with_tables(config, flags)
-    parsed = _flags(type(config), arguments, program, config)
-    return validate(type(config), _given(config, parsed, flags, "--"), "the command line")
+    default = with_tables(config, arguments)
+    return merge(default, parse(type(config), arguments, program, default=default), arguments)
 
 
 def parse_flags(config_class: type[ConfigT], arguments: list[str], program: str) -> ConfigT:
     """Build a config from flags alone; as `override`."""
-    return _flags(config_class, arguments, program, None)
+    return parse(config_class, arguments, program)
 
 
-def _with_tables(config: ConfigT, flags: set[str]) -> ConfigT:
+def parse(kind: Any, arguments: Sequence[str], program: str, description: str | None = None, **default: Any) -> Any:
+    """Parse arguments by tyro into a config class or a union of subcommands; exits 2 on an unknown flag.
+
+    Raises:
+        ConfigError: a value does not validate; one line a fault.
+    """
+    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
+    try:
+        return tyro.cli(kind, args=arguments, prog=program, description=description, config=markers, **default)
+    except ValidationError as error:
+        lines = [f"  {_fault(BaseModel, {}, fault)}" for fault in error.errors()]
+        raise ConfigError("the command line:\n" + "\n".join(lines)) from error
+
+
+def _names(arguments: Sequence[str]) -> set[str]:
+    """The flags among arguments, in the spelling of the help."""
+    return {text.partition("=")[0].replace("_", "-") for text in arguments if text.startswith("-")}
+
+
+def with_tables(config: ConfigT, arguments: Sequence[str]) -> ConfigT:
     """The config with the optional tables that it lacks and that flags are about, each at its defaults."""
+    flags = _names(arguments)
     about = {flag.removeprefix("--").partition(".")[0] for flag in flags if "." in flag}
     added = {}
     for name, field in type(config).model_fields.items():
@@ -84,14 +102,9 @@ def _with_tables(config: ConfigT, flags: set[str]) -> ConfigT:
     return config.model_copy(update=added)
 
 
-def _flags(config_class: type[ConfigT], arguments: list[str], program: str, default: ConfigT | None) -> ConfigT:
-    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
-    given = {} if default is None else {"default": default}
-    try:
-        return tyro.cli(config_class, args=arguments, prog=program, config=markers, **given)  # type: ignore[call-overload]
-    except ValidationError as error:
-        lines = [f"  {_fault(config_class, {}, fault)}" for fault in error.errors()]
-        raise ConfigError("the command line:\n" + "\n".join(lines)) from error
+def merge(before: ConfigT, after: ConfigT, arguments: Sequence[str]) -> ConfigT:
+    """The config that flags made of `before`, its unset values filled in afresh and all of it validated."""
+    return validate(type(before), _given(before, after, _names(arguments), "--"), "the command line")
 
 
 def _given(before: Config, after: Config, flags: set[str], prefix: str) -> dict[str, Any]:

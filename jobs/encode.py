@@ -7,7 +7,7 @@ takes the arguments of `hashray encode`, and is that command.
 
 import sys
 
-from hashray.cli import main
+from hashray.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["encode", *sys.argv[1:]]))
+    entry(["encode", *sys.argv[1:]])

@@ -7,7 +7,7 @@ takes the arguments of `hashray evaluate`, and is that command.
 
 import sys
 
-from hashray.cli import main
+from hashray.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    entry(["evaluate", *sys.argv[1:]])

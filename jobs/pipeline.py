@@ -7,7 +7,7 @@ takes the arguments of `hashray pipeline`, and is that command.
 
 import sys
 
-from hashray.cli import main
+from hashray.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["pipeline", *sys.argv[1:]]))
+    entry(["pipeline", *sys.argv[1:]])

@@ -7,7 +7,7 @@ takes the arguments of `hashray train`, and is that command.
 
 import sys
 
-from hashray.cli import main
+from hashray.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    entry(["train", *sys.argv[1:]])

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hashray.cli import STAGES
+from hashray.cli import COMMANDS, Command
 from hashray.config import parse_flags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +26,10 @@ def test_the_rayjob_runs_a_job_that_exists_with_arguments_that_parse() -> None:
     words = spec["entrypoint"].split()
     job = Path(words[1]).relative_to("/app")
     assert (ROOT / job).exists() and spec["shutdownAfterJobFinishes"]
-    module, _, config, _ = STAGES[job.stem]
-    parsed = parse_flags(getattr(importlib.import_module(module), str(config)), words[2:], "rayjob")
+    command = COMMANDS[job.stem]
+    assert isinstance(command, Command)
+    module, _, name = command.config.partition(":")
+    parsed = parse_flags(getattr(importlib.import_module(module), name), words[2:], "rayjob")
     assert (ROOT / Path(parsed.config).relative_to("/app")).exists()  # type: ignore[attr-defined]
     pins = (ROOT / "constraints.txt").read_text()
     assert f"ray=={spec['rayClusterSpec']['rayVersion']}" in pins

@@ -17,7 +17,7 @@ from typing import get_args
 import pytest
 
 import hashray
-from hashray.cli import STAGES, main
+from hashray.cli import main, names_of_commands
 from hashray.config import Config, validate
 from hashray.train.config import TrainConfig
 
@@ -72,12 +72,14 @@ def test_every_cited_section_of_the_methods_is_there() -> None:
     assert len(cited) > 10 and not {number: path for number, path in cited.items() if number not in known}
 
 
-@pytest.mark.parametrize("command", sorted(STAGES))
+@pytest.mark.parametrize("command", names_of_commands())
 def test_every_help_works(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])
     assert stopped.value.code == 0
-    assert "usage: hashray" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"usage: hashray {command} " in text
+    assert f"Example:\n  hashray {command} " in text
 
 
 def test_every_config_validates_and_its_header_tells_protocol_cost_and_expectation() -> None:
@@ -93,7 +95,7 @@ def test_every_config_validates_and_its_header_tells_protocol_cost_and_expectati
 def test_readme_commands_exist() -> None:
     text = (ROOT / "README.md").read_text()
     for name in re.findall(r"hashray ([a-z]+(?: build)?)\b", "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.S))):
-        assert any(stage.startswith(name.split()[0]) for stage in STAGES), name
+        assert any(stage.startswith(name.split()[0]) for stage in names_of_commands()), name
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([a-z-]+)`?", text):
         assert f"\n{target}:" in makefile, target

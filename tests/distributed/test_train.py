@@ -24,12 +24,12 @@ from hashray.data.images import AugmentConfig
 from hashray.errors import AlreadyExists
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.storage import open_store
+from hashray.train.assembly import training_rows
 from hashray.train.batches import EpochPlan, MemorySlices, Slice
 from hashray.train.config import TrainConfig
 from hashray.train.run import train
 from hashray.train.selection import Selection
 from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec, scan_dataset, training_dataset
-from hashray.train.worker import training_rows
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 ROWS, BATCH, WINDOW, EPOCHS = 60, 8, 16, 3
@@ -116,7 +116,7 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(
     corpus: str, unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path, out = write_toml(tmp_path / "config.toml", CONFIG), tmp_path / "resumed"
-    words = ["train", path, "--corpus", corpus, "--out", str(out), "--input", "memory"]
+    words = ["train", path, "--corpus", corpus, "--out", str(out), "--input", "memory", "--ray", "always"]
     kill_command_when(words, lambda: second_epoch_begun(out), tmp_path / "log")
     assert not (out / "manifest.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*/checkpoint_*/state.json")}

@@ -24,8 +24,9 @@ from hashray.data.corpus import open_corpus
 from hashray.errors import CorruptArtifact, Diverged
 from hashray.train.checkpoint import read_checkpoint
 from hashray.train.config import TrainConfig
+from hashray.train.job import plan_job
 from hashray.train.rounds import train_model
-from hashray.train.run import plan_job, training_data
+from hashray.train.run import training_data
 from hashray.tune.segments import Segment, train_segment
 from hashray.tune.trial import reason_of
 
@@ -159,7 +160,7 @@ def test_a_trial_that_fails_is_reported_with_its_reason_and_the_others_go_on(
 def test_a_segment_goes_on_from_where_it_was_interrupted(corpus: str, tmp_path: Path) -> None:
     config = validate(TrainConfig, {**TRAINING, "corpus": corpus, "epochs": 3, "validation_every": 1}, "test")
     opened = open_corpus(corpus)
-    job = plan_job(config, opened, training_data(config, opened))
+    job = plan_job(config, training_data(config, opened, None))
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     ray.get(train_segment.remote(job, Segment(whole, None, 3)))
     ray.get(train_segment.remote(job, Segment(broken, None, 2)))

@@ -11,7 +11,7 @@ import torch
 from hashray.config import validate
 from hashray.errors import ConfigError
 from hashray.train.config import TrainConfig
-from hashray.train.run import require_one_network
+from hashray.train.job import require_one_network
 from tests.unit.worker_group import Stop, config_of, read, run_loop
 
 HALF: dict[str, Any] = {"epochs": 2, "method": {"kind": "adalabelhash"}}

@@ -104,7 +104,7 @@ def test_what_fits_on_no_machine_is_said_at_once(
             require_room(*wanted)
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster may grow
     require_room(*wanted)
-    assert ("waiting till they come" in capsys.readouterr().err) == (not fits)
+    assert ("waiting for the cluster to scale up" in capsys.readouterr().err) == (not fits)
 
 
 def test_a_cluster_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from tiny import BACKBONE, write_corpus, write_trunk
 from hashray.config import validate
 from hashray.data.corpus import open_corpus
 from hashray.train.config import TrainConfig
-from hashray.train.run import environment_of, run_of, with_absolute_paths
+from hashray.train.job import run_of
+from hashray.train.run import with_absolute_paths
+from hashray.train.worker import environment_of
 
 
 def config_of(gpu: bool = False, **backbone: Any) -> TrainConfig:
@@ -29,7 +31,7 @@ def test_a_run_is_known_by_what_its_weights_hold_not_by_where_they_lie(tmp_path:
     torch.save({name: tensor + 1 for name, tensor in torch.load(first).items()}, other)
 
     def run(path: Path) -> str:
-        return run_of(with_absolute_paths(config_of(weights=str(path), frozen=True)), corpus)[0]
+        return run_of(with_absolute_paths(config_of(weights=str(path), frozen=True)), corpus, None)[0]
 
     assert run(first) == run(second) != run(other)
 

@@ -157,9 +157,9 @@ def entry(arguments: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # never None in a command
     code = main(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is over: one more Ctrl-C changes nothing
     if code == 130:
         # Not sys.exit: threads that still decode would be waited for. Ray's processes end with this one.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         if (ray := sys.modules.get("ray")) is not None and hasattr(ray, "shutdown"):
             ray.shutdown()
         for stream in (sys.stdout, sys.stderr):
@@ -286,7 +286,3 @@ def _take_endpoint(words: list[str]) -> list[str]:
             os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_ENDPOINT_URL_S3": url}
             return words[:i] + words[i + (1 if equals else 2) :]
     return words
-
-
-if __name__ == "__main__":
-    entry()

@@ -34,7 +34,7 @@ TRAINING = {
     "batch_size": 64,
     "validation_rows": 150,
     "validation_every": 4,
-    "precision": "bf16",
+    "cpus_per_worker": 2,
 }
 
 

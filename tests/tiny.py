@@ -148,7 +148,7 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
 
 def command(*words: str) -> list[str]:
     """The command line of `hashray WORDS` with this Python."""
-    return [sys.executable, "-m", "hashray.cli", *words]
+    return [sys.executable, "-m", "hashray", *words]
 
 
 def kill_command_when(words: list[str], ready: Callable[[], Any], log: Path) -> None:

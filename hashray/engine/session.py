@@ -10,6 +10,7 @@ import socket
 import tempfile
 from typing import Any, Literal
 
+import grpc
 import ray
 from pydantic import Field
 from ray.exceptions import RayTaskError
@@ -113,16 +114,19 @@ def connect() -> None:
 
 
 def _require_listener(address: str) -> None:
-    """Ask once whether anything listens at an address: Ray itself would ask for minutes."""
+    """Ask once whether a cluster answers at an address: Ray itself asks for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):  # "auto", "local": not an address
         return
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise RunError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}). Start it, or unset RAY_ADDRESS"
-        ) from error
+        if os.environ.get("RAY_USE_TLS", "0") == "0":
+            with grpc.insecure_channel(f"{host}:{port}") as channel:
+                grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
+    except (OSError, grpc.FutureTimeoutError) as error:
+        why = str(error) or "something listens there, but it does not answer"
+        text = f"no Ray cluster answers at RAY_ADDRESS={address} ({why}). Start it, or unset the name"
+        raise RunError(text) from error
 
 
 def _why_ray_did_not_start(error: Exception) -> str:

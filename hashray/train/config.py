@@ -121,7 +121,9 @@ class TrainConfig(Config):
     epochs: int = Field(20, ge=1, description="epochs in each round of the method")
     batch_size: int = Field(128, ge=1, description="rows of a global batch, whatever the number of workers")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and held-out rows")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the trunk; losses stay fp32")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Numbers of the trunk; auto: bf16 where the processor multiplies it natively, else fp32"
+    )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the weights; it is what is saved")
     validation_rows: int = Field(500, ge=0, description="train rows held out for model selection, at most a fifth")
     select_by: Literal["map", "harmonic"] = Field(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,9 @@ from hashray.train.assembly import load_rows
 from hashray.train.batches import held_out
 from hashray.train.config import SelfTrainingConfig, TrainConfig
 from hashray.train.job import require_labels, require_validation, run_of
+from hashray.train.precision import with_precision
 from hashray.train.pseudo import Shape, accept, falls_of, fit_temperature, most_per_class, precision, propose
-from hashray.train.run import open_init, pool_of, train, train_on, with_absolute_paths
+from hashray.train.run import open_init, pool_of, train, train_on, with_absolute_paths, workers_multiply_bf16
 from hashray.train.selection import ACCEPTED
 
 BATCH_ROWS = 64
@@ -54,17 +56,21 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
     corpus.require("unlabelled", "self-training")
     require_validation(config, corpus, "self-training chooses its round")
     run, parents = run_of(config, corpus, open_init(config))
+    store = open_store(out)
 
     def work() -> Manifest:
         require_labels(config, corpus)
         Shape.of(corpus.rows("train").labels, rounds.top_classes, rounds.bottom_classes)  # before hours of round 0
-        models, history = _train_rounds(config, rounds, corpus)
+        decided = with_precision(config, store, run, partial(workers_multiply_bf16, config))
+        models, history = _train_rounds(decided, rounds, corpus)
         best = max(range(len(models)), key=lambda i: (models[i][1].info["validation_map"], -i))
         of_rounds = {f"round-{number}": manifest.id for number, (_, manifest) in enumerate(models)}
         info = {"run": run, "rounds": history, "best_round": best}
-        return _publish(out, models[best], config.result_of(), parents | of_rounds, info)
+        manifest = _publish(out, models[best], decided.result_of(), parents | of_rounds, info)
+        store.clear("progress/")
+        return manifest
 
-    return run_stage(open_store(out), "model", run, work, "run")
+    return run_stage(store, "model", run, work, "run")
 
 
 def _train_rounds(

@@ -7,8 +7,10 @@ train/loop.py: on Ray Train (train/worker.py), or where the training is short an
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +22,7 @@ from hashray.data.corpus import Corpus, open_corpus
 from hashray.encode.features import TrunkRecipe, compute_features, trunk_fingerprint
 from hashray.engine.session import WorkersConfig, keep_memory, runs_here
 from hashray.engine.stage import require_free, run_stage
+from hashray.engine.tasks import run_tasks
 from hashray.errors import InputError
 from hashray.methods.backbone import with_absolute_weights
 from hashray.model import Model, load_model, write_model
@@ -29,6 +32,7 @@ from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, read_ch
 from hashray.train.config import TrainConfig
 from hashray.train.job import TrainJob, plan_job, require_labels, run_of, untrained
 from hashray.train.local import fit_here, local_checkpoint
+from hashray.train.precision import multiplies_bf16, with_precision
 from hashray.train.watch import Watch
 
 AnyTrainConfig = TypeVar("AnyTrainConfig", bound=TrainConfig)
@@ -58,12 +62,12 @@ def train_on(config: TrainConfig, corpus: Corpus) -> Manifest:
         data = training_data(config, corpus, init)
         if config.workers > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
             say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
-        job = replace(plan_job(config, data), checkpoints=join(store.url, "checkpoints"), run=run)
+        decided = with_precision(config, store, run, partial(workers_multiply_bf16, config))
+        job = replace(plan_job(decided, data), checkpoints=join(store.url, "checkpoints"), run=run)
         final = _fit_segments(job)
         require_free(store, run, "run")
-        return _write(
-            config, corpus, job, final, parents | ({"features": data.manifest.id} if data is not corpus else {})
-        )
+        features = {} if data is corpus else {"features": data.manifest.id}
+        return _write(decided, corpus, job, final, parents | features)
 
     return run_stage(store, "model", run, work, "run")
 
@@ -82,8 +86,18 @@ def _write(config: TrainConfig, corpus: Corpus, job: TrainJob, final: Checkpoint
     method = untrained(config, corpus.num_classes)
     manifest = write_model(store, method, weights, corpus.classes, config.result_of(), parents, history, info)
     store.clear("checkpoints/")
+    store.clear("progress/")
     say(f"{store.url}: model {manifest.id[:12]}" + (f", validation mAP {position.best_score:.4f}" if chosen else ""))
     return manifest
+
+
+def workers_multiply_bf16(config: TrainConfig) -> bool:
+    """Whether the processors of the workers multiply bfloat16 natively; on a cluster, one worker's answer."""
+    if not os.environ.get("RAY_ADDRESS") or config.ray == "never":
+        return multiplies_bf16(config.gpu)
+    pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu), ray="always")
+    ((_, answer),) = run_tasks(multiplies_bf16, {0: (config.gpu,)}, pool, short=False)
+    return bool(answer)
 
 
 def open_init(config: TrainConfig) -> Model | None:

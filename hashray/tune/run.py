@@ -11,6 +11,7 @@ config's own values, each trained with the same seeds.
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 from hashray import __version__, artifact
@@ -26,8 +27,9 @@ from hashray.progress import say
 from hashray.report.figures import png
 from hashray.storage import Store, join, open_store
 from hashray.train.job import require_validation, run_of
+from hashray.train.precision import with_precision
 from hashray.train.rounds import train_model
-from hashray.train.run import open_init, pool_of, with_absolute_paths
+from hashray.train.run import open_init, pool_of, with_absolute_paths, workers_multiply_bf16
 from hashray.tune.leaderboard import Trial, best_toml, epochs_table, importance, leaderboard, ranked
 from hashray.tune.page import draw, sweep_page
 from hashray.tune.search import search
@@ -64,6 +66,7 @@ def tune(config: SweepConfig) -> Manifest:
 def _tune(config: SweepConfig, corpus: Corpus, store: Store, asked: dict[str, Any], plan: str) -> Manifest:
     """Search, train the winner and the default anew, publish what came of it."""
     out = store.url
+    config = with_precision(config, store, plan, partial(workers_multiply_bf16, config))
     # By this the folders of trials, models and evaluations are named: of the report seeds no trial knows.
     searched = asked | {"search": config.search.model_dump(mode="json", exclude={"report_seeds"})}
     of_search = sha256_hex(canonical(searched))[:16]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import optuna
@@ -165,7 +164,7 @@ class SweepConfig(TrainConfig):
             )
         return self
 
-    @cached_property
+    @property
     def base(self) -> TrainConfig:
         """The training config of the file: trial 0 of the sweep."""
         return self.at({})

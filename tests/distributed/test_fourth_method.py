@@ -50,7 +50,7 @@ def test_a_file_in_the_folder_is_a_method_of_the_command_line(tmp_path: Path) ->
     environment.pop("RAY_ADDRESS", None)
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "hashray.cli", *words]
+        command = [sys.executable, "-m", "hashray", *words]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     trained = run("train", path, "--corpus", corpus, "--out", out, "--method.pull", "0.5")

@@ -152,6 +152,6 @@ def test_wrong_bucket_and_missing_credentials(s3_server: str, capsys: pytest.Cap
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }
-    words = [sys.executable, "-m", "hashray.cli", "describe", "s3://any/corpus"]
+    words = [sys.executable, "-m", "hashray", "describe", "s3://any/corpus"]
     ended = subprocess.run(words, env=keep, capture_output=True, text=True, check=False)
     assert ended.returncode == 2 and "AWS_ACCESS_KEY_ID" in ended.stderr and "Traceback" not in ended.stderr

@@ -109,7 +109,7 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     write_tiny_model(tmp_path)
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "hashray.cli", "describe", str(tmp_path)]
+    command = [sys.executable, "-m", "hashray", "describe", str(tmp_path)]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

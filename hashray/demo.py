@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pydantic import Field
-from sklearn.datasets import load_digits
 
 from hashray.config import Config, validate
 from hashray.errors import InputError
@@ -25,6 +24,7 @@ from hashray.search.reader import open_index
 from hashray.storage import open_store
 from hashray.train.config import TrainConfig
 
+DIGITS = 1797
 TRAINING = {
     "method": {"kind": "dseh", "num_bits": 32},
     "backbone": {"name": "resnet9", "width": 16, "image_size": 32},
@@ -60,12 +60,18 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     for name in ("metrics.json", "report.html"):
         shutil.copyfile(out / "evaluation" / name, out / name)
     _search_one(out, metrics)
-    say(f"{time.monotonic() - start_s:,.0f} s in all. Open {(out / 'report.html').absolute()}")
+    say("Search with an image of your own:")
+    say(f"  hashray search {out / 'index'} --model {out / 'model'} --image IMAGE.png --k 5")
+    say(f"{time.monotonic() - start_s:,.0f} s in all. The page: {(out / 'report.html').absolute()}")
     return metrics
 
 
 def write_digits(folder: Path) -> int:
     """Write the digits as 8 x 8 grey PNG files, a folder a class; return how many there are."""
+    if sum(1 for _ in folder.glob("*/*.png")) == DIGITS:
+        return DIGITS
+    from sklearn.datasets import load_digits  # a second of imports that a rerun does without
+
     data = load_digits()
     for number, (image, label) in enumerate(zip(data.images, data.target, strict=True)):
         path = folder / str(label) / f"{number:04d}.png"
@@ -81,4 +87,4 @@ def _search_one(out: Path, metrics: dict[str, Any]) -> None:
     with Image.open(out / "digits" / query) as image:
         ids, distances = index.search(model.encode([image]), 5)
     rows = [[str(row_id), str(int(distance))] for row_id, distance in zip(ids[0], distances[0], strict=True)]
-    show_table(f"the five rows nearest to {query}", ["id", "distance"], rows)
+    show_table(f"The five rows nearest to {query}", ["id", "distance"], rows)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import networkx as nx
 import numpy as np
 
 from hashray.codes import Codes, hamming
@@ -43,6 +42,8 @@ def analyse(codes: Codes, classes: Sequence[str], num_bits: int, seed: int = 0) 
         for j in range(count):
             if j != i and distances[i, j] <= third and distances[i, j] < usual:
                 edges[min(i, j), max(i, j)] = float(1 - distances[i, j] / num_bits)
+    import networkx as nx  # half a second of imports, for models with codewords only
+
     graph = nx.Graph()
     graph.add_nodes_from(range(count))
     graph.add_weighted_edges_from((i, j, weight) for (i, j), weight in sorted(edges.items()))

@@ -28,7 +28,6 @@ from hashray.encode.features import BATCH_ROWS, features_of_model, trunk_fingerp
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import require_free, run_stage
 from hashray.errors import InputError, MismatchError, perhaps
-from hashray.evaluate.baselines import CODE_BASELINES, fit_baselines
 from hashray.evaluate.codewords import analyse
 from hashray.evaluate.environment import environment
 from hashray.evaluate.features import BaselineFeatures
@@ -45,8 +44,6 @@ from hashray.evaluate.scoring import (
 from hashray.metrics import TIES, Ranking, code_health, mean_average_precision_float
 from hashray.model import Model, load_model
 from hashray.progress import Bar, say, show_table
-from hashray.report import figures
-from hashray.report import page as report_page
 from hashray.report.calibration import baselines_not_beaten
 from hashray.storage import join, open_store
 
@@ -288,6 +285,8 @@ def _add_baselines(
     config: EvaluateConfig, model: Model, corpus: Corpus, frozen: Corpus | None, query: Side, database: Side
 ) -> dict[str, Any]:
     """Fit the baselines on the train rows, put their codes into both sides; return what they were fitted on."""
+    from hashray.evaluate.baselines import CODE_BASELINES, fit_baselines  # a second of scikit-learn's imports
+
     features = BaselineFeatures(model, corpus, frozen, config.pool, config.max_bad)
     rows, known = corpus.rows("train"), features.ids("train")
     able = np.array([i for i, row_id in enumerate(rows.ids) if row_id in known])
@@ -339,6 +338,9 @@ def _logit_health(model: Model, corpus: Corpus, split: str, encoded: set[str]) -
 
 
 def _write(config: EvaluateConfig, plan: str, corpus: Corpus, model: Model, metrics: dict[str, Any]) -> Manifest:
+    from hashray.report import figures  # half a second of matplotlib's imports
+    from hashray.report import page as report_page
+
     store = open_store(config.out)
     pictures = figures.draw_all(metrics)
     images = corpus.images(config.query_split, [row["query"] for row in metrics["gallery"]])

@@ -6,7 +6,6 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import networkx as nx
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -183,6 +182,8 @@ def codeword_graph(analysis: Mapping[str, Any]) -> Figure:
 
 def layout(analysis: Mapping[str, Any], seed: int = 0) -> NDArray[np.floating]:
     """Where to draw each class, float [c, 2]: joined classes near each other."""
+    import networkx as nx  # half a second of imports, for pages with codewords only
+
     graph = nx.Graph()
     graph.add_nodes_from(range(len(analysis["classes"])))
     graph.add_weighted_edges_from(analysis["edges"])

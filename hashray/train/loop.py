@@ -184,6 +184,8 @@ class Loop:
 
     def _run_phase(self, phase: Phase, until: int | None) -> None:
         if not self.position.phase_begun:
+            if self.workers.rank == 0:
+                self.report({"event": "begin", "phase": phase.name, "round": phase.round}, None)
             seed = self.config.seed * 1000 + self.position.phase
             notes = self.method.begin_phase(phase, self.table, seed, self.workers)
             self.position.notes.setdefault("phases", []).append({"phase": phase.name, "round": phase.round, **notes})

@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
 from hashray.errors import InputError
@@ -73,6 +72,8 @@ def fit_temperature(scores: NDArray[np.floating], labels: NDArray[np.uint8]) -> 
     One label more is taken for any class alike: where every row is right, the likelihood alone would have 0. Between
     1e-3 and 1e3 times the spread of the scores.
     """
+    from scipy.optimize import minimize_scalar  # a quarter second of imports
+
     values = scores.astype(np.float64)
     present = np.isfinite(values)
     spread = float(values[present].std()) or 1.0

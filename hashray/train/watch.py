@@ -46,6 +46,10 @@ class Watch:
         event, rows = line["event"], self.job.plan.rows
         if event == "start":
             self._start(line)
+        elif event == "begin":
+            self.bar.waiting(f"phase {line['phase']} to begin")
+        elif event == "phase":
+            self.bar.started()
         elif event == "progress":
             done = (line["epoch"] - 1) * rows + min(rows, line["step"] * self.job.plan.batch_size)
             place = {"epoch": f"{line['epoch']}/{self.epochs}", "step": f"{line['step']}/{self.job.plan.steps}"}

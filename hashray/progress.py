@@ -29,6 +29,7 @@ class Bar:
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self.start_s, self.start_done, self.last_s = time.monotonic(), done, 0.0
         self.wait: str | None = None
+        self.printed = -1
         self._lock = threading.RLock()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -56,8 +57,8 @@ class Bar:
             if self._progress is not None and self._task is not None:
                 text = f"{rate:,.0f} {self.unit}/s" + "".join(f"  {key} {value}" for key, value in notes.items())
                 self._progress.update(self._task, completed=self.done, rate=text)
-            elif elapsed - self.last_s >= JSON_INTERVAL_S or self.done >= self.total:
-                self.last_s = elapsed
+            elif elapsed - self.last_s >= JSON_INTERVAL_S or self.total <= self.done != self.printed:
+                self.last_s, self.printed = elapsed, self.done
                 left = (self.total - self.done) / rate if rate > 0 else None
                 self._print({"unit": self.unit, "per_s": round(rate, 1), "eta_s": left and round(left, 1), **notes})
 

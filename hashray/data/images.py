@@ -5,16 +5,25 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import Field
 
 from hashray.config import Config
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+USUAL_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Pillow has a name for these, but needs another program, or only knows where such data would begin.
+NOT_DECODED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FPX", "MIC", "IPTC", "PDF"}
+ORIENTATION_TAG = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 LONGEST_ASPECT = 16
 GREY = 124  # ImageNet's mean: near 0 after normalisation
 Pixels = NDArray[np.uint8]
@@ -55,15 +64,36 @@ def decode(data: bytes | None) -> Image.Image:
         raise BadImage(f"{type(error).__name__}: {text}"[:300]) from error
 
 
+@lru_cache(maxsize=1)
+def image_endings() -> tuple[str, ...]:
+    """The endings of image files, in lower case: of every format that the installed Pillow decodes by itself."""
+    known = Image.registered_extensions()
+    others = {end for end, kind in known.items() if kind in Image.OPEN and kind not in NOT_DECODED}
+    return (*USUAL_ENDINGS, *sorted(others - {*USUAL_ENDINGS}))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image to RGB, turned as its EXIF orientation says; twice is once.
+    """A decoded image to RGB: turned as its EXIF orientation says, transparency on white.
+
+    The orientation is read and applied, not written back: Pillow's own function writes all EXIF again, and fails on
+    tags that cameras and phones really write.
 
     Raises:
         BadImage: its pixels have more than 16 bits.
     """
+    turn = TURNS.get(image.getexif().get(ORIENTATION_TAG, 1))
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
-    return ImageOps.exif_transpose(image).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    image = image.convert("RGB")
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info.pop("exif", None)  # so that turning twice is turning once
+        image.getexif().clear()
+    return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical, sha256_hex
+from hashray.data.census import closing_table, warnings
 from hashray.data.corpus import CORPUS_SCHEMA
 from hashray.data.images import BadImage, decode
 from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
@@ -25,8 +26,8 @@ from hashray.data.splits import SplitConfig, assign_splits, class_split, order_k
 from hashray.engine.parts import BadRow, Output, Part, PartWorker, run_parts, write_quarantine
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import run_stage
-from hashray.errors import InputError
-from hashray.progress import say
+from hashray.errors import InputError, StorageError
+from hashray.progress import say, show_table
 from hashray.storage import Store, open_store
 
 FETCH_THREADS = 8
@@ -41,7 +42,8 @@ class IngestConfig(SplitConfig):
     out: str = Field(description="the corpus to write")
     reader: Annotated[SourceConfig, tyro.conf.arg(name="")] = SourceConfig()
     store: Literal["bytes", "reference"] = Field("bytes", description="keep the images, or only where they are")
-    max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
+    max_bad: float = Field(0.05, ge=0, le=1, description="Share of rows that may go to quarantine")
+    strict: bool = Field(False, description="Refuse a source that gives a warning")
     rows_per_part: int = Field(1024, ge=1, description="rows of a part: what one worker takes at a time")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
@@ -53,7 +55,7 @@ class _IngestWorker(PartWorker):
     def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
         rows, bad, hashes = [], [], []
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            fetched = list(pool.map(_try_fetch, [row["uri"] for row in unit["items"]]))
+            fetched = list(pool.map(_fetch_or_reason, [row["uri"] for row in unit["items"]]))
         for row, data in zip(unit["items"], fetched, strict=True):
             advance(1)
             try:
@@ -72,10 +74,10 @@ class _IngestWorker(PartWorker):
         return Output(table, bad, {"splits": splits}, {"hashes": hashes})
 
 
-def _try_fetch(locator: str) -> bytes | BadImage:
+def _fetch_or_reason(locator: str) -> bytes | BadImage:
     try:
         return fetch(locator)
-    except InputError as error:
+    except (InputError, StorageError, ValueError) as error:  # of this path alone; a store that is down ends the stage
         return BadImage(str(error))
 
 
@@ -87,11 +89,14 @@ def ingest(config: IngestConfig) -> Manifest:
         AlreadyExists: `out` holds a corpus of another source or configuration.
     """
     source = open_store(config.source).url
+    require_apart(source, open_store(config.out).url)
     say(f"listing {source}")
     listing = list_source(source, config.reader)
+    lost = [BadRow(**row._asdict()) for row in listing.survey.lost]
     classes, labels = name_classes(listing)
     ids = [row.id for row in listing.rows]
     splits = assign_splits(ids, labels, [row.split for row in listing.rows], config)
+    _warn(listing, labels, splits, classes, config.strict)
     items: list[dict[str, Any]] = [
         {"id": row.id, "uri": row.locator, "labels": labels[i], "split": splits[i]}
         for i, row in enumerate(listing.rows)
@@ -100,8 +105,10 @@ def ingest(config: IngestConfig) -> Manifest:
         raise InputError("--store reference: a row of a Parquet file is no object of its own; use --store bytes")
     if listing.random_access:  # mixed on disk, so that a training window sees every class
         items.sort(key=lambda item: order_key(config.seed, str(item["id"])))
-    result_of = config.model_dump(mode="json", exclude={"out", "max_bad", "pool", "source"}) | {"source": source}
+    exclude = {"out", "max_bad", "pool", "source", "strict"}
+    result_of = config.model_dump(mode="json", exclude=exclude) | {"source": source}
     depends_on = {"config": result_of, "items": items, "classes": classes, "version": artifact.FORMAT_VERSION}
+    depends_on |= {"lost": listing.survey.lost} if lost else {}
     plan = sha256_hex(canonical(depends_on))[:16]
     store = open_store(config.out)
 
@@ -110,14 +117,34 @@ def ingest(config: IngestConfig) -> Manifest:
         units = [{"index": i, "rows": len(chunk), "items": chunk} for i, chunk in enumerate(chunks)]
         parts = run_parts(
             store, plan, units, _IngestWorker, {"store": config.store}, config.pool, "ingest", config.max_bad,
-            len(items) <= SHORT_ROWS,
+            len(items) <= SHORT_ROWS, lost,
         )  # fmt: skip
         info = {"plan": plan, "format": listing.format, "num_classes": len(classes)}
         if config.split_protocol == "class-split":
             info["class_split"] = class_split(labels, classes, config)
-        return _publish(store, result_of, classes, parts, info)
+        return _publish(store, result_of, classes, parts, lost, info)
 
-    return run_stage(store, "corpus", plan, work)
+    manifest = run_stage(store, "corpus", plan, work)
+    show_table("What ingest saw", ["", ""], closing_table(listing, splits, classes))
+    return manifest
+
+
+def require_apart(source: str, out: str) -> None:
+    """Refuse a corpus inside its own source: the next listing would take it for images.
+
+    Raises:
+        InputError: `out` is the source or lies inside it.
+    """
+    if out == source or out.startswith(f"{source.rstrip('/')}/"):
+        raise InputError(f"--out {out} is inside the source {source}; choose a folder beside it")
+
+
+def _warn(listing: Listing, labels: list[list[int]], splits: list[str], classes: list[str], strict: bool) -> None:
+    sentences = warnings(listing, labels, splits, classes)
+    if strict and sentences:
+        raise InputError("--strict refuses this source:\n  " + "\n  ".join(sentences))
+    for sentence in sentences:
+        say(f"warning: {sentence}")
 
 
 def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
@@ -148,13 +175,18 @@ def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
 
 
 def _publish(
-    store: Store, config: dict[str, Any], classes: list[str], parts: list[Part], info: dict[str, Any]
+    store: Store,
+    config: dict[str, Any],
+    classes: list[str],
+    parts: list[Part],
+    lost: list[BadRow],
+    info: dict[str, Any],
 ) -> Manifest:
     files: list[FileRecord] = [part.file for part in parts]
     files.append(artifact.write_file(store, "classes.json", canonical(classes)))
-    files.append(write_quarantine(store, parts))
-    bad = sum(len(part.bad) for part in parts)
-    rows_in = sum(part.rows_in for part in parts)
+    files.append(write_quarantine(store, parts, lost))
+    bad = sum(len(part.bad) for part in parts) + len(lost)
+    rows_in = sum(part.rows_in for part in parts) + len(lost)
     hashes = [pair for part in parts for pair in part.notes["hashes"]]
     elsewhere = {name for name, is_query in hashes if not is_query}
     leaked = sum(is_query and name in elsewhere for name, is_query in hashes)

@@ -1,48 +1,99 @@
-"""What every source has in common: its config, its rows, the words for splits, the reading of labels. No Ray."""
+"""What every source has in common: its config, its rows, and an account of every file that was seen. No Ray."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
 from hashray.config import Config
+from hashray.data.labels import Labels
 from hashray.errors import InputError
-from hashray.storage import Store, open_store, split_url
+from hashray.storage import Store, join, open_store, split_url
 
 Format = Literal["folder", "list", "parquet", "tar"]
-Labels = tuple[int | str, ...]
-SPLIT_WORDS = {
-    "train": "train", "training": "train", "test": "query", "query": "query", "queries": "query",
-    "database": "database", "db": "database", "gallery": "database", "unlabelled": "unlabelled",
-    "unlabeled": "unlabelled", "val": "validation", "valid": "validation", "validation": "validation",
+# Folders and files that cameras, file servers and desktops leave beside images.
+JUNK_FOLDERS = {
+    "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "lost+found", "__macosx",
+    "$recycle.bin", "system volume information", "recycler", "recycled",
 }  # fmt: skip
+JUNK_FILES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
 
 
 class SourceConfig(Config):
-    """How to read a source; unset columns are found by their usual names."""
+    """How to read a source; unset columns are recognised by their usual names."""
 
-    format: Format | None = Field(None, description="folder, list, parquet or tar; unset: told from the source")
-    root: str | None = Field(None, description="list: folder that the paths are relative to; unset: the list's own")
-    class_names: str | None = Field(None, description="text file, one class name a line; labels index into it")
-    id_column: str | None = Field(None, description="parquet: column of row ids")
-    image_column: str | None = Field(None, description="parquet: column of encoded image bytes")
-    label_column: str | None = Field(None, description="parquet: index, name, list of them, or 0/1 list")
-    split_column: str | None = Field(None, description="parquet: column of split names")
+    format: Format | None = Field(None, description="Layout of the source; unset: recognised from its files")
+    root: str | None = Field(None, description="Folder that a list's paths are relative to; unset: the list's folder")
+    class_names: str | None = Field(None, description="Text file of class names, one a line; labels index into it")
+    id_column: str | None = Field(None, description="Parquet column of row ids")
+    image_column: str | None = Field(None, description="Parquet column of encoded image bytes")
+    label_column: str | None = Field(
+        None, description="Parquet column of labels: index, name, list of them or 0/1 list; none: rows without labels"
+    )
+    split_column: str | None = Field(None, description="Parquet column of split names")
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One image of a source, not yet opened. `labels` are indices or names as found; `split` as it came."""
+    """One image of a source, not yet opened. `labels` are indices or names as the source has them."""
 
     id: str
     locator: str
     labels: Labels
     split: str | None = None
+
+
+class LostRow(NamedTuple):
+    """An image that cannot even be listed: it goes to quarantine with the reason."""
+
+    id: str
+    uri: str
+    reason: str
+
+
+@dataclass
+class Survey:
+    """The files of a source, looked at once, and what became of each.
+
+    Attributes:
+        keys: the files that a reader may take, sorted.
+        is_file: whether the url names one file, not a folder.
+        lost: images whose path cannot be used.
+        skipped: files that are no images and no labels, by ending or by kind of junk.
+        columns_read: Parquet columns that are used.
+        columns_ignored: Parquet columns that are not.
+        notes: what was recognised without being asked for, such as a usual column name.
+    """
+
+    url: str
+    store: Store
+    keys: list[str]
+    is_file: bool
+    lost: list[LostRow] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    columns_read: dict[str, None] = field(default_factory=dict)
+    columns_ignored: dict[str, None] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
+    seen: int = 0
+
+    def take(self, endings: tuple[str, ...]) -> list[str]:
+        """The files with one of these endings; the others count as skipped. A file that the url names is taken."""
+        if self.is_file:
+            return self.keys
+        taken = [key for key in self.keys if key.lower().endswith(endings)]
+        rest = set(self.keys) - set(taken)
+        self.skipped.update(PurePosixPath(key).suffix.lower() or "no ending" for key in rest)
+        return taken
+
+    def lose(self, key: str, reason: str) -> None:
+        """Put an image aside that cannot be listed."""
+        name = key.encode("utf-8", "backslashreplace").decode()
+        self.lost.append(LostRow(name, join(self.store.url, name), reason))
 
 
 @dataclass(frozen=True)
@@ -53,6 +104,47 @@ class Listing:
     rows: list[SourceRow]
     class_names: list[str] | None
     random_access: bool
+    survey: Survey
+
+
+def look(url: str) -> Survey:
+    """Look at every file of a source once. A path that cannot be used never ends it: it is counted, with the reason.
+
+    Raises:
+        InputError: there is nothing at all.
+    """
+    if is_file(url):
+        folder, name = split_url(url)
+        return Survey(url, open_store(folder), [name], True, seen=1)
+    survey = Survey(url, open_store(url), [], False)
+    faults: list[tuple[str, OSError]] = []
+    for key, _ in survey.store.list(on_error=lambda key, error: faults.append((key, error))):
+        survey.seen += 1
+        junk = _junk(key)
+        if junk is not None:
+            survey.skipped[junk] += 1
+        elif not key.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in key):
+            survey.lose(key, "the file name is not UTF-8: rename it")
+        else:
+            survey.keys.append(key)
+    for key, error in faults:
+        if _junk(key) is None:
+            survey.seen += 1
+            survey.lose(key, f"{error.strerror or error}")
+    if not survey.seen:
+        raise InputError(f"{url} not found, or an empty folder; nothing to ingest")
+    return survey
+
+
+def _junk(key: str) -> str | None:
+    """What kind of junk a file is, or None."""
+    *folders, name = PurePosixPath(key).parts
+    for folder in folders:
+        if folder.lower() in JUNK_FOLDERS:
+            return f"in {folder}/"
+    if any(part.startswith(".") for part in (*folders, name)):
+        return "hidden"
+    return name if name.lower() in JUNK_FILES else "temporary" if name.startswith("~$") else None
 
 
 def is_file(url: str) -> bool:
@@ -62,28 +154,6 @@ def is_file(url: str) -> bool:
         return open_store(folder).exists(name)
     except (InputError, ValueError):  # a bucket, the root, "..": no name of a file
         return False
-
-
-def files(url: str) -> Iterator[tuple[str, int]]:
-    """(key, bytes) of the files of a folder, sorted, hidden ones left out; InputError where there is nothing at all."""
-    found = False
-    for key, size in open_store(url).list():
-        if any(part.startswith(".") for part in PurePosixPath(key).parts):
-            continue
-        if not key.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in key):
-            raise InputError(f"{url}: the file name {key!r} is not UTF-8; rename it")
-        found = True
-        yield key, size
-    if not found:
-        raise InputError(f"{url} not found, or an empty folder; nothing to ingest")
-
-
-def shards(url: str, suffixes: tuple[str, ...]) -> tuple[Store, list[str]]:
-    """The one file that `url` is, or the files of a folder with one of these endings."""
-    if is_file(url):
-        folder, name = split_url(url)
-        return open_store(folder), [name]
-    return open_store(url), [key for key, _ in files(url) if key.lower().endswith(suffixes)]
 
 
 def read_text(store: Store, key: str) -> str:
@@ -107,80 +177,11 @@ def read_class_names(url: str | None) -> list[str] | None:
     return names
 
 
-def split_word(value: Any, where: str) -> str | None:
-    """Splits as a row came with them ("train", "test+database") in our words; None stays None."""
-    if value is None:
-        return None
-    words = [SPLIT_WORDS.get(word.strip().lower()) for word in str(value).split("+")]
-    if None in words:
-        raise InputError(f"{where}: split {value!r} is not known; allowed: {', '.join(sorted(SPLIT_WORDS))}")
-    return "+".join(sorted({str(word) for word in words}))
+def hive_values(key: str) -> dict[str, str]:
+    """Values that folders of a path hold, as Spark and pyarrow write partitions.
 
-
-def check_index(index: int, num_classes: int | None, where: str) -> int:
-    """Return a class index, or raise InputError where it is out of range."""
-    if index < 0 or (num_classes is not None and index >= num_classes):
-        allowed = f"0 to {num_classes - 1}" if num_classes else "0 and up"
-        raise InputError(f"{where}: label {index} is out of range; allowed: {allowed}")
-    return index
-
-
-def whole_number(word: str) -> int | None:
-    """The integer that a word is, or None."""
-    return int(word) if re.fullmatch(r"-?[0-9]+", word) else None
-
-
-def read_labels(
-    values: Sequence[Any], num_classes: int | None, place: Callable[[int], str]
-) -> tuple[list[Labels], int | None]:
-    """Labels of all rows of a source: an index, a name, a list of either, or a 0/1 list.
-
-    A list of three or more fields that are all 0 or 1 can only be a 0/1 list, and where one is, all are. Lists of
-    two are, if all of them are two fields of 0 or 1. Nothing (None, an empty list) is no label.
-
-    Args:
-        place: where row i is, for errors.
-
-    Returns:
-        the labels, and how many classes the 0/1 lists have, if they are such.
+    >>> hive_values("split=train/label=3/part-0.parquet")
+    {'split': 'train', 'label': '3'}
     """
-    rows = [_flat(value, i, place) for i, value in enumerate(values)]
-    lists = [i for i, value in enumerate(values) if isinstance(value, list | tuple) and rows[i]]
-    binary = [i for i in lists if not set(rows[i]) - {0, 1}]
-    width = max((len(rows[i]) for i in binary), default=0)
-    pairs = width == 2 and len(binary) == len(lists) and all(len(rows[i]) == 2 for i in lists)
-    if width <= 2 and not (pairs and num_classes in (None, 2)):
-        return [_checked(row, num_classes, place, i) for i, row in enumerate(rows)], None
-    if num_classes not in (None, width):
-        raise InputError(f"{place(binary[0])}: {width} label fields, the class-names file has {num_classes} classes")
-    wrong = next((i for i in lists if len(rows[i]) != width or set(rows[i]) - {0, 1}), None)
-    if wrong is not None:
-        raise InputError(
-            f"{place(wrong)}: label {values[wrong]!r}; other rows are lists of {width} fields of 0 and 1, all must be"
-        )
-    hot = set(lists)
-    return [
-        tuple(j for j, bit in enumerate(row) if bit) if i in hot else _checked(row, width, place, i)
-        for i, row in enumerate(rows)
-    ], width
-
-
-def _flat(value: Any, row: int, place: Callable[[int], str]) -> Labels:
-    if value is None:
-        return ()
-    out: list[int | str] = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(item, str):
-            out.append(item)
-        elif isinstance(item, int) or (isinstance(item, float) and item.is_integer()):
-            out.append(int(item))
-        else:
-            raise InputError(f"{place(row)}: label {value!r}; expected a class index, a class name or a list of them")
-    return tuple(out)
-
-
-def _checked(row: Labels, num_classes: int | None, place: Callable[[int], str], index: int) -> Labels:
-    for value in row:
-        if isinstance(value, int) and (value < 0 or num_classes is not None):
-            check_index(value, num_classes, place(index))
-    return row
+    pairs = (re.fullmatch(r"([A-Za-z_]\w*)=(.*)", folder) for folder in PurePosixPath(key).parts[:-1])
+    return {pair[1]: pair[2] for pair in pairs if pair}

@@ -175,6 +175,7 @@ def run_parts(
     title: str,
     max_bad: float,
     short: bool = False,
+    lost: Sequence[BadRow] = (),
 ) -> list[Part]:
     """Compute every part that has no record yet; return all parts, in order.
 
@@ -183,6 +184,7 @@ def run_parts(
         units: what each part is made of: `index` (its place), `rows` (how many rows go in) and more; JSON-able.
         max_bad: share of all rows that may be quarantined; above it the run stops.
         short: whether the work is small enough to run in this process where nothing asks for a cluster.
+        lost: rows that went to quarantine before; they count for `max_bad`.
 
     Raises:
         AlreadyExists: another plan's artifact is finished here; nothing of it is touched.
@@ -191,15 +193,15 @@ def run_parts(
         TooManyBadRows: with counts, the first reasons and the place of the table of all of them.
     """
     require_free(store, plan)
-    total = sum(int(unit["rows"]) for unit in units)
+    total = sum(int(unit["rows"]) for unit in units) + len(lost)
     parts = finished_parts(store, plan, len(units))
     if sum(len(part.bad) for part in parts.values()) > max_bad * total:  # mended since: those parts run again
         parts = {index: part for index, part in parts.items() if not part.bad}
     todo = [unit for unit in units if int(unit["index"]) not in parts]
-    with Bar(title, total, "rows", done=sum(part.rows_in for part in parts.values())) as bar:
+    with Bar(title, total, "rows", done=len(lost) + sum(part.rows_in for part in parts.values())) as bar:
         if todo:
             meter = _Meter(bar, title)
-            bad = sum(len(part.bad) for part in parts.values())
+            bad = len(lost) + sum(len(part.bad) for part in parts.values())
             execute = _in_this_process if workers.runs_here(short) else _on_ray
             runner = _Runner(worker, arguments, store, plan)
             with closing(execute(todo, runner, workers, meter)) as results:
@@ -208,7 +210,7 @@ def run_parts(
                     meter.finish(part)
                     bad += len(part.bad)
                     if bad > max_bad * total:
-                        _too_many_bad(store, parts, total, max_bad, title)
+                        _too_many_bad(store, parts, lost, total, max_bad, title)
     missing = [str(unit["index"]) for unit in units if int(unit["index"]) not in parts]
     if missing:
         raise AuditError(f"{title}: {len(missing)} parts are missing, the first is {missing[0]}; run it again")
@@ -311,9 +313,11 @@ def write_quarantine(store: Store, parts: Sequence[Part], before: Sequence[BadRo
     return artifact.write_file(store, artifact.QUARANTINE, table_bytes(table), rows=len(rows))
 
 
-def _too_many_bad(store: Store, parts: Mapping[int, Part], total: int, max_bad: float, title: str) -> None:
-    bad = [row for part in parts.values() for row in part.bad]
-    write_quarantine(store, list(parts.values()))
+def _too_many_bad(
+    store: Store, parts: Mapping[int, Part], lost: Sequence[BadRow], total: int, max_bad: float, title: str
+) -> None:
+    bad = [*lost, *(row for part in parts.values() for row in part.bad)]
+    write_quarantine(store, list(parts.values()), lost)
     first = "".join(f"\n  {row.id}: {row.reason}" for row in bad[:5])
     raise TooManyBadRows(
         f"{title}: {len(bad):,} of {total:,} rows could not be used, --max-bad allows {max_bad:g} of them; all so far "

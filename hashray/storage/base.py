@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -68,8 +68,15 @@ class Store(ABC):
         """Return the object's size in bytes; raises InputError when there is none."""
 
     @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """Yield (key, bytes) of every object whose key starts with `prefix`, in all sub-folders, sorted by key."""
+    def list(
+        self, prefix: str = "", on_error: Callable[[str, OSError], None] | None = None
+    ) -> Iterator[tuple[str, int]]:
+        """Yield (key, bytes) of every object whose key starts with `prefix`, in all sub-folders, sorted by key.
+
+        Args:
+            on_error: gets the key and the error of a path that cannot be looked at, such as a folder without
+                permission; unset, the error is raised.
+        """
 
     @abstractmethod
     def delete(self, key: str) -> None:

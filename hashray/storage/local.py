@@ -66,11 +66,13 @@ class LocalStore(Store):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             return path.stat().st_size
 
-    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+    def list(
+        self, prefix: str = "", on_error: Callable[[str, OSError], None] | None = None
+    ) -> Iterator[tuple[str, int]]:
         folder = check_prefix(prefix).rpartition("/")[0]
         start = self.root / folder
         with file_errors(start):
-            yield from _walk(start, f"{folder}/" if folder else "", prefix, ())
+            yield from _walk(start, f"{folder}/" if folder else "", prefix, (), on_error)
 
     def delete(self, key: str) -> None:
         path = self.local_path(key)
@@ -100,10 +102,16 @@ def file_errors(path: Path) -> Iterator[None]:
     except (NotADirectoryError, FileExistsError) as error:
         raise InputError(f"{path}: a part of this path is a file, not a folder") from error
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise InputError(f"{path}: {error.strerror}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreUnavailable(
+                f"{path}: {error.strerror}. Free some space and run the same command again; finished files are kept"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP):
             raise StorageError(f"{path}: {error.strerror}; hashray needs a folder it may write and link in") from error
         raise StoreUnavailable(
-            f"{path}: {error.strerror or error}; then run it again: finished files are kept"
+            f"{path}: {error.strerror or error}. Run the same command again; finished files are kept"
         ) from error
 
 
@@ -149,23 +157,48 @@ def _copy_synced(source: Path, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _walk(folder: Path, base: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+def _walk(
+    folder: Path,
+    base: str,
+    prefix: str,
+    above: tuple[tuple[int, int], ...],
+    on_error: Callable[[str, OSError], None] | None,
+) -> Iterator[tuple[str, int]]:
+    entries: list[tuple[str, os.DirEntry[str]]] = []
     try:
         status = folder.stat()
-        entries = [(entry.name + "/" * entry.is_dir(), entry) for entry in os.scandir(folder)]
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link to a folder above itself
+            return
+        for entry in os.scandir(folder):
+            try:
+                entries.append((entry.name + "/" * entry.is_dir(), entry))
+            except OSError as error:  # a link to itself
+                _report(base + entry.name, error, on_error)
     except (FileNotFoundError, NotADirectoryError):
         return
-    here = (status.st_dev, status.st_ino)
-    if here in above:  # a link to a folder above itself
+    except OSError as error:  # a folder without permission
+        _report(base.rstrip("/"), error, on_error)
         return
     for name, entry in sorted(entries, key=lambda pair: pair[0]):
         key = base + name
         if name.endswith("/"):
             if key.startswith(prefix[: len(key)]):
-                yield from _walk(folder / entry.name, key, prefix, (*above, here))
+                yield from _walk(folder / entry.name, key, prefix, (*above, here), on_error)
         elif key.startswith(prefix) and not name.startswith(TEMP_PREFIX):
             try:
-                yield key, entry.stat().st_size
+                size = entry.stat().st_size
             except FileNotFoundError:
-                if entry.is_symlink():  # a dangling link is listed, so that reading it says what is wrong
-                    yield key, 0
+                if not entry.is_symlink():
+                    continue
+                size = 0  # a dangling link is listed, so that reading it says what is wrong
+            except OSError as error:
+                _report(key, error, on_error)
+                continue
+            yield key, size
+
+
+def _report(key: str, error: OSError, on_error: Callable[[str, OSError], None] | None) -> None:
+    if on_error is None or not key:
+        raise error
+    on_error(key, error)

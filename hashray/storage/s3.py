@@ -139,7 +139,9 @@ class S3Store(Store):
                     raise StorageError(self._no_bucket()) from error
         return None
 
-    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+    def list(
+        self, prefix: str = "", on_error: Callable[[str, OSError], None] | None = None
+    ) -> Iterator[tuple[str, int]]:
         check_prefix(prefix)
         base = f"{self.prefix}/" if self.prefix else ""
         token: dict[str, str] = {}

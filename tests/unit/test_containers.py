@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hashray.data.listing import read_labels
+from hashray.data.labels import read_labels
 from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
 from hashray.errors import InputError
 from hashray.storage import open_store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from hashray.data.images import AugmentConfig, BadImage, augment, decode, decode_rows, to_pixels
+from hashray.data.images import AugmentConfig, BadImage, augment, decode, decode_rows, image_endings, to_pixels, to_rgb
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -38,10 +39,23 @@ def test_other_modes_are_what_pillow_makes_of_them(mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Palette images")
-def test_palettes_with_transparency_and_animations() -> None:
+def test_what_is_transparent_is_white() -> None:
     image = picture().convert("P")
-    out = decode(encoded(image, transparency=bytes(range(256))))
-    assert np.array_equal(np.asarray(out), np.asarray(image.convert("RGB")))
+    opacity = bytes(range(256))
+    out = decode(encoded(image, transparency=opacity))
+    colors, alpha = np.asarray(image.convert("RGB"), float), np.frombuffer(opacity, np.uint8)[np.asarray(image)] / 255
+    expected = colors * alpha[:, :, None] + 255 * (1 - alpha[:, :, None])
+    assert np.abs(np.asarray(out, float) - expected).max() <= 1
+    logos = []
+    for place in (0, 3):  # black on transparent, as logos are: without a ground both would be black
+        logo = Image.new("RGBA", (6, 6), (0, 0, 0, 0))
+        logo.putpixel((place, place), (0, 0, 0, 255))
+        logos.append(np.asarray(decode(encoded(logo))))
+        assert logos[-1][place, place].tolist() == [0, 0, 0] and logos[-1][5, 5].tolist() == [255, 255, 255]
+    assert not np.array_equal(*logos)
+
+
+def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     first = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert np.asarray(first)[0, 0].tolist() == [255, 0, 0]
@@ -78,6 +92,29 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     expected = upright.transpose(turns[orientation]) if orientation in turns else upright
     out = decode(encoded(upright, exif=exif))
     assert np.array_equal(np.asarray(out), np.asarray(expected))
+
+
+def test_a_photo_is_turned_whatever_else_its_exif_holds() -> None:
+    odd = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)
+    odd += struct.pack("<HHI", 0x11A, 2, 3) + b"72\0\0" + b"\0" * 4  # a resolution as text: cannot be written back
+    plain = encoded(Image.new("RGB", (16, 8), (200, 30, 30)), "JPEG")
+    turned = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(odd) + 2) + odd + plain[2:]
+    assert decode(turned).size == (8, 16)
+    assert to_rgb(decode(turned)).size == (8, 16)  # once is enough
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_turned_too(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    values = (np.arange(8, dtype=np.uint16).reshape(2, 4) * 4096).astype(np.uint16)
+    assert decode(encoded(Image.fromarray(values), kind, exif=exif)).size == (2, 4)
+
+
+def test_every_format_that_pillow_decodes_is_an_image() -> None:
+    endings = image_endings()
+    assert {".png", ".jpg", ".jfif", ".jpe", ".webp", ".tga", ".ico", ".pbm"} <= set(endings)
+    assert not {".eps", ".pdf", ".mpg", ".h5", ".wmf", ".md", ".mp4", ".txt"} & set(endings)
 
 
 @pytest.mark.parametrize(

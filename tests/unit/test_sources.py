@@ -229,10 +229,48 @@ def test_a_missing_image_is_an_input_error(put: Put) -> None:
         fetch(list_source(f"{url}/l.txt", SourceConfig()).rows[0].locator)
 
 
-def test_a_file_name_that_is_not_utf8(local: Put, tmp_path: Path) -> None:
-    url = local(pictures("cat/a.png"))
+def test_a_path_that_cannot_be_used_is_lost_with_its_reason(local: Put, tmp_path: Path) -> None:
+    url = local(pictures("cat/a.png", "dog/b.png"))
     (tmp_path / "cat" / b"\xff.png".decode(errors="surrogateescape")).write_bytes(b"x")
-    refuse(url, "the file name .* is not UTF-8; rename it")
+    (tmp_path / "dog" / "itself.png").symlink_to("itself.png")
+    (tmp_path / "dog" / "round").symlink_to(tmp_path / "dog")
+    listing = list_source(url, SourceConfig())
+    assert set(rows(listing)) == {"cat/a.png", "dog/b.png"}
+    assert {row.id: row.reason for row in listing.survey.lost} == {
+        "cat/\\udcff.png": "the file name is not UTF-8: rename it",
+        "dog/itself.png": "Too many levels of symbolic links",
+    }
+    assert listing.survey.seen == 4
+
+
+def test_a_folder_without_permission_is_lost_and_the_rest_is_read() -> None:
+    check = """
+import os, pathlib, tempfile
+from hashray.data.sources import SourceConfig, list_source
+with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+    root = pathlib.Path(folder)
+    root.chmod(0o755)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        (root / name / "a.png").write_bytes(b"x")
+    (root / "dog").chmod(0)
+    if os.geteuid() == 0:  # root may read everything
+        os.seteuid(65534)
+    listing = list_source(folder, SourceConfig())
+    os.seteuid(os.getuid())
+    (root / "dog").chmod(0o755)
+    print([row.id for row in listing.rows], [(row.id, row.reason) for row in listing.survey.lost])
+"""
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout == "['cat/a.png'] [('dog', 'Permission denied')]\n"
+
+
+def test_a_list_with_a_path_that_no_file_can_have(local: Put) -> None:
+    url = local({"train.txt": f"a.png 0\nb\0.png 1\n{'x' * 300}.png 1\n", **pictures("a.png")})
+    listing = list_source(f"{url}/train.txt", SourceConfig())
+    assert [row.id for row in listing.survey.lost] == ["b\\0.png"]
+    with pytest.raises(InputError, match="File name too long"):
+        fetch(listing.rows[1].locator)
 
 
 def test_ingest_starts_without_torch() -> None:

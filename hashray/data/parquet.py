@@ -1,0 +1,163 @@
+"""Parquet files as a source: which columns are read, and how one image is taken out. No Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hashray.data.labels import read_labels, split_of_path, split_word, whole_number
+from hashray.data.listing import SourceConfig, SourceRow, Survey, hive_values
+from hashray.data.lists import Rows
+from hashray.errors import InputError, perhaps
+from hashray.storage import join, open_store, split_url
+
+ENDINGS = (".parquet", ".pq")
+IMAGES = ("image", "bytes", "jpg", "png", "img", "jpeg", "picture", "photo", "image_bytes", "img_bytes")
+IDS = ("id", "key", "__key__", "path", "filename", "file_name", "image_id")
+LABELS = (
+    "labels", "label", "class", "cls", "fine_label", "target", "targets", "category", "class_name", "class_id",
+    "class_label", "label_name", "category_id", "classes", "coarse_label",
+)  # fmt: skip
+SPLITS = ("split", "subset", "partition")
+# Columns that tell of an image, and are no label whatever their type.
+ABOUT = {
+    "width", "height", "original_width", "original_height", "url", "caption", "text", "status", "error_message",
+    "sha256", "md5", "exif", "size", "mode", "license", "source", "similarity", "punsafe", "pwatermark", "aesthetic",
+    "date",
+}  # fmt: skip
+
+
+class Columns(NamedTuple):
+    """The names of the columns that are read; None where there is none."""
+
+    image: str
+    id: str | None
+    label: str | None
+    split: str | None
+
+
+def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) -> Rows:
+    """Rows of Parquet files, in file order; only the columns of ids, labels and splits are read.
+
+    A column may be a folder's `name=value` (a Hive partition). A split stands in its column, in a partition, or in the
+    name of the file or folder. Class names are those of Hugging Face's metadata, where the schema has them.
+    """
+    rows: list[tuple[str, str, str | None]] = []
+    values: list[Any] = []
+    places: list[tuple[str, int, int]] = []
+    class_names: list[str] | None = None
+    for key in survey.take(ENDINGS):
+        url, hive = join(survey.store.url, key), hive_values(key)
+        try:
+            with survey.store.open(key) as handle:
+                file = pq.ParquetFile(handle)
+                columns = _columns(file.schema_arrow, hive, config, url)
+                _account(survey, columns, file.schema_arrow.names)
+                class_names = _class_names(file.schema_arrow, columns.label, class_names, url)
+                stored = [name for name in columns[1:] if name and name not in hive]
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, columns=stored)
+                    count = file.metadata.row_group(group).num_rows
+                    place = f"{url}, row group {group}"
+
+                    def column(name: str | None, table: Any = table, count: int = count, hive: Any = hive) -> list[Any]:
+                        if name is None:
+                            return [None] * count
+                        return [_number(hive[name])] * count if name in hive else table.column(name).to_pylist()
+
+                    ids = column(columns.id) if columns.id else [f"{key}:{group}:{row}" for row in range(count)]
+                    if None in ids:
+                        raise InputError(f"{place}, row {ids.index(None)}: {columns.id!r} is null")
+                    words = column(columns.split) if columns.split else [split_of_path(key)] * count
+                    places += [(url, group, row) for row in range(count)]
+                    values += column(columns.label)
+                    rows += [
+                        (
+                            str(row_id),
+                            f"parquet:{url}#" + urlencode({"column": columns.image, "group": group, "row": row}),
+                            split_word(word, f"{place}, row {row}"),
+                        )
+                        for row, row_id, word in zip(range(count), ids, words, strict=True)
+                    ]
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{url} is not a Parquet file, or broken: {error}") from error
+    labels, width = read_labels(values, num_classes, lambda i: "{}, row group {}, row {}".format(*places[i]))
+    listed = [SourceRow(*rows[i][:2], labels[i], rows[i][2]) for i in range(len(rows))]
+    return listed, [str(i) for i in range(width)] if width else class_names
+
+
+def _number(text: str) -> Any:
+    number = whole_number(text)
+    return text if number is None else number
+
+
+def _columns(schema: pa.Schema, hive: dict[str, str], config: SourceConfig, url: str) -> Columns:
+    names = [*schema.names, *hive]
+
+    def column(given: str | None, usual: Sequence[str]) -> str | None:
+        if given is not None and given not in names:
+            hint = perhaps(given, names) or "."
+            raise InputError(f"{url} has no column {given!r}{hint} It has: {', '.join(names)}")
+        lower = {name.lower(): name for name in reversed(names)}
+        return given or next((lower[name] for name in usual if name in lower), None)
+
+    image = column(config.image_column, IMAGES)
+    if image is None:
+        raise InputError(f"{url} has no image column; name it with --image-column. It has: {', '.join(names)}")
+    kind = schema.field(image).type
+    plain = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(plain) or pa.types.is_large_binary(plain) or pa.types.is_binary_view(plain)):
+        raise InputError(
+            f"{url}: column {image!r} holds {kind}; expected encoded images (PNG, JPEG, …) as binary, or a struct "
+            "with a binary field `bytes`; name another with --image-column"
+        )
+    row_id, split = column(config.id_column, IDS), column(config.split_column, SPLITS)
+    without = config.label_column == "none" and "none" not in names
+    label = None if without else column(config.label_column, LABELS)
+    left = [name for name in names if name not in (image, row_id, split) and name.lower() not in ABOUT]
+    if label is None and left and not without:
+        raise InputError(
+            f"{url} has no column of a usual label name; name it with --label-column (or --label-column none for "
+            f"images without labels). It has: {', '.join(names)}"
+        )
+    return Columns(image, row_id, label, split)
+
+
+def _account(survey: Survey, columns: Columns, names: Sequence[str]) -> None:
+    used = [name for name in columns if name]
+    survey.columns_read |= dict.fromkeys(used)
+    survey.columns_ignored |= dict.fromkeys(name for name in names if name not in used)
+    if columns.label is not None:
+        survey.notes[f"labels are read from column {columns.label!r}"] = None
+
+
+def _class_names(schema: pa.Schema, label: str | None, before: list[str] | None, url: str) -> list[str] | None:
+    """Class names from Hugging Face's metadata of the label column; those of all files must agree."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    try:
+        feature = json.loads(text or b"{}").get("info", {}).get("features", {}).get(label, {})
+        names = feature.get("names") or feature.get("feature", {}).get("names")
+    except (ValueError, AttributeError):  # somebody else's metadata of this name
+        return before
+    if names and before and names != before:
+        raise InputError(f"{url}: its class names are {names[:4]}…, other files have {before[:4]}…; make them agree")
+    return names or before
+
+
+@lru_cache(maxsize=2)
+def image_column(url: str, column: str, group: int) -> pa.ChunkedArray:
+    folder, name = split_url(url)
+    try:
+        with open_store(folder).open(name) as handle:
+            values = pq.ParquetFile(handle).read_row_group(group, columns=[column]).column(0)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{url}, row group {group} cannot be read: {error}") from error
+    if pa.types.is_struct(values.type):
+        values = pa.chunked_array([chunk.field("bytes") for chunk in values.chunks], values.type.field("bytes").type)
+    return values

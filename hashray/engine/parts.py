@@ -116,7 +116,7 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (text,) = batch["unit"]
         unit = json.loads(text)
-        self.reports.put.remote({"start": unit["index"]})
+        ray.get(self.reports.put.remote({"start": unit["index"]}))  # arrives even where this process dies at once
         try:
             part = self.runner.run(unit, lambda rows: self.reports.put.remote({"part": unit["index"], "rows": rows}))
         except HashrayError as error:

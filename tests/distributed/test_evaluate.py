@@ -96,7 +96,7 @@ def test_a_finished_evaluation_is_shown_again_and_never_overwritten(
     assert again.out == table and "is finished already" in again.err
     for other in (["--top-k", "5"], ["--seed", "1"], ["--no-baselines"]):
         assert main([*words, *other]) == 1
-        assert "choose another --out" in capfd.readouterr().err
+        assert "Choose another --out" in capfd.readouterr().err
     assert files_of(out) == before and times == {path: path.stat().st_mtime_ns for path in Path(out).rglob("*")}
 
 

@@ -178,14 +178,14 @@ def test_of_two_racing_builds_one_wins(tmp_path, where, monkeypatch, request):
         thread.join()
     (winner,) = [number for number in outcomes if isinstance(outcomes[number], Manifest)]
     error = str(outcomes[1 - winner])
-    assert "another build published version 1 of this index first: 300 rows, flat" in error
-    assert str(outcomes[winner].id)[:12] in error and "choose another --out" in error
+    assert f"holds a finished index ({outcomes[winner].id[:12]}) of another input or configuration" in error
+    assert "Choose another --out" in error
     assert artifact.load_manifest(configs[0].out) == outcomes[winner] and artifact.verify(configs[0].out) == []
     check_answers(configs[0].out, *drawn[winner])
     # Another configuration on a finished index is refused before anything is built; the loser's rerun as well.
     monkeypatch.setattr(artifact, "publish", publish)
     for config in (configs[1 - winner], configs[winner].model_copy(update={"shards": 1})):
-        with pytest.raises(AlreadyExists, match="another build published version 1 of this index first"):
+        with pytest.raises(AlreadyExists, match="holds a finished index"):
             build_index(config)
 
 
@@ -215,6 +215,6 @@ def test_codes_that_cannot_be_indexed(tmp_path, monkeypatch):
         build_index(IndexConfig(codes=str(tmp_path / "whole"), out=out))
     part.write_bytes(data)
     with monkeypatch.context() as patch:
-        patch.setattr(module._Job, "run", lambda *_: ([], None))
+        patch.setattr(module._Build, "run", lambda *_: ([], None))
         with pytest.raises(AuditError, match="holds 200 rows, the shards 0; nothing was published"):
             build_index(IndexConfig(codes=str(tmp_path / "whole"), out=out))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import sys
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,15 @@ from hashray.data import ingest as ingest_module
 from hashray.data.corpus import iterate_bytes, open_corpus
 from hashray.data.ingest import IngestConfig, ingest
 from hashray.data.sources import SourceConfig
-from hashray.engine import parts as parts_module
-from hashray.engine.parts import Part, PartWorker, finished_parts, run_parts
+from hashray.engine.parts import Output, Part, PartWorker, finished_parts, run_parts
 from hashray.engine.session import WorkersConfig
-from hashray.errors import AlreadyExists, AuditError, InputError, TooManyBadRows
+from hashray.errors import AlreadyExists, AuditError, InputError, RunError, TooManyBadRows
 from hashray.storage import open_store
 
 BROKEN = {3: b"", 17: b"no image"}
 ONE = WorkersConfig(workers=1, cpus_per_worker=0.5)
 TWO = WorkersConfig(workers=2, cpus_per_worker=0.5)
+HERE = WorkersConfig(ray="never")  # in threads of this process
 
 
 def png(number: int) -> bytes:
@@ -66,24 +65,6 @@ def check(out: str, rows_in: int, bad: Sequence[str]) -> None:
     ids = corpus.rows("all").ids
     assert len(ids) == len(set(ids)) == rows_in - len(bad)
     assert not set(ids) & set(bad)
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The units of an ingest in this process: the same actor, without the pool around it."""
-
-    def run(
-        store: Any, plan: str, units: Any, worker: Any, arguments: Any, workers: Any, title: str, max_bad: float
-    ) -> list[Part]:
-        parts_module.require_free(store, plan)
-        actor = parts_module._Actor(worker, arguments, store, plan)
-        texts = [text for unit in units for text in actor({"unit": [json.dumps(unit)]})["part"]]
-        parts = [Part.model_validate_json(text) for text in texts]
-        parts_module._stop_if_bad(store, {p.index: p for p in parts}, sum(p.rows_in for p in parts), max_bad, title)
-        return parts
-
-    monkeypatch.setattr(ingest_module, "run_parts", run)
-    monkeypatch.setattr(ingest_module, "connect", lambda: None)
 
 
 def test_broken_rows_resume_and_the_same_bytes_every_time(
@@ -166,7 +147,7 @@ class Dies(PartWorker):
     def __init__(self, marker: str) -> None:
         self.marker = Path(marker)
 
-    def process(self, unit: Mapping[str, Any]) -> tuple[pa.Table, list[Any], dict[str, Any], dict[str, Any]]:
+    def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
         with (self.marker.parent / f"attempt-{unit['index']}").open("a") as log:
             log.write("x")
         if unit["index"] == 2 and not self.marker.exists():
@@ -174,11 +155,13 @@ class Dies(PartWorker):
             os._exit(9)
         if unit["index"] == 9:
             raise InputError("a fault of the request, found by a worker")
+        if unit["index"] == 10:
+            raise KeyError("a fault of the code")
         lost = unit["index"] == 8
-        return pa.table({"id": [f"{unit['index']}-{i}" for i in range(unit["rows"] - lost)]}), [], {}, {}
+        return Output(pa.table({"id": [f"{unit['index']}-{i}" for i in range(unit["rows"] - lost)]}), [])
 
 
-def test_a_worker_that_dies_loses_no_unit(ray_session: Any, tmp_path: Path) -> None:
+def test_a_worker_that_dies_loses_no_part(ray_session: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     store = open_store(tmp_path / "out")
 
@@ -192,25 +175,27 @@ def test_a_worker_that_dies_loses_no_unit(ray_session: Any, tmp_path: Path) -> N
     tables = [pq.read_table(Path(store.url) / part.file.name) for part in parts]
     assert [x for t in tables for x in t.column("id").to_pylist()] == [f"{i}-{j}" for i in range(6) for j in range(2)]
     assert (tmp_path / "attempt-2").read_text() == "xx"
+    assert "note: t: part 2 runs again, its worker was lost" in capsys.readouterr().err
     assert run(range(6)) == parts
     assert (tmp_path / "attempt-0").read_text() == "x"
     # What a worker raises comes back as itself; a row that is nowhere is an error, and leaves no record.
-    audited = parts_module._Actor(Dies, {"marker": str(tmp_path / "died")}, store, "plan")
-    (error,) = audited({"unit": [json.dumps({"index": 8, "rows": 2})]})["error"]
-    assert json.loads(error) == [AuditError.__name__, "parts/part-00008-plan.parquet: 2 rows in, 1 out, 0 quarantined"]
+    with pytest.raises(AuditError, match=r"parts/part-00008-plan\.parquet: 2 rows in, 1 out, 0 quarantined"):
+        run(range(8, 9))
     with pytest.raises(InputError, match="a fault of the request, found by a worker"):
         run(range(9, 10))
+    # An error that would come again is final at once, and is no bare traceback.
+    with pytest.raises(RunError, match="t: part 10: KeyError: 'a fault of the code'"):
+        run(range(10, 11))
     assert sorted(finished_parts(store, "plan", 10)) == list(range(6))
 
 
 @pytest.mark.parametrize(("place", "rows_per_part"), [("local", 1), ("local", 13), ("local", 100), ("s3", 13)])
-@pytest.mark.usefixtures("here")
 def test_two_broken_files_in_any_number_of_parts(
     rows_per_part: int, place: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     base = str(tmp_path) if place == "local" else request.getfixturevalue("s3_url")
     source = write_folder(f"{base}/images")
-    ingest(IngestConfig(source=source, out=f"{base}/c", rows_per_part=rows_per_part))
+    ingest(IngestConfig(pool=HERE, source=source, out=f"{base}/c", rows_per_part=rows_per_part))
     check(f"{base}/c", 40, ["database/ant/003.png", "train/cat/017.png"])
 
 
@@ -243,13 +228,20 @@ def sources(url: str) -> dict[str, tuple[str, SourceConfig]]:
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-@pytest.mark.usefixtures("here")
 def test_every_source_by_bytes_and_by_reference(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = str(tmp_path / "s #1") if place == "local" else request.getfixturevalue("s3_url")
     for kind, (source, reader) in sources(url).items():
         for store in ("bytes", "reference"):
             out = f"{url}/{kind}-{store}"
-            config = IngestConfig(source=source, out=out, reader=reader, store=store, max_bad=0.2, rows_per_part=4)  # type: ignore[arg-type]
+            config = IngestConfig(
+                pool=HERE,
+                source=source,
+                out=out,
+                reader=reader,
+                store=store,
+                max_bad=0.2,
+                rows_per_part=4,  # type: ignore[arg-type]
+            )
             if (kind, store) == ("parquet", "reference"):
                 with pytest.raises(
                     InputError, match="a row of a Parquet file is no object of its own; use --store bytes"
@@ -273,10 +265,9 @@ def test_every_source_by_bytes_and_by_reference(place: str, tmp_path: Path, requ
             assert corpus.count("database") == (4 if kind == "list" else 5)
 
 
-@pytest.mark.usefixtures("here")
 def test_what_is_refused_writes_nothing(tmp_path: Path) -> None:
     source = write_folder(str(tmp_path / "images"), rows=8, broken={})
-    config = IngestConfig(source=source, out=str(tmp_path / "c"))
+    config = IngestConfig(pool=HERE, source=source, out=str(tmp_path / "c"))
     ingest(config)
     before = contents(config.out)
     others = [
@@ -286,7 +277,7 @@ def test_what_is_refused_writes_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
     for change in others:
         with pytest.raises(
-            AlreadyExists, match=r"holds a finished corpus .* of another input or configuration; nothing was"
+            AlreadyExists, match=r"holds a finished corpus .* of another input or configuration. Nothing was"
         ):
             ingest(config.model_copy(update=change))
         assert contents(config.out) == before
@@ -296,7 +287,7 @@ def test_what_is_refused_writes_nothing(tmp_path: Path) -> None:
             open_store(tmp_path).write(name, text.encode())
         open_store(tmp_path).write("l/1.png", png(1))
         reader = SourceConfig(class_names=str(tmp_path / "names.txt"))
-        named = IngestConfig(source=str(tmp_path / "l/l.txt"), out=str(tmp_path / "n"), reader=reader)
+        named = IngestConfig(pool=HERE, source=str(tmp_path / "l/l.txt"), out=str(tmp_path / "n"), reader=reader)
         if refused:
             with pytest.raises(AlreadyExists):
                 ingest(named)
@@ -308,30 +299,28 @@ def test_what_is_refused_writes_nothing(tmp_path: Path) -> None:
     open_store(tmp_path).write("lists/database.txt", b"a.png 0\nb.png 0\n")
     open_store(tmp_path).write("lists/test.txt", b"a.png 0\n")
     with pytest.raises(InputError, match=r"1 query rows are in another split too, the first 'a\.png'"):
-        ingest(IngestConfig(source=str(tmp_path / "lists"), out=new))
+        ingest(IngestConfig(pool=HERE, source=str(tmp_path / "lists"), out=new))
     table = pa.table({"id": ["a", "b", "a"], "image": [png(1)] * 3})
     pq.write_table(table, tmp_path / "twice.parquet")
     with pytest.raises(InputError, match=r"1 ids occur more than once, for example 'a' \(2 times\)"):
-        ingest(IngestConfig(source=str(tmp_path / "twice.parquet"), out=new))
+        ingest(IngestConfig(pool=HERE, source=str(tmp_path / "twice.parquet"), out=new))
     pq.write_table(table.slice(0, 2).append_column("label", pa.array([1, 10**9])), tmp_path / "sku.parquet")
     with pytest.raises(InputError, match="label 1000000000 is no class index"):
-        ingest(IngestConfig(source=str(tmp_path / "sku.parquet"), out=new))
+        ingest(IngestConfig(pool=HERE, source=str(tmp_path / "sku.parquet"), out=new))
     assert not Path(new).exists()
 
 
-@pytest.mark.usefixtures("here")
 def test_a_query_that_is_in_the_database_under_another_name_is_counted(tmp_path: Path) -> None:
     for name in ("test/ant/1.png", "train/ant/2.png", "train/ant/3.png"):
         open_store(tmp_path / "i").write(name, png(3 if name.endswith("3.png") else 1))
-    manifest = ingest(IngestConfig(source=str(tmp_path / "i"), out=str(tmp_path / "c")))
+    manifest = ingest(IngestConfig(pool=HERE, source=str(tmp_path / "i"), out=str(tmp_path / "c")))
     assert manifest.info["leaked_queries"] == 1
 
 
-@pytest.mark.usefixtures("here")
 def test_verify_names_the_file_of_a_flipped_byte(tmp_path: Path) -> None:
     source = write_folder(str(tmp_path / "images"))
     out = tmp_path / "c"
-    ingest(IngestConfig(source=source, out=str(out), rows_per_part=20))
+    ingest(IngestConfig(pool=HERE, source=source, out=str(out), rows_per_part=20))
     files = contents(out)
     assert {name.split("/")[0] for name in files} == {"parts", "classes.json", "quarantine.parquet", "manifest.json"}
     for name, data in files.items():

@@ -97,7 +97,7 @@ def test_the_page_is_one_file_with_every_number_and_picture(metrics: dict[str, A
     }
     told = report.page({**metrics, "training": {"rounds": [line], "best_round": 1}}, {}, {})
     assert "1,500 of 2,000" in told and "87.5%" in told and "0.5000 → 0.6250" in told
-    assert "of the model of round 1:" in told
+    assert "shows the model of round 1: it has the best" in told
     kept = report.page({**metrics, "training": {"rounds": [line], "best_round": 0}}, {}, {})
-    assert "of the model of round 0, trained without any of these labels" in kept
+    assert "the model of round 0, trained without any of these labels: it has" in kept
     assert "No gallery" in report.page({**metrics, "gallery": []}, {}, {})

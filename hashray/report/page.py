@@ -20,7 +20,7 @@ THUMB_PIXELS = 72
 
 
 class Table(NamedTuple):
-    """A table of text; row `marked` is ours."""
+    """A table of text. Row `marked` is ours."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -28,7 +28,7 @@ class Table(NamedTuple):
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of ours, from a file in templates/. Every value is escaped; a name that is not given is an error."""
+    """Fill a template of templates/. Every value is escaped, and a missing value is an error."""
     environment = Environment(
         loader=PackageLoader("hashray.report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -38,7 +38,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def score_text(value: float | None) -> str:
-    """A score with four digits; a dash where there is none."""
+    """A score with four digits, or a dash for None."""
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -48,7 +48,7 @@ def page(metrics: Mapping[str, Any], figures: Mapping[str, bytes], images: Mappi
     Args:
         metrics: the content of metrics.json.
         figures: PNG bytes by name.
-        images: encoded image bytes by row id, for the gallery; a missing one becomes an empty square.
+        images: encoded image bytes by row id, for the gallery. A missing image becomes an empty square.
     """
     ours, protocol, training = metrics["results"][0], metrics["protocol"], metrics.get("training", {})
     depth = f"mAP@{ours['top_k']}" if ours["top_k"] else "mAP"
@@ -65,7 +65,7 @@ def page(metrics: Mapping[str, Any], figures: Mapping[str, bytes], images: Mappi
 
 
 def _tiles(results: Sequence[Mapping[str, Any]], depth: str) -> Iterator[tuple[str, str]]:
-    """The numbers at the top, each with what it is; ours first."""
+    """Name and value of the numbers at the top of the page, ours first."""
     ours = results[0]
     by_name = {row["name"]: row for row in results if row.get("scenario") == ours.get("scenario")}
     for name in (ours["name"], "itq", "float-cosine"):
@@ -78,7 +78,7 @@ def _tiles(results: Sequence[Mapping[str, Any]], depth: str) -> Iterator[tuple[s
 
 
 def _results(results: Sequence[Mapping[str, Any]], depth: str) -> Iterator[dict[str, Any]]:
-    """One table, or one for each scenario of a class split."""
+    """The table of results, or one table for each scenario of a class split."""
     for scenario in dict.fromkeys(row.get("scenario") for row in results):
         rows = [row for row in results if row.get("scenario") == scenario]
         ranked = sorted(rows, key=lambda row: -row["mAP"])
@@ -96,7 +96,7 @@ def _results(results: Sequence[Mapping[str, Any]], depth: str) -> Iterator[dict[
 
 
 def _means(metrics: Mapping[str, Any]) -> Table | None:
-    """Harmonic means over two scenarios; None for a corpus without a class split."""
+    """Harmonic mean of the within and cross scores; None for a corpus without a class split."""
     if metrics["results"][0].get("scenario") is None:
         return None
     means = sorted(metrics.get("harmonic_mean", {}).items(), key=lambda pair: -pair[1])
@@ -105,7 +105,7 @@ def _means(metrics: Mapping[str, Any]) -> Table | None:
 
 
 def _rounds(training: Mapping[str, Any]) -> Table | None:
-    """Self-training, round by round; None for a training without it."""
+    """The rounds of self-training; None for a training without it."""
     rounds, best = training.get("rounds"), training.get("best_round", 0)
     if not rounds:
         return None
@@ -125,7 +125,7 @@ def _png_url(data: bytes) -> str:
 
 
 def _thumbnail(data: bytes | None) -> bytes | None:
-    """PNG bytes of an image at twice the size that the page shows; None where there is no image to decode."""
+    """PNG bytes at twice the size on the page; None if the image is missing or does not decode."""
     if data is None:
         return None
     try:

@@ -7,6 +7,7 @@ from typing import Literal, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import hadamard
 from torch import Tensor, nn
 
 from hashray.codes import Codes, binarize, check_num_bits, hamming, unpack
@@ -90,11 +91,8 @@ def spread_codewords(num_classes: int, num_bits: int, seed: int = 0) -> NDArray[
         raise ConfigError(f"{num_bits} bits cannot tell {num_classes} classes apart; use more bits")
     rng = np.random.default_rng(seed)
     if num_bits & (num_bits - 1) == 0 and num_classes <= 2 * num_bits:
-        hadamard = np.ones((1, 1), dtype=np.int8)
-        while len(hadamard) < num_bits:
-            hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-        order = rng.permutation(num_bits)
-        return np.concatenate([hadamard[order], -hadamard[order]])[:num_classes]
+        rows = hadamard(num_bits, dtype=np.int8)[rng.permutation(num_bits)]
+        return np.concatenate([rows, -rows])[:num_classes]
     best, widest = np.empty((0, num_bits), dtype=np.int8), -1
     for _ in range(32):
         packed = _distinct_codes(rng, num_classes, num_bits)

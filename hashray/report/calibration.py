@@ -1,4 +1,4 @@
-"""The rows that a method must beat before its score says anything (METHODS 6.8)."""
+"""The baselines that a method must beat before its score means anything (METHODS 6.8)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ CALIBRATION = ("class-code", "itq-linear", "itq")
 
 
 def baselines_not_beaten(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Calibration rows as good as the first row of the same table, which is ours (METHODS 6.8)."""
+    """Names of the calibration baselines that score at least as high as the first row, which is ours (METHODS 6.8)."""
     ours, *others = results
     return [row["name"] for row in others if row["name"] in CALIBRATION and row["mAP"] >= ours["mAP"]]

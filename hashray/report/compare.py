@@ -1,4 +1,4 @@
-"""`hashray figures`: evaluations beside each other, drawn from their metrics.json alone. No Ray.
+"""`hashray figures` draws several evaluations beside each other, from their metrics.json alone. No Ray.
 
 DIR/  precision_recall.png · precision_at.png · scores.png · and for each evaluation codes_NAME.png (t-SNE),
       codeword_distances_NAME.png, codeword_graph_NAME.png
@@ -28,26 +28,33 @@ from hashray.storage import join, open_store
 class FiguresConfig(Config):
     """Draw evaluations beside each other, from their metrics.json."""
 
-    evaluations: Annotated[tuple[str, ...], tyro.conf.Positional] = Field(description="folders of `hashray evaluate`")
-    out: str = Field(description="where the pictures go")
-    scenario: str | None = Field(None, description="of a class-split: within, cross or generalised; unset: the first")
-    seed: int = Field(0, ge=0, description="of the t-SNE")
+    evaluations: Annotated[tuple[str, ...], tyro.conf.Positional] = Field(
+        description="Output folders of `hashray evaluate`"
+    )
+    out: str = Field(description="Folder for the pictures")
+    scenario: str | None = Field(
+        None, description="Scenario of a class split: within, cross or generalised; unset: the first"
+    )
+    seed: int = Field(0, ge=0, description="Seed of the t-SNE")
 
 
 def compare(config: FiguresConfig) -> dict[str, str]:
-    """Run the stage; return the pictures' places by name.
+    """Run the stage and return the path of each picture by name.
 
     Raises:
-        InputError: no evaluation, one that is not there, or a scenario that one does not have.
-        MismatchError: the evaluations are of different corpora.
+        InputError: there is no evaluation, one does not exist, or one lacks the scenario.
+        MismatchError: the evaluations differ in corpus or protocol.
     """
     if not config.evaluations:
         raise InputError("hashray figures needs evaluations: hashray figures EVAL [EVAL …] --out DIR")
     runs = {name: read_metrics(url) for name, url in zip(names_of(config.evaluations), config.evaluations, strict=True)}
     for name in ("corpus", "query_split", "database_split", "top_k", "ties"):
-        found = {str(metrics["protocol"].get(name)) for metrics in runs.values()}
-        if len(found) > 1:
-            raise MismatchError(f"the evaluations differ in {name} ({', '.join(sorted(found))}): they do not compare")
+        values = {str(metrics["protocol"].get(name)) for metrics in runs.values()}
+        if len(values) > 1:
+            raise MismatchError(
+                f"the evaluations differ in {name} ({', '.join(sorted(values))}), so their scores do not compare; "
+                f"evaluate the models with the same {name}"
+            )
     results = comparable(runs, config.scenario)
     pictures = {
         "scores": figures.scores(results),
@@ -73,14 +80,14 @@ def compare(config: FiguresConfig) -> dict[str, str]:
 
 
 def read_metrics(url: str) -> dict[str, Any]:
-    """metrics.json of a finished evaluation, its checksum verified."""
+    """Read metrics.json of a finished evaluation and check it against its checksum."""
     store = open_store(url)
     manifest = artifact.load_manifest(store, "evaluation")
     return json.loads(artifact.read_file(store, manifest.record("metrics.json")))
 
 
 def names_of(urls: Sequence[str]) -> list[str]:
-    """Short names for evaluations: the last parts of their paths that tell them apart.
+    """Short names for evaluations: as many last parts of their paths as tell them apart.
 
     >>> names_of(["runs/a/evaluation", "runs/b/evaluation/"]), names_of(["x/e32"])
     (['a_evaluation', 'b_evaluation'], ['e32'])
@@ -90,40 +97,45 @@ def names_of(urls: Sequence[str]) -> list[str]:
         names = ["_".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise InputError(f"the same evaluation twice: {', '.join(sorted({u for u in urls if urls.count(u) > 1}))}")
+    twice = ", ".join(sorted({url for url in urls if urls.count(url) > 1}))
+    raise InputError(f"the same evaluation is named twice: {twice}; name each once")
 
 
 def comparable(runs: Mapping[str, Mapping[str, Any]], scenario: str | None) -> list[dict[str, Any]]:
-    """Every run's own method, and the baselines of the first run that has any, of one scenario.
+    """The learned method of every run, and the baselines of the first run that has any, in one scenario.
 
     Raises:
-        InputError: a run without the scenario. MismatchError: baselines on different features.
+        InputError: a run lacks the scenario.
+        MismatchError: the runs computed their baselines on different features.
     """
     features = {metrics["protocol"].get("baseline_features") for metrics in runs.values()} - {None}
     if len(features) > 1:
-        raise MismatchError(f"baselines on different features ({'; '.join(sorted(features))}): they do not compare")
+        raise MismatchError(
+            f"the baselines use different features ({'; '.join(sorted(features))}), so they do not compare; "
+            "evaluate all runs but one with --no-baselines"
+        )
     lengths = {metrics["results"][0]["num_bits"] for metrics in runs.values()}
-    found: list[dict[str, Any]] = []
+    learned: list[dict[str, Any]] = []
     baselines: list[dict[str, Any]] = []
-    for place, (name, metrics) in enumerate(runs.items()):
+    for number, (name, metrics) in enumerate(runs.items()):
         wanted = scenario or metrics["results"][0].get("scenario")
-        own = [row for row in metrics["results"] if row.get("scenario") == wanted]
-        if not own:
-            have = sorted({str(row.get("scenario")) for row in metrics["results"]})
-            raise InputError(f"{name} has no scenario {wanted!r}; it has {', '.join(have)}")
-        told = f"{own[0]['name']} {name}" if len(runs) > 1 else own[0]["name"]
-        bits = f", {own[0]['num_bits']} bits" if len(lengths) > 1 else ""
-        found.append({**own[0], "run": place, "label": told + bits})
-        baselines = baselines or [{**r, "label": r["name"] + (bits if r["num_bits"] else "")} for r in own[1:]]
-    return found + baselines
+        rows = [row for row in metrics["results"] if row.get("scenario") == wanted]
+        if not rows:
+            present = sorted({str(row.get("scenario")) for row in metrics["results"]})
+            raise InputError(f"{name} has no scenario {wanted!r}; it has {', '.join(present)}")
+        label = f"{rows[0]['name']} {name}" if len(runs) > 1 else rows[0]["name"]
+        bits = f", {rows[0]['num_bits']} bits" if len(lengths) > 1 else ""
+        learned.append({**rows[0], "run": number, "label": label + bits})
+        baselines = baselines or [{**row, "label": row["name"] + (bits if row["num_bits"] else "")} for row in rows[1:]]
+    return learned + baselines
 
 
 def embed(codes: Sequence[str], seed: int) -> NDArray[np.floating]:
-    """t-SNE [n, 2] of codes given as hexadecimal text, by the distances between their bits."""
+    """t-SNE map, float [n, 2], of codes written in hexadecimal; it follows the distances between their bits."""
     bits = unpack(np.stack([np.frombuffer(bytes.fromhex(code), dtype=np.uint8) for code in codes])).astype(np.float32)
     if len(bits) < 3:
         return np.zeros((len(bits), 2))
-    # Squared Euclidean distances of bits in {-1, +1} are four times Hamming's; a little noise parts equal codes.
+    # Squared Euclidean distance of bits in {-1, +1} is four times Hamming distance. Noise separates equal codes.
     bits += np.random.default_rng(seed).normal(0, 1e-3, bits.shape).astype(np.float32)
     perplexity = min(30.0, (len(bits) - 1) / 3)
     return TSNE(init="random", perplexity=perplexity, random_state=seed).fit_transform(bits)

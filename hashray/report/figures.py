@@ -1,4 +1,4 @@
-"""Figures of an evaluation: what metrics.json holds in, matplotlib Figures out. One style; no state."""
+"""Figures of an evaluation. Each function takes data from metrics.json and returns a matplotlib Figure in one style."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 INK, PAPER, GRID = "#1d2433", "#ffffff", "#e4e7ee"
 OURS = "#c2410c"
-# Baselines: one hue family that stays apart in grey and for colour-blind readers (Okabe and Ito's palette).
+# Colours of the baselines: Okabe and Ito's palette, which stays distinct in grey and for colour-blind readers.
 OTHERS = {
     "itq": "#0072b2",
     "itq-linear": "#e69f00",
@@ -24,19 +24,27 @@ OTHERS = {
     "float-cosine": "#555b6e",
     "random": "#b5bac9",
 }
-# Learned methods beside each other, in the order they are given.
-OWN = (OURS, "#1d4ed8", "#15803d", "#7e22ce", "#b45309", "#0f766e", "#be185d", "#475569")
-GROUPS = (*OWN, "#0072b2", "#cc79a7", "#e69f00", "#56b4e9")
+LEARNED = (
+    OURS,
+    "#1d4ed8",
+    "#15803d",
+    "#7e22ce",
+    "#b45309",
+    "#0f766e",
+    "#be185d",
+    "#475569",
+)  # of several runs, in order
+COMMUNITIES = (*LEARNED, "#0072b2", "#cc79a7", "#e69f00", "#56b4e9")
 SIZE_INCHES, DPI = (5.6, 3.8), 160
 
 
 def color(name: str) -> str:
-    """The colour of a method: a baseline's own, or ours."""
+    """The colour of a baseline, or ours for any learned method."""
     return OTHERS.get(name, OURS)
 
 
 def new_axes(title: str, x: str, y: str, tall: bool = False) -> tuple[Figure, Axes]:
-    """An empty figure in the style of all of them."""
+    """An empty figure in the common style."""
     size = (SIZE_INCHES[0], SIZE_INCHES[0]) if tall else SIZE_INCHES
     figure = Figure(figsize=size, dpi=DPI, facecolor=PAPER, layout="constrained")
     axes = figure.add_subplot()
@@ -60,12 +68,12 @@ def _line(axes: Axes, result: Mapping[str, Any], x: Sequence[float], y: Sequence
 
 
 def _tint(result: Mapping[str, Any]) -> str:
-    """A colour of its own for each run's own method, the same in every figure."""
-    return color(result["name"]) if result["name"] in OTHERS else OWN[result.get("run", 0) % len(OWN)]
+    """The colour of a result. The learned method of each run has a different one, the same in every figure."""
+    return color(result["name"]) if result["name"] in OTHERS else LEARNED[result.get("run", 0) % len(LEARNED)]
 
 
 def label(result: Mapping[str, Any]) -> str:
-    """What a legend calls a result: its `label` where several runs are compared, else its name."""
+    """The legend entry of a result: its `label` when several runs are compared, else its name."""
     return str(result.get("label", result["name"]))
 
 
@@ -74,7 +82,7 @@ def _legend_beside(axes: Axes) -> None:
 
 
 def precision_recall(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Mean precision over mean recall, a point for each Hamming radius."""
+    """Mean precision over mean recall, one point for each Hamming radius."""
     figure, axes = new_axes("Precision and recall by Hamming radius", "recall", "precision")
     for result in results:
         if "pr_curve" in result:
@@ -88,7 +96,7 @@ def precision_recall(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def precision_at(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Precision among the N nearest, N on a logarithmic axis."""
+    """Precision among the N nearest rows, with N on a logarithmic axis."""
     figure, axes = new_axes("Precision among the nearest N", "N", "precision@N")
     for result in results:
         if "precision_at" in result:
@@ -101,32 +109,32 @@ def precision_at(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def scores(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """mAP of every method as bars, best at the top."""
+    """mAP of every method as bars, the best at the top."""
     ordered = sorted(results, key=lambda result: result["mAP"])
     top_k = ordered[-1].get("top_k")
     figure, axes = new_axes("mean average precision" + (f" @{top_k}" if top_k else ""), "mAP", "")
     names = [f"{label(r)} ({r['num_bits']} bits)" if r["num_bits"] else r["name"] for r in ordered]
     values = [result["mAP"] for result in ordered]
     axes.barh(names, values, color=[_tint(result) for result in ordered], height=0.66)
-    for place, value in enumerate(values):
-        axes.text(value + 0.01, place, f"{value:.3f}", va="center", fontsize=8, color=INK)
+    for row, value in enumerate(values):
+        axes.text(value + 0.01, row, f"{value:.3f}", va="center", fontsize=8, color=INK)
     axes.set_xlim(0, 1.1)
     axes.grid(visible=False, axis="y")
     return figure
 
 
 def distances(shares: Mapping[str, Sequence[float]], name: str) -> Figure:
-    """How Hamming distances of relevant pairs lie apart from those of the others."""
+    """Histograms of Hamming distance: pairs that share a class, and all other pairs."""
     figure, axes = new_axes(f"Hamming distances of {name} codes", "distance in bits", "share of pairs")
-    places = range(len(shares["relevant"]))
-    axes.bar(places, shares["other"], width=1.0, color=OTHERS["random"], label="no class in common")
-    axes.bar(places, shares["relevant"], width=1.0, color=OURS, alpha=0.75, label="a class in common")
+    bits = range(len(shares["relevant"]))
+    axes.bar(bits, shares["other"], width=1.0, color=OTHERS["random"], label="no class in common")
+    axes.bar(bits, shares["relevant"], width=1.0, color=OURS, alpha=0.75, label="a class in common")
     axes.legend(fontsize=8, frameon=False)
     return figure
 
 
 def codeword_distances(analysis: Mapping[str, Any]) -> Figure:
-    """Hamming distances between the classes' codewords as a matrix, classes in the order of their communities."""
+    """Matrix of Hamming distances between the codewords of the classes, ordered by community."""
     names = [name for group in analysis["communities"] for name in group]
     order = [analysis["classes"].index(name) for name in names]
     matrix = np.array(analysis["distances"])[np.ix_(order, order)]
@@ -146,34 +154,34 @@ def codeword_distances(analysis: Mapping[str, Any]) -> Figure:
 
 
 def codeword_graph(analysis: Mapping[str, Any]) -> Figure:
-    """Each class joined to those of the nearest codewords, thicker where nearer; a colour for each community."""
+    """Graph that joins each class to the nearest codewords. Thicker lines are nearer, colours are communities."""
     none = "" if analysis["edges"] else ": none, all are equally far apart"
     figure, axes = new_axes(f"Relations between codewords{none}", "", "", tall=True)
-    places = layout(analysis)
+    points = layout(analysis)
     group = {name: i for i, names in enumerate(analysis["communities"]) for name in names}
     widest = max((weight for _, _, weight in analysis["edges"]), default=1) or 1
     narrowest = min((weight for _, _, weight in analysis["edges"]), default=0)
     for i, j, weight in analysis["edges"]:
         share = (weight - narrowest) / max(widest - narrowest, 1e-9)
         axes.plot(
-            places[[i, j], 0],
-            places[[i, j], 1],
+            points[[i, j], 0],
+            points[[i, j], 1],
             color="#94a3b8",
             linewidth=0.5 + 3.5 * share,
             alpha=0.35 + 0.45 * share,
             zorder=1,
         )
-    colors = [GROUPS[group[name] % len(GROUPS)] for name in analysis["classes"]]
+    colors = [COMMUNITIES[group[name] % len(COMMUNITIES)] for name in analysis["classes"]]
     axes.scatter(
-        places[:, 0],
-        places[:, 1],
+        points[:, 0],
+        points[:, 1],
         s=70 if len(colors) <= 40 else 30,
         c=colors,
         edgecolors=PAPER,
         linewidths=1.2,
         zorder=2,
     )
-    for (x, y), name in zip(places, analysis["classes"], strict=True):
+    for (x, y), name in zip(points, analysis["classes"], strict=True):
         axes.annotate(name, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=7, color=INK)
     axes.margins(0.12)
     axes.set_axis_off()
@@ -181,36 +189,36 @@ def codeword_graph(analysis: Mapping[str, Any]) -> Figure:
 
 
 def layout(analysis: Mapping[str, Any], seed: int = 0) -> NDArray[np.floating]:
-    """Where to draw each class, float [c, 2]: joined classes near each other."""
+    """Positions of the classes in the graph, float [c, 2]; joined classes are near each other."""
     import networkx as nx  # half a second of imports, for pages with codewords only
 
     graph = nx.Graph()
     graph.add_nodes_from(range(len(analysis["classes"])))
     graph.add_weighted_edges_from(analysis["edges"])
-    places = nx.spring_layout(graph, weight="weight", seed=seed, k=2.2 / max(1, len(graph)) ** 0.5, iterations=200)
-    return np.array([places[i] for i in range(len(graph))])
+    points = nx.spring_layout(graph, weight="weight", seed=seed, k=2.2 / max(1, len(graph)) ** 0.5, iterations=200)
+    return np.array([points[i] for i in range(len(graph))])
 
 
 def code_map(points: NDArray[np.floating], labels: Sequence[int], classes: Sequence[str], title: str) -> Figure:
-    """A map of codes: points [n, 2] of the t-SNE, coloured by their class (-1: none)."""
+    """Map of codes: t-SNE points [n, 2], coloured by class (-1 is no class)."""
     figure, axes = new_axes(title, "", "", tall=True)
-    found = sorted(set(labels))
-    shades = colormaps["tab20"] if len(found) <= 20 else colormaps["gist_ncar"]
-    for place, wanted in enumerate(found):
-        own = np.array([other == wanted for other in labels])
-        shade = shades(place / max(1, len(found) - 1)) if len(found) > 20 else shades(place % 20)
-        name = "no class" if wanted < 0 else classes[wanted]
-        axes.scatter(points[own, 0], points[own, 1], s=9, color=[shade], label=name, linewidths=0)
+    present = sorted(set(labels))
+    shades = colormaps["tab20"] if len(present) <= 20 else colormaps["gist_ncar"]
+    for number, index in enumerate(present):
+        rows = np.array(labels) == index
+        shade = shades(number / max(1, len(present) - 1)) if len(present) > 20 else shades(number % 20)
+        name = "no class" if index < 0 else classes[index]
+        axes.scatter(points[rows, 0], points[rows, 1], s=9, color=[shade], label=name, linewidths=0)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
-    if len(found) <= 20:
+    if len(present) <= 20:
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=2)
     return figure
 
 
 def draw_all(metrics: Mapping[str, Any]) -> dict[str, bytes]:
-    """Every figure of an evaluation as PNG bytes, by file stem."""
+    """Draw every figure of an evaluation; PNG bytes by file stem."""
     first = metrics["results"][0].get("scenario")
     results = [result for result in metrics["results"] if result.get("scenario") == first]
     figures = {
@@ -226,7 +234,7 @@ def draw_all(metrics: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG, the same bytes for the same data: no date, no version in it."""
+    """A figure as PNG bytes. Without date and version, equal data give equal bytes."""
     sink = io.BytesIO()
     figure.savefig(sink, format="png", metadata={"Software": None})
     return sink.getvalue()

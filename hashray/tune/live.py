@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import sys
 import time
@@ -92,7 +93,7 @@ class Watch:
         table = Table(title=f"{len(self.over)} of {self.trials} trials{left}", title_justify="left")
         for name in ("trial", "score", "epochs", "state", "point"):
             table.add_column(name, justify="left" if name in ("state", "point") else "right")
-        for trial in sorted(self.at, key=lambda name: -self.at[name][2])[:SHOWN]:
+        for trial in heapq.nlargest(SHOWN, self.at, key=lambda name: self.at[name][2]):
             epochs, total, score = self.at[trial]
             point = "  ".join(f"{name.rpartition('.')[2]} {short(v)}" for name, v in self.points[trial].items())
             state = self.over.get(trial, "running")

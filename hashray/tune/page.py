@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hashray.report.figures import INK, OURS, new_axes
-from hashray.report.page import document, grid, pictures
+from hashray.report.page import Table, render, score_text
 from hashray.tune.leaderboard import Trial, ranked
 from hashray.tune.live import short
 from hashray.tune.space import look_up
 
 SHOWN = 20
-UNEXPLAINED = "No importance: too few trials reported after the same epochs with values of their own."
 
 
 def draw(trials: Sequence[Trial], summary: Mapping[str, Any]) -> dict[str, Figure]:
@@ -110,55 +109,41 @@ def importance_bars(found: Mapping[str, Any]) -> Figure:
 
 
 def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
-    """The page, one HTML file with everything inside."""
+    """The page of a sweep, one HTML file with everything inside."""
     order = ranked(trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.point))
     rows = [
-        [str(rank), str(t.number), _score(t.score), f"{t.epochs}/{t.total}", t.state,
+        [str(rank), str(t.number), score_text(t.score), f"{t.epochs}/{t.total}", t.state,
          *[short(t.point.get(name, "")) for name in names]]
         for rank, t in enumerate(order[:SHOWN], 1)
     ]  # fmt: skip
-    share = summary["epochs"] / summary["epochs_of_full_grid"]
-    lead = (
-        f"{summary['trials']} trials, {summary['stopped']} stopped early, {len(summary['failed'])} failed; "
-        f"{summary['epochs']:,} of {summary['epochs_of_full_grid']:,} epochs trained ({share:.0%})"
-    )
     columns = ["rank", "trial", "score", "epochs", "state", *[name.rpartition(".")[2] for name in names]]
     failed = [[str(t.number), t.reason] for t in trials if t.state == "failed"]
-    body = (
-        f"<h2>Leaderboard{f': the best {SHOWN} of {len(order)}' if len(order) > SHOWN else ''}</h2>"
-        f"{grid(columns, rows, ours=0)}"
-        f"{_changes(order[0])}{_compared(summary['compared'], summary['verdict'])}"
-        f'<h2>Trials</h2><div class="figures">{pictures(figures)}</div>'
-        + ("" if summary["importance"] else f"<p>{UNEXPLAINED}</p>")
-        + (f"<h2>Failed trials</h2>{grid(['trial', 'reason'], failed)}" if failed else "")
-    )
-    return document("Sweep", lead, body)
+    return render(
+        "sweep.html",
+        summary=summary, trials=len(trials), figures=figures, leaderboard=Table(columns, rows, marked=0),
+        schedule=_schedule(order[0]), compared=_compared(summary["compared"]),
+        failed=Table(["trial", "reason"], failed),
+    )  # fmt: skip
 
 
-def _changes(best: Trial) -> str:
+def _schedule(best: Trial) -> Table | None:
+    """The values of a member of a population, one row for each change; None where nothing changes."""
     if best.config is None or not best.config.changes:
-        return ""
-    names = list(best.point)
-    tables = [(after, own.model_dump(mode="json")) for after, own in best.config.segments()]
-    rows = [[str(after), *[short(look_up(table, name)) for name in names]] for after, table in tables]
-    title = "<h2>The schedule of the best</h2><p>Values from so many epochs on, as best.toml has them.</p>"
-    return title + grid(["epochs", *[name.rpartition(".")[2] for name in names]], rows)
+        return None
+    segments = [(after, config.model_dump(mode="json")) for after, config in best.config.segments()]
+    rows = [[str(after), *[short(look_up(table, name)) for name in best.point]] for after, table in segments]
+    return Table(["epochs", *[name.rpartition(".")[2] for name in best.point]], rows)
 
 
-def _compared(found: Mapping[str, Any], verdict: str) -> str:
-    if not found:
-        return ""
-    names = list(dict.fromkeys(name for own in found.values() for name in own["mean"]))
+def _compared(sides: Mapping[str, Any]) -> Table | None:
+    """Winner and default over the report seeds; None for a sweep without report seeds."""
+    if not sides:
+        return None
+    names = list(dict.fromkeys(name for side in sides.values() for name in side["mean"]))
     rows = [
-        [who, str(own["trial"]), ", ".join(str(line["seed"]) for line in own["seeds"]),
-         *[f"{own['mean'][name]:.4f} ± {own['std'][name]:.4f}" if own["mean"] else "-" for name in names]]
-        for who, own in found.items()
+        [title, str(side["trial"]), ", ".join(str(line["seed"]) for line in side["seeds"]),
+         *[f"{side['mean'][name]:.4f} ± {side['std'][name]:.4f}" if side["mean"] else "-" for name in names]]
+        for title, side in sides.items()
     ]  # fmt: skip
-    title = "The winner beside the default" if len(rows) > 1 else "The winner"
-    note = f"<p>{verdict} Trained anew with each seed; the queries were read here for the first time.</p>"
-    return f"<h2>{title}</h2>{note}{grid(['config', 'trial', 'seeds', *[n.replace('_', ' ') for n in names]], rows, 0)}"
-
-
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return Table(["config", "trial", "seeds", *[name.replace("_", " ") for name in names]], rows, marked=0)

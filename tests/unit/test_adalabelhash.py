@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from hashray.methods.adalabelhash import AdaLabelHash, AdaLabelHashConfig
+from hashray.methods.codewords import spread_codewords
 from hashray.methods.losses import adaptive_margin
 from hashray.train.loop import build_optimizer
 from tests.unit.worker_group import build, config_of, make_rows, run_loop
@@ -72,6 +74,17 @@ def test_codewords_learn_at_their_own_rate_without_decay() -> None:
     groups = {g["name"]: g for g in build_optimizer(config, method.trained(method.phases(1)[0])).param_groups}
     assert groups["codewords"]["factor"] == 7.0 and groups["codewords"]["weight_decay"] == 0
     assert groups["head"]["weight_decay"] == 0.5 and groups["codewords"]["params"][0] is method.codewords.z
+
+
+@pytest.mark.parametrize("num_bits", [8, 32, 64, 128])
+def test_spread_codewords_are_sylvesters_matrix_in_random_order_then_its_complement(num_bits: int) -> None:
+    sylvester = np.ones((1, 1), dtype=np.int8)
+    while len(sylvester) < num_bits:
+        sylvester = np.block([[sylvester, sylvester], [sylvester, -sylvester]])
+    rows = sylvester[np.random.default_rng(7).permutation(num_bits)]
+    words = spread_codewords(2 * num_bits, num_bits, seed=7)
+    assert words.dtype == np.int8 and np.array_equal(words, np.concatenate([rows, -rows]))
+    assert np.array_equal(spread_codewords(5, num_bits, seed=7), rows[:5])
 
 
 @pytest.mark.parametrize("ratio", [1 / 16, 0.5])

@@ -1,4 +1,4 @@
-"""Codeword analysis and `hashray figures`: evaluations beside each other from their JSON."""
+"""Codeword analysis, and `hashray figures`, which draws evaluations beside each other from their JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hashray.storage import open_store
 
 
 def words(seed: int = 0, count: int = 8) -> np.ndarray:
-    """Two groups of four codewords, near within a group."""
+    """Codewords in two groups of four, near each other within a group."""
     rng = np.random.default_rng(seed)
     centres = np.array([[0, 0, 0, 0], [255, 255, 255, 255]], dtype=np.uint8)
     flips = (1 << rng.integers(0, 8, (count, 4))).astype(np.uint8)
@@ -34,16 +34,16 @@ def words(seed: int = 0, count: int = 8) -> np.ndarray:
 
 def test_codewords_against_a_loop_and_their_communities() -> None:
     codes, names = words(), list("abcdefgh")
-    found = analyse(codes, names, 32)
-    assert np.array_equal(found["distances"], hamming(codes, codes))
-    pairs = [found["distances"][i][j] for i in range(8) for j in range(i)]
-    assert found["smallest"] == min(pairs) and found["duplicates"] == sum(d == 0 for d in pairs)
+    analysis = analyse(codes, names, 32)
+    assert np.array_equal(analysis["distances"], hamming(codes, codes))
+    pairs = [analysis["distances"][i][j] for i in range(8) for j in range(i)]
+    assert analysis["smallest"] == min(pairs) and analysis["duplicates"] == sum(d == 0 for d in pairs)
     for i, name in enumerate(names):
-        order = sorted((found["distances"][i][j], names[j]) for j in range(8) if j != i)[:3]
-        assert [(n["distance"], n["class"]) for n in found["nearest"][name]] == order
-    assert found["communities"] == [["a", "c", "e", "g"], ["b", "d", "f", "h"]]
-    assert found == analyse(codes, names, 32) and json.loads(canonical(found)) == found
-    assert layout(found).shape == (8, 2)
+        order = sorted((analysis["distances"][i][j], names[j]) for j in range(8) if j != i)[:3]
+        assert [(n["distance"], n["class"]) for n in analysis["nearest"][name]] == order
+    assert analysis["communities"] == [["a", "c", "e", "g"], ["b", "d", "f", "h"]]
+    assert analysis == analyse(codes, names, 32) and json.loads(canonical(analysis)) == analysis
+    assert layout(analysis).shape == (8, 2)
 
 
 def test_one_class_and_two_equal_ones() -> None:
@@ -55,14 +55,14 @@ def test_one_class_and_two_equal_ones() -> None:
 def test_codewords_that_are_all_equally_far_apart_have_no_relations() -> None:
     names = list("abcdefgh")
     spread = binarize(spread_codewords(8, 32).astype(float))
-    found = analyse(spread, names, 32)
-    assert found["edges"] == [] and found["communities"] == [[name] for name in names]
+    analysis = analyse(spread, names, 32)
+    assert analysis["edges"] == [] and analysis["communities"] == [[name] for name in names]
     nearer = spread.copy()
-    nearer[7] = spread[0] ^ np.array([1, 0, 0, 0], np.uint8)  # h is a but for a bit
-    found = analyse(nearer, names, 32)
-    assert max(found["edges"], key=lambda edge: edge[2]) == [0, 7, 1 - 1 / 32]
-    assert any({"a", "h"} <= set(group) for group in found["communities"])
-    assert all(7 in edge[:2] for edge in found["edges"])  # nothing between those that are still as far apart as ever
+    nearer[7] = spread[0] ^ np.array([1, 0, 0, 0], np.uint8)  # h and a differ in one bit
+    analysis = analyse(nearer, names, 32)
+    assert max(analysis["edges"], key=lambda edge: edge[2]) == [0, 7, 1 - 1 / 32]
+    assert any({"a", "h"} <= set(group) for group in analysis["communities"])
+    assert all(7 in edge[:2] for edge in analysis["edges"])  # no edge between classes that did not move
 
 
 def test_harmonic_means_need_both_scenarios() -> None:
@@ -95,9 +95,9 @@ def evaluation(folder: Path, name: str, score: float, corpus: str = "c") -> str:
 def test_figures_of_two_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     urls = evaluation(tmp_path / "a", "dseh", 0.7), evaluation(tmp_path / "b", "adalabelhash", 0.8)
     assert main(["figures", *urls, "--out", str(tmp_path / "out")]) == 0
-    made = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    names = {path.stem for path in (tmp_path / "out").glob("*.png")}
     each = {f"{kind}_{n}" for kind in ("codes", "codeword_distances", "codeword_graph") for n in "ab"}
-    assert made == {"scores", "precision_recall", "precision_at"} | each
+    assert names == {"scores", "precision_recall", "precision_at"} | each
     for path in (tmp_path / "out").glob("*.png"):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
@@ -106,27 +106,32 @@ def test_figures_of_two_evaluations(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "again/codes_a.png").read_bytes() == before
 
 
-def test_rows_of_several_lengths_say_which_they_are() -> None:
+def test_labels_of_runs_with_different_code_lengths_name_the_length() -> None:
     def run(bits: int) -> dict[str, Any]:
-        own = [
+        rows = [
             {"name": "dseh", "num_bits": bits},
             {"name": "itq", "num_bits": bits},
             {"name": "float-cosine", "num_bits": 0},
         ]
-        return {"protocol": {}, "results": own}
+        return {"protocol": {}, "results": rows}
 
-    told = [row["label"] for row in comparable({"a": run(24), "b": run(48)}, None)]
-    assert told == ["dseh a, 24 bits", "dseh b, 48 bits", "itq, 24 bits", "float-cosine"]
+    labels = [row["label"] for row in comparable({"a": run(24), "b": run(48)}, None)]
+    assert labels == ["dseh a, 24 bits", "dseh b, 48 bits", "itq, 24 bits", "float-cosine"]
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+def test_evaluations_that_do_not_compare_are_refused(tmp_path: Path) -> None:
     one, other = evaluation(tmp_path / "a", "dseh", 0.7), evaluation(tmp_path / "b", "dseh", 0.7, corpus="d")
     with pytest.raises(MismatchError, match=r"differ in corpus \(c, d\)"):
         compare(FiguresConfig(evaluations=(one, other), out=str(tmp_path / "out")))
     with pytest.raises(InputError, match="no scenario 'cross'; it has None"):
         compare(FiguresConfig(evaluations=(one,), out=str(tmp_path / "out"), scenario="cross"))
-    with pytest.raises(InputError, match="the same evaluation twice"):
+    with pytest.raises(InputError, match=r"the same evaluation is named twice: .*; name each once"):
         compare(FiguresConfig(evaluations=(one, one), out=str(tmp_path / "out")))
+    runs = {
+        name: {"protocol": {"baseline_features": name}, "results": [{"name": "dseh", "num_bits": 8}]} for name in "ab"
+    }
+    with pytest.raises(MismatchError, match=r"the baselines use different features \(a; b\).* --no-baselines"):
+        comparable(runs, None)
     with pytest.raises(InputError, match="needs evaluations"):
         compare(FiguresConfig(evaluations=(), out=str(tmp_path / "out")))
 

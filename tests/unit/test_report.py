@@ -1,4 +1,4 @@
-"""Figures and the page: made from metrics alone, whole in one file, the same twice."""
+"""Figures and the page: drawn from metrics alone, complete in one file, equal when repeated."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def png_of(seed: int) -> bytes:
     return sink.getvalue()
 
 
-def test_figures_are_pictures_and_the_same_twice(metrics: dict[str, Any]) -> None:
+def test_figures_are_pictures_and_repeat_exactly(metrics: dict[str, Any]) -> None:
     first, second = figures.draw_all(metrics), figures.draw_all(metrics)
     assert first == second and set(first) == {"scores", "precision_recall", "precision_at", "distances"}
     for data in first.values():
@@ -61,7 +61,7 @@ def test_curves_hold_the_numbers_of_the_results(metrics: dict[str, Any]) -> None
     axes = figures.precision_recall(metrics["results"]).axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert set(lines) == {"dseh", "itq"}  # float cosine has no radius
-    assert np.allclose(lines["dseh"].get_xydata(), [[0.6, 0.5], [1.0, 0.1]])  # a radius that finds nothing is no point
+    assert np.allclose(lines["dseh"].get_xydata(), [[0.6, 0.5], [1.0, 0.1]])  # no point for a radius without hits
     bars = figures.scores(metrics["results"]).axes[0].patches
     assert [bar.get_width() for bar in bars] == [0.7, 0.8, 0.9]
 
@@ -70,10 +70,10 @@ def test_scenarios_have_a_table_each_and_their_harmonic_means(metrics: dict[str,
     rows = [{**row, "scenario": name} for name in ("within", "cross", "generalised") for row in metrics["results"]]
     rows[3]["mAP"] = 0.4321
     analysis = analyse(np.arange(16, dtype=np.uint8).reshape(8, 2), list("abcdefgh"), 16)
-    told = {**metrics, "results": rows, "harmonic_mean": {"dseh": 0.5757}, "codewords": analysis}
-    pictures = figures.draw_all(told)
+    split = {**metrics, "results": rows, "harmonic_mean": {"dseh": 0.5757}, "codewords": analysis}
+    pictures = figures.draw_all(split)
     assert {"codeword_distances", "codeword_graph"} < set(pictures)
-    page = report.page(told, pictures, {})
+    page = report.page(split, pictures, {})
     assert page.count("<table>") == 4 and "0.4321" in page and "0.5757" in page and "never saw" in page
 
 
@@ -84,7 +84,7 @@ def test_the_page_is_one_file_with_every_number_and_picture(metrics: dict[str, A
     for text in ("0.9000", "0.7000", "0.8000", "2 queries against 3 rows", "✓", "✗", "lowest average precision"):
         assert text in page, text
     assert page.count('class="card right"') == 2 and page.count('class="card wrong"') == 2
-    assert page.count('class="none"') == 3  # a broken image, and a row that has none, twice
+    assert page.count('class="none"') == 3  # a broken image, and twice a row without image
     assert "<b>," not in page and "&lt;b&gt;" in page and "q&lt;1&gt;" in page
     assert "Self-training" not in page
     line = {
@@ -95,9 +95,9 @@ def test_the_page_is_one_file_with_every_number_and_picture(metrics: dict[str, A
         "before": 0.5,
         "validation_map": 0.625,
     }
-    told = report.page({**metrics, "training": {"rounds": [line], "best_round": 1}}, {}, {})
-    assert "1,500 of 2,000" in told and "87.5%" in told and "0.5000 → 0.6250" in told
-    assert "of the model of round 1:" in told
+    trained = report.page({**metrics, "training": {"rounds": [line], "best_round": 1}}, {}, {})
+    assert "1,500 of 2,000" in trained and "87.5%" in trained and "0.5000 → 0.6250" in trained
+    assert "shows the model of round 1: it has the best" in trained
     kept = report.page({**metrics, "training": {"rounds": [line], "best_round": 0}}, {}, {})
-    assert "of the model of round 0, trained without any of these labels" in kept
+    assert "the model of round 0, trained without any of these labels: it has" in kept
     assert "No gallery" in report.page({**metrics, "gallery": []}, {}, {})

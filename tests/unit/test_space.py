@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,11 @@ def test_the_page_of_a_sweep_shows_stopped_and_failed_trials(tmp_path: Path) -> 
     page = sweep_page(trials, summary, pictures)
     assert "9 of 16 epochs trained (56%)" in page and "the loss is not finite" in page
     assert page.index("0.9000") < page.index("0.6000") < page.index("0.2000")
+    assert "too few trials" in page and "schedule of the best" not in page
+    compared = {"winner": {"trial": 3, "seeds": [], "failed": [], "mean": {}, "std": {}}}
+    hostile = replace(trials[2], reason="<script>alert(1)</script>")
+    page = sweep_page([*trials[:2], hostile, trials[3]], {**summary, "compared": compared, "verdict": "a < b."}, {})
+    assert "<script>" not in page and "&lt;script&gt;" in page and "a &lt; b. Each config" in page
 
 
 def test_report_seeds_are_not_the_one_that_chose(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_images_on_s3_become_a_searchable_index_on_s3(
     assert ids == [artifact.load_manifest(f"{out}/{name}").id for name in artifacts]
     other = ("train", config, "--corpus", f"{out}/corpus", "--out", f"{out}/model", "--seed", "9")
     assert run(*other) == 1
-    assert "choose another --out" in " ".join(capsys.readouterr().err.split())
+    assert "Choose another --out" in " ".join(capsys.readouterr().err.split())
 
     # Search by the command line and from Python, without Ray.
     (tmp_path / "q.png").write_bytes(png(3))

@@ -1,4 +1,4 @@
-"""What a sweep found: the leaderboard, every pass of every trial, and what mattered. No Ray."""
+"""The results of a sweep: leaderboard, epochs of every trial, importance of each dimension, best.toml. No Ray."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from hashray.tune.space import KIND, SweepConfig
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial as it ended: `state` is finished, stopped (by the scheduler) or failed (with a `reason`).
+    """A trial after its end. `state` is finished, stopped (by the scheduler) or failed (with a `reason`).
 
-    `score` is the best validation of weights that may be chosen, None where a warm-up was still on. `config` is None,
-    and `folder` empty, where the point is no training config.
+    `score` is the best validation among selectable weights, None if the trial ended inside a warm-up. `config` is None
+    and `folder` empty if the point is not a valid training config.
     """
 
     number: int
@@ -39,12 +39,12 @@ class Trial:
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Best score first, of equal ones the earlier; failed ones last, whatever they had reached."""
+    """Trials by score, the best first. Equal scores rank by number, and failed trials come last."""
     return sorted(trials, key=lambda t: (t.state == "failed", t.score is None, -(t.score or 0.0), t.number))
 
 
 def leaderboard(trials: Sequence[Trial]) -> pa.Table:
-    """One row a trial, best first, with its point and its whole config; no clock, so equal sweeps have equal tables."""
+    """One row for each trial, best first, with point and full config. Without times, equal sweeps have equal tables."""
     rows = ranked(trials)
     return pa.table(
         {
@@ -64,9 +64,9 @@ def leaderboard(trials: Sequence[Trial]) -> pa.Table:
 
 
 def epochs_table(trials: Sequence[Trial]) -> pa.Table:
-    """One row for each pass of each trial, in order: losses and validation as the training loop reported them.
+    """One row for each epoch of each trial, in order, with the losses and the validation of the training loop.
 
-    Of a member of a population the epochs of its weights, those before an exchange being another member's.
+    For a member of a population, these are the epochs of its weights. Before an exchange, another member trained them.
     """
     lines = [(trial.number, line) for trial in trials for line in trial.lines]
     names = sorted({name for _, line in lines for name, value in line.items() if isinstance(value, float)})
@@ -81,20 +81,20 @@ def epochs_table(trials: Sequence[Trial]) -> pa.Table:
 def importance(trials: Sequence[Trial], config: SweepConfig, seed: int) -> dict[str, Any]:
     """Share of the variance of the score that each dimension explains alone (fANOVA, Hutter et al. 2014), by method.
 
-    What is left up to 1 is of several dimensions together.
-    Trials are compared at the first report that all of them made: a trial that was stopped early is no worse for it.
+    The shares add up to less than 1; dimensions explain the rest together.
+    Trials are compared after as many epochs as all of them reached, so early stopping costs a trial nothing here.
     """
-    found: dict[str, Any] = {}
-    if config.search.scheduler == "pbt":  # whose values change while a trial trains: no score is of one point
-        return found
+    by_method: dict[str, Any] = {}
+    if config.search.scheduler == "pbt":  # values change while a trial trains, so no score belongs to one point
+        return by_method
     for kind in config.kinds():
-        own = [t for t in trials if t.point.get(KIND, config.method.kind) == kind and t.lines]
+        reported = [t for t in trials if t.point.get(KIND, config.method.kind) == kind and t.lines]
         names = list(config.active(kind))
-        if len(own) < 4 or not names:
+        if len(reported) < 4 or not names:
             continue
-        shared = min(t.epochs for t in own)
+        shared = min(t.epochs for t in reported)
         study = optuna.create_study(direction="maximize")
-        for trial in own:
+        for trial in reported:
             value = max(line["validation_map"] for line in trial.lines[:shared])
             params = {name: trial.point[name] for name in names}
             distributions = {name: config.space[name].distribution() for name in names}
@@ -104,17 +104,19 @@ def importance(trials: Sequence[Trial], config: SweepConfig, seed: int) -> dict[
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
             try:
                 shares = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
-            except RuntimeError:  # every score is the same: nothing to explain
+            except RuntimeError:  # all scores are equal, so there is no variance to explain
                 shares = dict.fromkeys(names, 0.0)
-        found[kind] = {"after_epochs": shared, "trials": len(own), "shares": {n: float(shares[n]) for n in shares}}
-    return found
+        by_method[kind] = {
+            "after_epochs": shared, "trials": len(reported), "shares": {n: float(shares[n]) for n in shares},
+        }  # fmt: skip
+    return by_method
 
 
 def best_toml(best: Trial) -> bytes:
-    """The winner as a config that `hashray train` takes as it is.
+    """The winner as a config file for `hashray train`.
 
     Raises:
-        RunError: it would not come back as it is.
+        RunError: reading the file would not give the same config.
     """
     assert best.config is not None
     table = best.config.model_dump(mode="json", exclude_none=True, exclude={"corpus", "out", "features"})
@@ -127,5 +129,5 @@ def best_toml(best: Trial) -> bytes:
     except ConfigError as error:
         raise RunError(f"the winner's config cannot be written as TOML: {error}") from error
     if again.result_of() != best.config.result_of():
-        raise RunError("the winner's config holds an unset value that TOML cannot say; set it in the sweep's file")
+        raise RunError("TOML cannot express an unset value of the winner's config; set every value in the sweep's file")
     return text

@@ -1,4 +1,4 @@
-"""A sweep while it runs: a live table of the best trials, or JSON lines where there is no terminal."""
+"""Progress of a running sweep: a live table of the best trials on a terminal, JSON lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 8
 
 
 class Watch:
-    """What the trials have reported so far."""
+    """The latest report of every trial, and the time that is left."""
 
     def __init__(self, trials: int, epochs: int, all_finish: bool = False) -> None:
         self.trials, self.epochs, self.all_finish = trials, epochs, all_finish
@@ -30,7 +30,7 @@ class Watch:
         self.live: Live | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Ray Tune pickles its callbacks when a search begins, and a live table holds a lock.
+        # Ray Tune pickles its callbacks at the start of a search, and a live table holds a lock.
         return self.__dict__ | {"live": None}
 
     def __enter__(self) -> Watch:
@@ -44,7 +44,7 @@ class Watch:
             self.live.stop()
 
     def reported(self, point: dict[str, Any], epochs: int, total: int, score: float, trained: bool) -> None:
-        """The trial at this point has reported, of epochs `trained` now or by an earlier run of the sweep."""
+        """Record a report. `trained` is False if an earlier run of the sweep trained these epochs."""
         trial = point[NUMBER]
         self.began = self.began or trained
         self.points[trial] = values_of(point)
@@ -52,16 +52,16 @@ class Watch:
         self._show(trial)
 
     def ended(self, point: dict[str, Any], failed: bool) -> None:
-        """The trial at this point reports no more."""
+        """Record the end of a trial."""
         trial = point[NUMBER]
         epochs, total, _ = self.at.get(trial, (0, self.epochs, 0.0))
         self.over[trial] = "failed" if failed else "finished" if epochs >= total else "stopped"
         self._show(trial)
 
     def eta_s(self) -> float | None:
-        """Seconds to go, if the trials that are left take as long as those that have ended in this run.
+        """Estimate the remaining seconds from the pace of this run; None before anything is done.
 
-        Where none stops early: if the epochs that are left take as long as those that have been reported.
+        The pace counts ended trials, or epochs if no trial can stop early.
         """
         done = self._done()
         now = done - self.before
@@ -72,7 +72,7 @@ class Watch:
         return sum(epochs for epochs, _, _ in self.at.values()) if self.all_finish else len(self.over)
 
     def _show(self, trial: int) -> None:
-        if not self.began:  # what an earlier run trained says nothing of how long the rest takes
+        if not self.began:  # epochs of an earlier run are read in an instant and say nothing about the pace
             self.start_s, self.before = time.monotonic(), self._done()
         if self.live is not None:
             self.live.update(self._table())
@@ -102,5 +102,5 @@ class Watch:
 
 
 def short(value: Any) -> str:
-    """A value of a point, for a table."""
+    """Format a value of a point for a table."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

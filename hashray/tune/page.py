@@ -20,15 +20,16 @@ SHOWN = 20
 
 
 def draw(trials: Sequence[Trial], summary: Mapping[str, Any]) -> dict[str, Figure]:
-    """Every figure of a sweep, by name."""
-    found = {"learning_curves": learning_curves(trials, summary), "parallel_coordinates": parallel_coordinates(trials)}
+    """Draw every figure of a sweep, by name."""
+    figures = {"learning_curves": learning_curves(trials, summary)}
+    figures["parallel_coordinates"] = parallel_coordinates(trials)
     if summary["importance"]:
-        found["importance"] = importance_bars(summary["importance"])
-    return found
+        figures["importance"] = importance_bars(summary["importance"])
+    return figures
 
 
 def learning_curves(trials: Sequence[Trial], summary: Mapping[str, Any]) -> Figure:
-    """Validation over epochs; the best trial and the default stand out, crosses where the scheduler stopped one."""
+    """Validation over epochs. The best trial and the default stand out; a cross ends a trial that stopped early."""
     figure, axes = new_axes("Learning curves", "epochs", "validation")
     best = ranked(trials)[0].number
     shown = {best: (OURS, 2.4, f"trial {best}, the best")}
@@ -49,25 +50,25 @@ def learning_curves(trials: Sequence[Trial], summary: Mapping[str, Any]) -> Figu
 
 
 def parallel_coordinates(trials: Sequence[Trial]) -> Figure:
-    """One vertical axis a dimension, each from its lowest to its highest value tried (log where all lie above 0)."""
+    """One vertical axis for each dimension, from its lowest to its highest value; logarithmic if all are above 0."""
     scored = [trial for trial in reversed(ranked(trials)) if trial.score is not None]
     names = list(dict.fromkeys(name for trial in scored for name in trial.point))
     figure, axes = new_axes("Parallel coordinates", "", "")
     axes.set_yticks([])
     axes.grid(visible=False)
-    columns = {name: _places([trial.point.get(name) for trial in scored]) for name in names}
-    columns["score"] = _places([trial.score for trial in scored], log=False)
+    columns = {name: _heights([trial.point.get(name) for trial in scored]) for name in names}
+    columns["score"] = _heights([trial.score for trial in scored], log=False)
     for rank, _ in enumerate(scored):
-        points = [(x, places[0][rank]) for x, places in enumerate(columns.values())]
+        points = [(x, heights[rank]) for x, (heights, _) in enumerate(columns.values())]
         kept = [(x, y) for x, y in points if y is not None]
         share = (rank + 1) / len(scored)
         tint = OURS if rank == len(scored) - 1 else colormaps["Greys"](0.15 + 0.6 * share)
         axes.plot(
             [x for x, _ in kept], [y for _, y in kept], color=tint, linewidth=0.8 + 1.4 * share**4, zorder=1 + rank
         )
-    for x, (_, told) in enumerate(columns.values()):
+    for x, (_, ticks) in enumerate(columns.values()):
         axes.plot([x, x], [0, 1], color=INK, linewidth=0.8, zorder=0)
-        for y, name in told.items():
+        for y, name in ticks.items():
             if y in (0, 1):
                 axes.text(x, 1.08 * y - 0.04, name, ha="center", va="bottom" if y else "top", fontsize=7, color=INK)
             else:
@@ -79,27 +80,27 @@ def parallel_coordinates(trials: Sequence[Trial]) -> Figure:
     return figure
 
 
-def _places(values: Sequence[Any], log: bool = True) -> tuple[list[float | None], dict[float, str]]:
-    """Where each value stands between the lowest (0) and the highest (1), and what the ends, or choices, are called."""
+def _heights(values: Sequence[Any], log: bool = True) -> tuple[list[float | None], dict[float, str]]:
+    """Heights of the values between the lowest (0) and the highest (1); names of both ends, or of all choices."""
     present = [value for value in values if value is not None]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
         scale = math.log if log and min(present) > 0 else float
         low, high = scale(min(present)), scale(max(present))
         span = (high - low) or 1.0
-        places = [None if v is None else (scale(v) - low) / span for v in values]
-        return places, {0.0: short(min(present)), 1.0: short(max(present))}
+        heights = [None if v is None else (scale(v) - low) / span for v in values]
+        return heights, {0.0: short(min(present)), 1.0: short(max(present))}
     names = sorted({str(value) for value in present})
     span = max(1, len(names) - 1)
-    places = [None if v is None else names.index(str(v)) / span for v in values]
-    return places, {i / span: name for i, name in enumerate(names)}
+    heights = [None if v is None else names.index(str(v)) / span for v in values]
+    return heights, {i / span: name for i, name in enumerate(names)}
 
 
-def importance_bars(found: Mapping[str, Any]) -> Figure:
-    """A bar for each dimension, by method where there are several."""
+def importance_bars(by_method: Mapping[str, Any]) -> Figure:
+    """A bar for each dimension, and for each method if there are several."""
     bars = [
-        (name if len(found) == 1 else f"{name} ({kind})", share)
-        for kind, own in found.items()
-        for name, share in own["shares"].items()
+        (name if len(by_method) == 1 else f"{name} ({kind})", share)
+        for kind, result in by_method.items()
+        for name, share in result["shares"].items()
     ]
     bars.sort(key=lambda bar: bar[1])
     figure, axes = new_axes("Importance", "share of the score's variance", "")
@@ -128,7 +129,7 @@ def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Map
 
 
 def _schedule(best: Trial) -> Table | None:
-    """The values of a member of a population, one row for each change; None where nothing changes."""
+    """The values of a member of a population, one row for each change; None without changes."""
     if best.config is None or not best.config.changes:
         return None
     segments = [(after, config.model_dump(mode="json")) for after, config in best.config.segments()]
@@ -137,7 +138,7 @@ def _schedule(best: Trial) -> Table | None:
 
 
 def _compared(sides: Mapping[str, Any]) -> Table | None:
-    """Winner and default over the report seeds; None for a sweep without report seeds."""
+    """Scores of winner and default over the report seeds; None without report seeds."""
     if not sides:
         return None
     names = list(dict.fromkeys(name for side in sides.values() for name in side["mean"]))

@@ -1,9 +1,9 @@
-"""[Ray] Population-based training: Ray's own, in step, with draws that come out again.
+"""[Ray] Population-based training with Ray's scheduler, made reproducible.
 
-After every `grace_epochs` epochs the worst quarter of the population go on from the weights of members of the best
-quarter, at points a little off theirs (Jaderberg et al. 2017). Ray decides; what is added here is that its random
-numbers depend on the seed, the member and the pass alone, and that a member's point says where it came from: so a
-sweep that is run again goes through the same exchanges, and a member is a training config with changes.
+After every `grace_epochs` epochs, members of the worst quarter continue from the weights of members of the best
+quarter, at slightly changed points (Jaderberg et al. 2017). Ray decides. This file adds two things. Random numbers
+depend only on the seed, the member and the epoch, so a rerun makes the same exchanges. The point of a member records
+its origin, so a member is a training config with changes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from hashray.errors import ConfigError
 from hashray.tune.space import NUMBER, ORIGIN, Dimension, SweepConfig, grace_epochs, values_of
 
-WORST = -1.0  # score of a member that has failed: it goes on from another's weights
+WORST = -1.0  # score of a failed member, so that it continues from the weights of another
 
 
 class Population(PopulationBasedTraining):
-    """Ray's scheduler for a sweep whose trials all train for `epochs`."""
+    """Ray's scheduler for a sweep in which every trial trains for `epochs` epochs."""
 
     def __init__(self, config: SweepConfig, epochs: int, time_attr: str) -> None:
         self.config, self.epochs = config, epochs
@@ -34,7 +34,7 @@ class Population(PopulationBasedTraining):
         )  # fmt: skip
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result[self._time_attr] >= self.epochs:  # nothing is to be trained after an exchange at the very end
+        if result[self._time_attr] >= self.epochs:  # an exchange after the last epoch would train nothing
             return TrialScheduler.CONTINUE
         decision: str = super().on_trial_result(tune_controller, trial, result)
         return decision
@@ -42,7 +42,7 @@ class Population(PopulationBasedTraining):
     def _checkpoint_or_exploit(
         self, trial: Any, tune_controller: Any, upper_quantile: Any, lower_quantile: Any
     ) -> None:
-        # The weights lie where the point says, so Tune has no checkpoint to save, to wait for or to miss.
+        # The point says where the weights are, so Tune has no checkpoint to save or to wait for.
         donors = [other for other in upper_quantile if (self._trial_state[other].last_score or 0) > WORST]
         if donors and trial in lower_quantile:
             before = random.getstate(), np.random.get_state()
@@ -62,7 +62,7 @@ class Population(PopulationBasedTraining):
         point = {**values, **origin}
         try:
             self.config.at(point)
-        except ConfigError:  # each value is in its range, but they do not go together
+        except ConfigError:  # each value is in its range, but the combination is invalid
             point = {**values_of(donor), **origin}
         return point, operations
 
@@ -77,7 +77,7 @@ def _mutation(dimension: Dimension) -> Any:
 
 
 def first_members(config: SweepConfig) -> dict[str, Any]:
-    """Tune's parameter space: a member for each of the first points."""
+    """Tune's parameter space, with one member for each of the first points."""
     points = config.first_points()
 
     def value(name: str) -> Any:

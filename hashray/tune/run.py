@@ -1,11 +1,11 @@
-"""[Ray] `hashray tune`: search a space of training configs, then train the winner and the default anew and score both.
+"""[Ray] `hashray tune` searches a space of training configs, then trains winner and default again and scores both.
 
 sweep/  leaderboard.parquet · epochs.parquet · best.toml · sweep.json · report.html · figures/ · manifest.json
-        costs.json · environment.json      of one machine, so no part of the artifact
+        costs.json · environment.json      measured on one machine, so not part of the artifact
         trials/<plan>/<number>-<run>/ · models/<plan>/<winner or default>-<seed>/ · evaluations/<plan>/…
 
-Trials are compared by validation rows alone. The query split is read once, at the end: by the winner and the
-config's own values, each trained with the same seeds.
+Only validation rows compare trials. The query split is read once, at the end: it scores the winner and the config of
+the file, both trained with the same seeds.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ WINNER, DEFAULT = "winner", "default"
 
 
 def tune(config: SweepConfig) -> Manifest:
-    """Run the stage; return the sweep's manifest. Rerun = resume, trial by trial and pass by pass.
+    """Run the stage and return the manifest of the sweep. A rerun resumes, trial by trial and epoch by epoch.
 
     Raises:
-        ConfigError: every fault of the space at once. InputError: no corpus, or nothing in it to train on or to compare
-            trials by. RunError: every trial failed. AlreadyExists: `out` holds another sweep.
+        ConfigError: the space has faults; the text lists all of them.
+        InputError: there is no corpus, or it has no rows to train on or to compare trials by.
+        RunError: every trial failed.
+        AlreadyExists: `out` holds another sweep.
     """
     config = with_absolute_paths(config)
     check_sweep(config, "the sweep")
@@ -53,33 +55,36 @@ def tune(config: SweepConfig) -> Manifest:
     require_validation(config, corpus, "a sweep compares its trials")
     store = open_store(out)
     base = config.base.result_of()
-    del base["backbone"]["weights"]  # "start" knows what they hold, wherever they are
-    asked: dict[str, Any] = {
+    del base["backbone"]["weights"]  # "start" covers their content; their path does not matter
+    settings: dict[str, Any] = {
         "base": base, "space": {n: d.model_dump(mode="json") for n, d in config.space.items()},
         "search": config.search.model_dump(mode="json"), "corpus": corpus.manifest.id,
         "start": run_of(config.base, corpus, open_init(config.base))[0],
     }  # fmt: skip
-    plan = sha256_hex(canonical(asked))[:16]
-    return run_stage(store, "sweep", plan, lambda: _tune(config, corpus, store, asked, plan))
+    plan = sha256_hex(canonical(settings))[:16]
+    return run_stage(store, "sweep", plan, lambda: _tune(config, corpus, store, settings, plan))
 
 
-def _tune(config: SweepConfig, corpus: Corpus, store: Store, asked: dict[str, Any], plan: str) -> Manifest:
-    """Search, train the winner and the default anew, publish what came of it."""
+def _tune(config: SweepConfig, corpus: Corpus, store: Store, settings: dict[str, Any], plan: str) -> Manifest:
+    """Search, train the winner and the default with fresh seeds, and publish the result."""
     out = store.url
     config = with_precision(config, store, plan, partial(workers_multiply_bf16, config))
-    # By this the folders of trials, models and evaluations are named: of the report seeds no trial knows.
-    searched = asked | {"search": config.search.model_dump(mode="json", exclude={"report_seeds"})}
+    # This hash names the folders of trials, models and evaluations. No trial depends on the report seeds.
+    searched = settings | {"search": config.search.model_dump(mode="json", exclude={"report_seeds"})}
     of_search = sha256_hex(canonical(searched))[:16]
     connect()
     trials, at_once = search(config, corpus, out, of_search)
     best = ranked(trials)[0]
     if best.score is None:
-        raise RunError(f"no trial came to weights that may be chosen; trial {best.number} {_score(best)}")
+        raise RunError(
+            f"no trial reached selectable weights; trial {best.number}: {_score(best)}; raise epochs, so that trials "
+            "train beyond their warm-up"
+        )
     default = _default(config, trials)
-    told = "is not among the trials" if default is None else _score(default)
-    say(f"best of {len(trials)}: trial {best.number}, validation {best.score:.4f}; the default {told}")
+    note = "is not among the trials" if default is None else _score(default)
+    say(f"best of {len(trials)}: trial {best.number}, validation {best.score:.4f}; the default {note}")
     compared = _compare(config, corpus, best, default, out, of_search)
-    judged = verdict(compared)
+    judgement = verdict(compared)
     spent, full = sum(trial.epochs for trial in trials), sum(trial.total for trial in trials)
     summary = {
         "trials": len(trials), "at_once": at_once, "best_trial": best.number, "best_score": best.score,
@@ -87,7 +92,7 @@ def _tune(config: SweepConfig, corpus: Corpus, store: Store, asked: dict[str, An
         "stopped": sum(trial.state == "stopped" for trial in trials),
         "failed": [trial.number for trial in trials if trial.state == "failed"],
         "epochs": spent, "epochs_of_full_grid": full, "importance": importance(trials, config, config.search.seed),
-        "compared": compared, "verdict": judged,
+        "compared": compared, "verdict": judgement,
     }  # fmt: skip
     require_free(store, plan)
     store.write("environment.json", canonical(environment()))
@@ -95,19 +100,19 @@ def _tune(config: SweepConfig, corpus: Corpus, store: Store, asked: dict[str, An
     manifest = artifact.publish(
         store,
         Manifest(
-            kind="sweep", project_version=__version__, config=asked, parents={"corpus": corpus.manifest.id},
+            kind="sweep", project_version=__version__, config=settings, parents={"corpus": corpus.manifest.id},
             files=files, info={"plan": plan, **summary},
         ),
     )  # fmt: skip
     store.clear("progress/")
-    if judged:
-        say(judged)
+    if judgement:
+        say(judgement)
     say(f"{out}: {spent:,} of {full:,} epochs trained ({spent / full:.0%}); hashray train {join(out, 'best.toml')}")
     return manifest
 
 
 def _default(config: SweepConfig, trials: list[Trial]) -> Trial | None:
-    """The trial of the file's own config; None where it went on from another member's weights."""
+    """The trial of the config in the file; None if it continued from the weights of another member."""
     first = trials[0]
     return first if first.config is not None and first.config.result_of() == config.base.result_of() else None
 
@@ -119,65 +124,64 @@ def _score(trial: Trial) -> str:
 def _compare(
     config: SweepConfig, corpus: Corpus, best: Trial, default: Trial | None, out: str, plan: str
 ) -> dict[str, Any]:
-    """Train the winner and the default with every report seed; validation and query mAP of each."""
+    """Train winner and default with every report seed; return the validation and query mAP of each."""
     if not config.search.report_seeds:
         return {}
     assert best.config is not None
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     sides = [(WINNER, best.number, best.config)]
     if best is not default and (default is None or default.state != "failed"):
         sides.append((DEFAULT, 0, config.base))
-    for who, number, chosen in sides:
+    for side, number, chosen in sides:
         lines, failed = [], []
         for seed in config.search.report_seeds:
-            model, at = (join(out, name, plan, f"{who}-{seed}") for name in ("models", "evaluations"))
+            model, evaluation = (join(out, name, plan, f"{side}-{seed}") for name in ("models", "evaluations"))
             places = {"corpus": corpus.store.url, "out": model, "seed": seed, "features": config.features}
             try:
-                made = train_model(chosen.model_copy(update=places))
-            except Diverged as error:  # which is as much of an answer, and the same with every try
+                manifest = train_model(chosen.model_copy(update=places))
+            except Diverged as error:  # a result like any other, and the same in every attempt
                 failed.append({"seed": seed, "reason": str(error)})
                 continue
-            lines.append(
-                {"seed": seed, "validation": made.info["validation_map"], **_query_score(config, model, at, corpus)}
-            )
-        found[who] = {"trial": number, "seeds": lines, "failed": failed, **spread(lines)}
-    return found
+            scores = _query_score(config, model, evaluation, corpus)
+            lines.append({"seed": seed, "validation": manifest.info["validation_map"], **scores})
+        compared[side] = {"trial": number, "seeds": lines, "failed": failed, **spread(lines)}
+    return compared
 
 
 def verdict(compared: dict[str, Any]) -> str:
-    """Whether the winner's lead over the default on validation is more than seeds make."""
-    told = [
-        f"The loss of the {who} is not finite with seed {', '.join(str(line['seed']) for line in own['failed'])}."
-        for who, own in compared.items() if own["failed"]
+    """Say whether the winner's lead over the default on validation exceeds the spread between seeds."""
+    sentences = [
+        f"The loss of the {side} is not finite with seed {', '.join(str(line['seed']) for line in result['failed'])}."
+        for side, result in compared.items() if result["failed"]
     ]  # fmt: skip
     if compared and DEFAULT not in compared:
-        told.append("The default was the best trial." if not compared[WINNER]["trial"] else "The default failed.")
-    elif compared and all(compared[who]["seeds"] for who in (WINNER, DEFAULT)):
-        winner, default = ([line["validation"] for line in compared[who]["seeds"]] for who in (WINNER, DEFAULT))
+        sentences.append("The default was the best trial." if not compared[WINNER]["trial"] else "The default failed.")
+    elif compared and all(compared[side]["seeds"] for side in (WINNER, DEFAULT)):
+        winner, default = ([line["validation"] for line in compared[side]["seeds"]] for side in (WINNER, DEFAULT))
         lead = statistics.fmean(winner) - statistics.fmean(default)
-        widest = max(compared[who]["std"]["validation"] for who in (WINNER, DEFAULT))
+        widest = max(compared[side]["std"]["validation"] for side in (WINNER, DEFAULT))
         if min(len(winner), len(default)) < 2:
-            judged = "with one seed, which has no spread to hold it against"
+            judgement = "with one seed, which has no spread to compare with"
         elif abs(lead) <= widest:
-            judged = "within the seed spread: the default was already there"
+            judgement = "within the seed spread: the default was already there"
         else:
-            judged = "more than the seed spread" + ("" if lead > 0 else ": keep the default")
+            judgement = "more than the seed spread" + ("" if lead > 0 else ": keep the default")
         verb = "leads" if lead >= 0 else "is behind"
-        told.append(
-            f"The winner {verb} the default by {abs(lead):.4f} on validation, {judged} "
+        sentences.append(
+            f"The winner {verb} the default by {abs(lead):.4f} on validation, {judgement} "
             f"({widest:.4f}, {len(winner)} and {len(default)} seeds)."
         )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
-def _query_score(config: SweepConfig, model: str, at: str, corpus: Corpus) -> dict[str, float]:
+def _query_score(config: SweepConfig, model: str, out: str, corpus: Corpus) -> dict[str, float]:
     if not corpus.count("query") or not corpus.count("database"):
         return {}
-    asked = EvaluateConfig(
-        model=model, corpus=corpus.store.url, out=at, baselines=False, gallery=0, pool=pool_of(config),
+    evaluation = EvaluateConfig(
+        model=model, corpus=corpus.store.url, out=out, baselines=False, gallery=0, pool=pool_of(config),
         features=config.features, max_bad=config.max_bad,
     )  # fmt: skip
-    metrics = evaluate(asked)
+    metrics = evaluate(evaluation)
     ours = metrics["results"][0]["name"]
     scores = {f"query_{r.get('scenario', 'mAP')}": r["mAP"] for r in metrics["results"] if r["name"] == ours}
     mean = metrics.get("harmonic_mean", {}).get(ours)
@@ -185,12 +189,12 @@ def _query_score(config: SweepConfig, model: str, at: str, corpus: Corpus) -> di
 
 
 def spread(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of every score."""
+    """Mean and standard deviation of every score over the seeds."""
     names = [name for name in lines[0] if name != "seed"] if lines else []
     values = {name: [line[name] for line in lines] for name in names}
     return {
-        "mean": {name: statistics.fmean(own) for name, own in values.items()},
-        "std": {name: statistics.stdev(own) if len(own) > 1 else 0.0 for name, own in values.items()},
+        "mean": {name: statistics.fmean(scores) for name, scores in values.items()},
+        "std": {name: statistics.stdev(scores) if len(scores) > 1 else 0.0 for name, scores in values.items()},
     }
 
 

@@ -1,7 +1,7 @@
-"""[Ray] The search itself: Ray Tune over trials whose segments are kept, with Optuna, or as a population.
+"""[Ray] The search of a sweep: Ray Tune with Optuna or a population, over trials that store their segments.
 
-How many trials are in flight is fixed when a sweep begins, so a cluster that shrinks or grows makes it slower or
-faster and changes no decision.
+The number of trials in flight is fixed at the start of a sweep. A cluster that shrinks or grows changes the speed of
+the sweep, but no decision.
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ from hashray.tune.trial import (
 
 
 class _Callbacks(tune.Callback):
-    """Tells the turns and the person who waits what became of each trial, and remembers it."""
+    """Records the end of each trial, and passes reports on to the turns and to the progress display."""
 
     def __init__(self, turns: Any, watch: Watch, in_step: bool, keep: Callable[[dict[str, Any], str], None]) -> None:
         self.turns, self.watch, self.in_step, self.keep = turns, watch, in_step, keep
         self.ended: dict[int, tuple[dict[str, Any], int]] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        point = result["config"]  # with which it was trained; an exchange may have given the trial another by now
+        point = result["config"]  # the point of this report; an exchange may have changed the trial's point since
         self.watch.reported(point, result[EPOCHS], result[TOTAL], result[SCORE], result[TRAINED])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, False)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        # Its last line; where a segment failed, what lies beside the segments says more.
+        # The last line of the error. After a failed segment, the file beside the segments says more.
         reason = Path(trial.error_file).read_text().strip().rpartition("\n")[2].strip()
-        if self.in_step:  # the others would wait for it at the next exchange
-            raise RunError(f"trial {trial.config[NUMBER]}: {reason}; run the same command again to go on")
+        if self.in_step:  # all other members would wait for this one at the next exchange
+            raise RunError(f"trial {trial.config[NUMBER]}: {reason}; run the same command again to resume")
         self.keep(trial.config, reason)
         self._end(trial, True)
 
@@ -81,31 +81,35 @@ class _Callbacks(tune.Callback):
 
 
 def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[list[Trial], int]:
-    """Run every trial; return them in the order in which they were drawn, and how many were in flight. Rerun = resume.
+    """Run every trial. Return the trials by number, and how many were in flight at once. A rerun resumes.
 
     Args:
-        config: with paths that a worker in any folder finds (`placed`).
+        config: the sweep, with absolute paths, so that workers in any folder can read them.
 
     Raises:
-        ConfigError: the first rung or exchange comes after the last pass. RunError: the search was interrupted, every
-            trial failed (the text says why the first did), or this cluster is too small to go on.
+        ConfigError: the first rung or exchange would come after the last epoch.
+        RunError: the search was interrupted, every trial failed (with the reason of the first one), or this cluster
+            is too small to resume.
     """
     most = max(total_epochs(config.at(point), corpus.num_classes) for point in config.corners())
     population = config.search.scheduler == "pbt"
     if population:
         _require_exchanges(config, most, corpus.num_classes)
     if grace_epochs(config.search, most) > most:
-        raise ConfigError(f"search.grace_epochs = {config.search.grace_epochs}, and a trial has {most} epochs at most")
+        raise ConfigError(
+            f"search.grace_epochs = {config.search.grace_epochs}, but a trial has at most {most} epochs; "
+            "lower it, or raise epochs"
+        )
     require_labels(config.base, corpus)
     source = training_data(config.base, corpus, open_init(config.base))
     store, trials_at = open_store(out), join(out, "trials", plan)
-    own = open_store(trials_at)
+    trials_store = open_store(trials_at)
     sweep = {"config": config.model_dump(mode="json", exclude_unset=True), "corpus": corpus.store.url,
              "source": source.store.url, "trials": trials_at, "most": most}  # fmt: skip
     at_once = _at_once(config, corpus, source, store, plan)
 
     def keep(point: dict[str, Any], reason: str) -> None:
-        """Of a trial whose process was lost once too often; one whose segment failed has said so in its turn."""
+        """Store the failure of a trial after its process died too often. The trial itself stores a failed segment."""
         folder = _folder(config, corpus, trials_at, point)
         if folder is not None and failure_of(folder) is None:
             keep_failure(folder, reason)
@@ -114,23 +118,26 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[li
     if len(callbacks.ended) < config.search.trials:
         raise RunError(
             f"the search was interrupted after {len(callbacks.ended)} of {config.search.trials} trials; "
-            "run the same command again to go on"
+            "run the same command again to resume"
         )
     trials = [_trial(config, corpus, trials_at, most, *callbacks.ended[number]) for number in sorted(callbacks.ended)]
-    _write_costs(trials, own, store)
+    _write_costs(trials, trials_store, store)
     if all(trial.state == "failed" for trial in trials):
-        for key in _files(own, FAILED):  # so that they are tried again once the cause is mended
-            own.delete(key)
-        raise RunError(f"all {len(trials)} trials failed; trial 0: {trials[0].reason}")
+        for key in _files(trials_store, FAILED):  # so that a rerun tries them again, once the cause is gone
+            trials_store.delete(key)
+        raise RunError(
+            f"all {len(trials)} trials failed; trial 0: {trials[0].reason}; "
+            "remove the cause and run the same command again"
+        )
     if population:
         ends = {f"{trial.folder.rpartition('/')[2]}/{trial.epochs}/{TENSORS}" for trial in trials}
-        for key in set(_files(own, TENSORS)) - ends:
-            own.delete(key)
+        for key in set(_files(trials_store, TENSORS)) - ends:
+            trials_store.delete(key)
     return trials, at_once
 
 
 def _folder(config: SweepConfig, corpus: Corpus, trials_at: str, point: dict[str, Any]) -> str | None:
-    """Where a trial's files lie; None for a point that is no training config."""
+    """Folder of a trial's segments; None for a point that is not a valid training config."""
     try:
         return folder_of(trials_at, point, config.at(point), corpus)
     except HashrayError:
@@ -140,43 +147,47 @@ def _folder(config: SweepConfig, corpus: Corpus, trials_at: str, point: dict[str
 def _fit(
     config: SweepConfig, sweep: dict[str, Any], at_once: int, keep: Callable[[dict[str, Any], str], None]
 ) -> _Callbacks:
-    """Run Ray Tune over the sweep; what became of each trial."""
+    """Run Ray Tune over the sweep; return the callbacks, which hold the end of each trial."""
     population = config.search.scheduler == "pbt"
-    # Beside the driver, without which the sweep ends anyway: any other lost node costs no more than its segments.
+    # Trials run on the driver's node, which the sweep needs anyway. Another lost node then costs only its segments.
     node_id = ray.get_runtime_context().get_node_id()
     address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
-    # A population is in step, whoever reports first; all its members are there, and so many at once may train.
-    here = {f"node:{address}": 0.9 / at_once if population else 0.001}
-    beside = tune.PlacementGroupFactory([here], bundle_label_selector=[{"ray.io/node-id": node_id}])
+    # A population exchanges in step, so the order of its reports does not matter. This share limits it to `at_once`.
+    share = {f"node:{address}": 0.9 / at_once if population else 0.001}
+    on_this_node = tune.PlacementGroupFactory([share], bundle_label_selector=[{"ray.io/node-id": node_id}])
     turns = TurnsActor.options(  # type: ignore[attr-defined]
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
     ).remote(0 if population else at_once, config.search.trials)
     _quiet()
-    how: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
     if not population:
-        how = {"num_samples": config.search.trials, "max_concurrent_trials": at_once, "search_alg": _searcher(config)}
+        sampling = {
+            "num_samples": config.search.trials, "max_concurrent_trials": at_once, "search_alg": _searcher(config),
+        }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, Watch(config.search.trials, sweep["most"], population) as watch:
         trainable = tune.with_parameters(run_trial, sweep=sweep, turns=turns)
         callbacks = _Callbacks(turns, watch, population, keep)
         tuner = tune.Tuner(
-            tune.with_resources(trainable, beside),
+            tune.with_resources(trainable, on_this_node),
             param_space=first_members(config) if population else None,
             tune_config=tune.TuneConfig(
-                metric=SCORE, mode="max", scheduler=_scheduler(config, sweep["most"]), reuse_actors=True, **how
+                metric=SCORE, mode="max", scheduler=_scheduler(config, sweep["most"]), reuse_actors=True, **sampling
             ),
             run_config=tune.RunConfig(
                 name="sweep", storage_path=folder, callbacks=[callbacks], verbose=0,
-                # What begins again is a trial whose process was lost; one that failed only says so again.
+                # Only a trial with a dead process is restarted. A failed trial would only report its failure again.
                 failure_config=tune.FailureConfig(max_failures=0 if population else config.search.max_failures),
             ),
         )  # fmt: skip
         try:
             tuner.fit()
         except TuneError as error:
-            if isinstance(error.__context__, HashrayError):  # what a callback raised
+            if isinstance(error.__context__, HashrayError):  # raised by a callback
                 raise error.__context__ from None
             if isinstance(error.__context__, RayActorError):
-                raise RunError("who keeps the trials in order was lost; run the same command again to go on") from error
+                raise RunError(
+                    "the actor that orders trial reports died; run the same command again to resume"
+                ) from error
             raise
     ray.kill(turns)
     return callbacks
@@ -184,7 +195,10 @@ def _fit(
 
 def _require_exchanges(config: SweepConfig, epochs: int, num_classes: int) -> None:
     if grace_epochs(config.search, epochs) >= epochs:
-        raise ConfigError(f"search.grace_epochs: the first exchange would come after all {epochs} epochs")
+        raise ConfigError(
+            f"search.grace_epochs: the first exchange would come after the last of {epochs} epochs; "
+            "lower it, or raise epochs"
+        )
     for point in config.corners():
         require_one_network(config.at({**point, ORIGIN: [1, config.default()]}), num_classes)
 
@@ -205,7 +219,7 @@ def _trial(
         return Trial(number, values, "", "failed", None, 0, 0, " ".join(str(error).split()), [], None)
     lines: list[dict[str, Any]] = []
     score, origin, reason = None, donor_of(point), failure_of(folder)
-    if reason is not None:  # the last that it reported may never have been trained
+    if reason is not None:  # the last segment that a failed trial reported may not be trained
         reported = [until for until in milestones(config.search, most, total) if until <= done]
         done = max((until for until in reported if ended_at(join(folder, str(until)))), default=0)
     before = folder
@@ -221,20 +235,20 @@ def _trial(
     return Trial(number, values, name, state, score, done, total, reason or "", lines, chosen)
 
 
-def _write_costs(trials: list[Trial], own: Store, out: Store) -> None:
-    """Seconds that each trial's segments took where they were trained, failures too: measured, so never compared."""
+def _write_costs(trials: list[Trial], trials_store: Store, out: Store) -> None:
+    """Write the training time of each trial, failed attempts included. Times differ, so nothing compares this file."""
     seconds: Counter[int] = Counter()
-    for key in _files(own, SECONDS):
-        seconds[number_of(key)] += json.loads(own.read(key))
+    for key in _files(trials_store, SECONDS):
+        seconds[number_of(key)] += json.loads(trials_store.read(key))
     costs = {str(trial.number): {"epochs": trial.epochs, "seconds": seconds[trial.number]} for trial in trials}
     out.write("costs.json", canonical(costs))
 
 
 def _at_once(config: SweepConfig, corpus: Corpus, source: Corpus, store: Store, plan: str) -> int:
-    """Trials in flight: fixed by the first run of a sweep, for the decisions of a later one depend on it."""
+    """Trials in flight. The first run of a sweep fixes the number, because the decisions of a rerun depend on it."""
     key = f"progress/at-once-{plan}.json"
     require_room(config.cpus_per_worker, float(config.gpu), config.workers)
-    # A stream needs a CPU of its own beside the workers that it feeds, or both wait for ever.
+    # A stream needs one CPU more than the workers that it feeds, or both wait without end.
     streams = any(not plan_job(config.at(point), source).in_memory for point in config.corners())
     pool = WorkersConfig(
         cpus_per_worker=config.cpus_per_worker * config.workers + streams,
@@ -247,8 +261,8 @@ def _at_once(config: SweepConfig, corpus: Corpus, source: Corpus, store: Store, 
     at_once = int(json.loads(store.read(key)))
     if streams and at_once > most:
         raise RunError(
-            f"this sweep was begun with {at_once} trials in flight, and with their streams this cluster has CPUs for "
-            f"{most}: go on where there are more, or begin anew with --search.at-once {most}"
+            f"this sweep began with {at_once} trials in flight, but with their streams this cluster has CPUs for "
+            f"{most}: resume on a larger cluster, or start a new sweep with --search.at-once {most}"
         )
     return at_once
 
@@ -276,8 +290,8 @@ def _scheduler(config: SweepConfig, most: int) -> TrialScheduler:
 
 def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told by their reasons
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # whose banner names a folder that is gone at the end, even at verbose=0
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the leaderboard shows the reasons of failed trials
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its banner names a temporary folder, even at verbose=0
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # else an interrupted search looks like a finished one

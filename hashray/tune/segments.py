@@ -1,11 +1,11 @@
-"""[Ray] A trial in segments: from one report to the next, each a function of the config and the state before it.
+"""[Ray] The segments of a trial. A segment leads from one report to the next and depends on config and start only.
 
-What a segment ends with is kept under <out>/trials/<plan>/<number>-<run>/<epochs>/, where <plan> is the hash of the
-sweep and <run> that of all that the trial's weights depend on. A segment that is there is read, not trained: a sweep
-that was killed and is run again goes through the same reports in the same order, from these files, up to where it
-stopped, and on from there. So the searcher and the scheduler need no state of their own on disk. (Ray's own restore
-brings back the searcher and the trials but no scheduler: TuneController.__getstate__ leaves it out, 2.60.0 as well,
-ray#30838.)
+The end state of a segment is stored in <out>/trials/<plan>/<number>-<run>/<epochs>/. <plan> is the hash of the sweep,
+and <run> is the hash of everything that the weights of the trial depend on. A stored segment is read and not trained
+again. A rerun therefore repeats the same reports in the same order from these files, up to the point where the sweep
+stopped, and continues from there. Searcher and scheduler need no files for their state. Ray's restore is not used
+because it brings back searcher and trials but not the scheduler (TuneController.__getstate__ omits it, also in 2.60.0;
+ray#30838).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from hashray.train.job import TrainJob
 from hashray.train.local import fit_here
 from hashray.train.run import fit_until
 
-SECONDS = "seconds.json"  # of a trial: what its segments took
+SECONDS = "seconds.json"  # in the folder of a trial: the time that its segments took
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One segment of a trial: from the checkpoint at `start`, or the beginning, for `until` epochs in all.
+    """One segment of a trial: from the checkpoint at `start`, or from fresh weights, to `until` epochs in all.
 
-    Its files lie under `trial`, where `start` does too, unless these are another's weights (tune/population.py).
+    Its files are in the folder `trial`. So is `start`, unless the weights come from another member of a population.
     """
 
     trial: str
@@ -41,29 +41,33 @@ class Segment:
 
     @property
     def end(self) -> str:
-        """Where the checkpoint that it ends with lies."""
+        """Folder of the checkpoint at the end of the segment."""
         return join(self.trial, str(self.until))
 
 
 def ended_at(end: str) -> Position | None:
-    """Where the segment that ends there did, the lines of every pass so far in its notes; None where it has not."""
+    """Position at the end of a segment, with the line of every epoch in its notes; None if the segment has not ended.
+
+    Args:
+        end: folder of the checkpoint at the end of the segment.
+    """
     store = open_store(end)
     return Position(**json.loads(store.read(STATE))["position"]) if store.exists(STATE) else None
 
 
 def score_of(position: Position) -> float:
-    """What trials are compared by: the best validation so far, the last one where none may be chosen from yet."""
+    """The score that ranks trials: the best selectable validation so far, or the last one if none is selectable yet."""
     return last_validation(position) if position.best_score is None else position.best_score
 
 
 def last_validation(position: Position) -> float:
-    """What the weights of a position scored."""
+    """The validation score of the weights at a position."""
     return float(position.notes["history"][-1]["validation_map"])
 
 
 @contextmanager
 def _seconds_counted(segment: Segment) -> Iterator[None]:
-    """Add the seconds that this takes to those of the trial, also where it fails; a killed process adds none."""
+    """Add the duration to the seconds of the trial, also after a failure. A killed process adds nothing."""
     begin, store = time.monotonic(), open_store(segment.trial)
     try:
         yield
@@ -73,7 +77,7 @@ def _seconds_counted(segment: Segment) -> Iterator[None]:
 
 
 def train_here(job: TrainJob, segment: Segment) -> None:
-    """Train a segment in this process, from the state before it or from where it was interrupted.
+    """Train a segment in this process, from its start or from the point of its interruption.
 
     Raises:
         Diverged: the loss is not finite.
@@ -84,15 +88,15 @@ def train_here(job: TrainJob, segment: Segment) -> None:
 
 
 def train_by_ray_train(job: TrainJob, segment: Segment) -> None:
-    """Train a segment as a Ray Train run of its own, for several workers or images that are streamed."""
-    # The sweep counts attempts, and resumes from the same checkpoints.
+    """Train a segment as a separate Ray Train run, for several workers or for streamed images."""
+    # The sweep counts the attempts; each one resumes from the same checkpoints.
     config = job.config.model_copy(update={"max_failures": 0, "ray": "always"})
     with _seconds_counted(segment):
         fit_until(replace(job, config=config, start=segment.start, until=segment.until), segment.end)
 
 
 def forget_before(segment: Segment, start_too: bool) -> None:
-    """Delete what nothing goes on from any more; the lines of earlier segments are in the last one's."""
+    """Delete checkpoints that nothing resumes from. The last segment holds the lines of all earlier ones."""
     store = open_store(segment.trial)
     for name in ("partial", "fit"):
         store.clear(f"{segment.until}-{name}/")

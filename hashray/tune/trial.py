@@ -1,7 +1,7 @@
-"""[Ray] One trial as Tune runs it: segment after segment, each trained by Ray, and a report after each.
+"""[Ray] One trial as Ray Tune runs it: segment after segment, each followed by a report.
 
-A trial is light: it waits for its turn, has its next segment trained by a task (or a Ray Train run) that takes the
-CPUs and GPUs, and reports.
+The process of a trial is light. It starts a task (or a Ray Train run) that takes the CPUs and GPUs and trains the next
+segment, waits for its turn and reports.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ FAILED = "failed.json"
 
 @ray.remote(num_cpus=0)
 class TurnsActor:
-    """`Turns`, for trials to wait at."""
+    """`Turns` as an actor at which trials wait."""
 
     def __init__(self, at_once: int, trials: int) -> None:
         self.turns = Turns(at_once, trials)
         self.gates: dict[str, asyncio.Event] = {}
 
     async def enter(self, trial: str, number: int, until: int) -> None:
-        """Set out for the report after `until` epochs in all."""
+        """Register that a trial trains towards its report after `until` epochs in all."""
         self.turns.enter(trial, number, until)
         self._release()
 
@@ -64,7 +65,7 @@ class TurnsActor:
         await gate.wait()
 
     async def end(self, trial: str) -> None:
-        """This trial reports no more."""
+        """Register that this trial has ended."""
         self.turns.end(trial)
         self._release()
 
@@ -73,101 +74,136 @@ class TurnsActor:
             self.gates[trial].set()
 
 
-def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
-    """One trial of the sweep, as Tune runs it: segment after segment, each followed by a report.
+@dataclass(frozen=True)
+class _Prepared:
+    """A trial that is ready to train.
 
-    A segment that fails is tried again here, as often as the sweep says. Only what is final is told, in its turn, and
-    kept beside the segments once it is: what follows depends on when it is known.
+    Attributes:
+        config: the training config after the last change.
+        job: the plan of the training, as train/run.py makes it.
+        folder: the folder of the trial's segments.
+        epochs: epochs of the trial in all.
+        done: epochs after which the next segment starts.
+        start: folder of the checkpoint after these epochs; None for fresh weights.
     """
-    # Tune reuses this process and gives the trial before it two seconds to leave, else it drops the new one unsaid.
+
+    config: TrainConfig
+    job: TrainJob
+    folder: str
+    epochs: int
+    done: int
+    start: str | None
+
+
+def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
+    """Run one trial of the sweep under Ray Tune: segment after segment, each followed by a report.
+
+    A failed segment is retried here, up to `max_failures` times. Only a final failure is reported. It is reported in
+    turn and stored only then, because the points that are drawn later depend on when it is known.
+    """
+    # Tune reuses this process. It gives the previous trial two seconds to leave, else it drops the new one silently.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
     config = SweepConfig.model_validate(sweep["config"])
-    me, done, start = tune.get_context().get_trial_id(), 0, None
     population = config.search.scheduler == "pbt"
-    checkpoint = tune.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            done = int((Path(folder) / EPOCHS).read_text())
+    trial = tune.get_context().get_trial_id()
     try:
-        chosen = config.at(point)
-        corpus, data = open_corpus(sweep["corpus"]), open_corpus(sweep["source"], None)
-        own = total_epochs(chosen, corpus.num_classes)
-        trial, current = folder_of(sweep["trials"], point, chosen, corpus), chosen.segments()[-1][1]
-        job = plan_job(current, data)
-        origin = donor_of(point)
-        if origin is not None and origin[0] >= done:
-            done, donor = origin
-            start = join(folder_of(sweep["trials"], donor, config.at(donor), corpus), str(done))
-        elif done:
-            start = join(trial, str(done))
-    except HashrayError:
-        ray.get(turns.enter.remote(me, point[NUMBER], 1))
-        ray.get(turns.turn.remote(me))
+        prepared = _prepare(config, sweep, point, _reported_epochs())
+    except HashrayError:  # an invalid point fails in its turn, too
+        ray.get(turns.enter.remote(trial, point[NUMBER], 1))
+        ray.get(turns.turn.remote(trial))
         raise
-    for until in milestones(config.search, sweep["most"], own):
-        if until <= done:
+    start = prepared.start
+    for until in milestones(config.search, sweep["most"], prepared.epochs):
+        if until <= prepared.done:
             continue
-        segment, reason = Segment(trial, start, until), None
-        ray.get(turns.enter.remote(me, point[NUMBER], until))
+        segment = Segment(prepared.folder, start, until)
+        ray.get(turns.enter.remote(trial, point[NUMBER], until))
         trained = ended_at(segment.end) is None
-        if trained:
-            reason = _train(config, current, job, segment)
+        reason = _train(config, prepared, segment) if trained else None
         if reason is None:
             forget_before(segment, start_too=not population)
-        ray.get(turns.turn.remote(me))
+        ray.get(turns.turn.remote(trial))
         if reason is not None:
-            keep_failure(trial, reason)  # now that it counts: what is drawn from here on is drawn with it
+            keep_failure(prepared.folder, reason)
             if not population:
                 raise RunError(reason)
-        position = ended_at(segment.end)
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / EPOCHS).write_text(str(until))
-            # Of a population the weights of now are handed on, not the best there were.
-            reached = last_validation if population else score_of
-            score = WORST if position is None else reached(position)
-            told = {SCORE: score, EPOCHS: until, TOTAL: own, TRAINED: trained}
-            tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
-        done, start = until, segment.end
+        _report(segment, population, prepared.epochs, trained)
+        start = segment.end
+
+
+def _reported_epochs() -> int:
+    """Epochs at the last report of this trial, by the checkpoint that Tune kept for it."""
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        return int((Path(folder) / EPOCHS).read_text())
+
+
+def _prepare(config: SweepConfig, sweep: dict[str, Any], point: dict[str, Any], done: int) -> _Prepared:
+    """Plan the training of a trial that has reported after `done` epochs, or that starts from a donor's weights."""
+    chosen = config.at(point)
+    corpus, data = open_corpus(sweep["corpus"]), open_corpus(sweep["source"], None)
+    epochs = total_epochs(chosen, corpus.num_classes)
+    folder, current = folder_of(sweep["trials"], point, chosen, corpus), chosen.segments()[-1][1]
+    job = plan_job(current, data)
+    origin = donor_of(point)
+    start = join(folder, str(done)) if done else None
+    if origin is not None and origin[0] >= done:
+        done, donor = origin
+        start = join(folder_of(sweep["trials"], donor, config.at(donor), corpus), str(done))
+    return _Prepared(current, job, folder, epochs, done, start)
+
+
+def _report(segment: Segment, population: bool, epochs: int, trained: bool) -> None:
+    """Report the end of a segment to Tune."""
+    position = ended_at(segment.end)
+    # A member of a population hands on its current weights, so these are scored and not the best ones so far.
+    score_at = last_validation if population else score_of
+    score = WORST if position is None else score_at(position)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / EPOCHS).write_text(str(segment.until))
+        report = {SCORE: score, EPOCHS: segment.until, TOTAL: epochs, TRAINED: trained}
+        tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 def folder_of(trials_at: str, point: dict[str, Any], chosen: TrainConfig, corpus: Corpus) -> str:
-    """Where a trial's segments are: two trials at one point do not share them."""
+    """Folder of a trial's segments. Its name holds the number, so two trials at one point do not share it."""
     return join(trials_at, f"{point[NUMBER]:04d}-{run_of(chosen, corpus, open_init(chosen))[0]}")
 
 
 def number_of(key: str) -> int:
-    """The number of the trial in whose folder a file lies, from its key."""
+    """The number of a trial, from the key of a file in its folder."""
     return int(key.partition("-")[0])
 
 
 def failure_of(trial: str) -> str | None:
-    """Why the trial whose files lie there failed, if it did."""
+    """The reason why the trial in this folder failed; None if it did not."""
     store = open_store(trial)
     return str(json.loads(store.read(FAILED))["reason"]) if store.exists(FAILED) else None
 
 
 def keep_failure(trial: str, reason: str) -> None:
-    """Remember that a trial failed, so that a sweep that is run again does not draw as if it had not."""
+    """Store the failure of a trial, so that a rerun of the sweep draws the same points after it."""
     open_store(trial).write(FAILED, canonical({"reason": reason}))
 
 
-def _train(config: SweepConfig, chosen: TrainConfig, job: TrainJob, segment: Segment) -> str | None:
-    """Train a segment; the reason why it could not be, where it has failed once too often."""
+def _train(config: SweepConfig, prepared: _Prepared, segment: Segment) -> str | None:
+    """Train a segment, with retries; return the reason of a final failure."""
     before = failure_of(segment.trial)
     if before is not None:
         return before
-    reason = ""
+    chosen, reason = prepared.config, ""
     for _ in range(config.search.max_failures + 1):
         try:
-            if chosen.workers > 1 or not job.in_memory:
-                train_by_ray_train(job, segment)
+            if chosen.workers > 1 or not prepared.job.in_memory:
+                train_by_ray_train(prepared.job, segment)
             else:
-                # Not inside the trial's own placement group, which holds next to nothing.
-                takes: dict[str, Any] = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
-                takes |= {"runtime_env": environment_of(chosen)}
-                task = train_segment.options(**takes, scheduling_strategy="DEFAULT", max_retries=0)
-                ray.get(task.remote(job, segment))
-        except Exception as error:  # whatever it was is the trial's reason, kept and reported; the sweep goes on
+                # Outside the trial's placement group, which reserves almost nothing.
+                options: dict[str, Any] = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
+                options |= {"runtime_env": environment_of(chosen), "scheduling_strategy": "DEFAULT", "max_retries": 0}
+                ray.get(train_segment.options(**options).remote(prepared.job, segment))
+        except Exception as error:  # any error becomes the trial's reason, and the sweep goes on
             reason = reason_of(error)
         else:
             return None
@@ -175,8 +211,8 @@ def _train(config: SweepConfig, chosen: TrainConfig, job: TrainJob, segment: Seg
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a segment failed, in a line: the first worker's error, of a run of several."""
-    found = unwrap(error)
-    found = unwrap(next(iter(getattr(found, "worker_failures", {}).values()), found))
-    text = str(found.cause if isinstance(found, RayTaskError) else found).strip().partition("\n")[0]
-    return f"{type(found).__name__}: {text}"
+    """The reason of a failed segment in one line: the error of the first worker of a run of several."""
+    cause = unwrap(error)
+    cause = unwrap(next(iter(getattr(cause, "worker_failures", {}).values()), cause))
+    text = str(cause.cause if isinstance(cause, RayTaskError) else cause).strip().partition("\n")[0]
+    return f"{type(cause).__name__}: {text}"

@@ -1,21 +1,21 @@
-"""The order in which trials report, whichever of them is ready first. No Ray.
+"""A fixed order for the reports of trials, independent of their speed. No Ray.
 
-A scheduler such as ASHA and a searcher such as TPE decide by what they have been told so far, so a sweep comes out
-again only if they are told in the same order. Here that order is the one of a machine on which every pass over the
-images takes equally long: of all trials in flight, the one whose report is due first in epochs is told first (of
-equal ones, the one that was drawn first), and those that are ready earlier wait. Nothing here decides anything.
-A population is told in step (tune/population.py), and its members wait for nobody here (`at_once` = 0).
+A scheduler such as ASHA and a searcher such as TPE decide from the reports so far, so a sweep is reproducible only if
+the reports arrive in the same order. The order here is that of a machine on which every epoch takes the same time: of
+the trials in flight, the one with the earliest due report, counted in epochs, reports first. Ties go to the trial with
+the lower number, and a trial that is ready early waits. This file decides nothing else.
+The members of a population exchange weights in step (tune/population.py). They do not wait here (`at_once` = 0).
 """
 
 from __future__ import annotations
 
 
 class Turns:
-    """Who may report next.
+    """Decides which trial reports next.
 
     Args:
-        at_once: trials in flight as long as there are so many left.
-        trials: how many there will be.
+        at_once: number of trials in flight, while that many are left; 0 for a population.
+        trials: number of trials in all.
     """
 
     def __init__(self, at_once: int, trials: int) -> None:
@@ -28,27 +28,27 @@ class Turns:
         self.ended: set[str] = set()
 
     def enter(self, trial: str, number: int, until: int) -> None:
-        """The trial drawn as `number` sets out for its report after `until` epochs in all.
+        """Register that trial `number` trains towards its report after `until` epochs in all.
 
-        Again for the same report, if its process was lost on the way, even if its turn had come: nobody has been told
-        anything since.
+        A trial that lost its process enters again for the same report, even if its turn had come. This is safe because
+        no other trial has reported since.
         """
         self.number[trial] = number
         self.arrived.discard(trial)
         self.due[trial] = self.start.setdefault(trial, self.now) + until
 
     def arrive(self, trial: str) -> None:
-        """A trial is ready to report."""
+        """Register that a trial is ready to report."""
         self.arrived.add(trial)
 
     def end(self, trial: str) -> None:
-        """A trial will report no more."""
+        """Register that a trial has ended."""
         self.ended.add(trial)
         self.arrived.discard(trial)
         self.due.pop(trial, None)
 
     def next(self) -> str | None:
-        """The trial that reports now, if every trial that could come before it is known; it is then on its way."""
+        """Take the trial that reports now; None while an earlier report could still come."""
         if not self.due or len(self.due) < min(self.at_once, self.trials - len(self.ended)):
             return None
         coming = self.due if self.at_once else self.arrived

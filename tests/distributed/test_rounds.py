@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from hashray import artifact
 from hashray.artifact import Manifest
 from hashray.cli import main
 from hashray.config import validate
+from hashray.data.corpus import open_corpus
 from hashray.errors import AlreadyExists, ConfigError, InputError, MismatchError
+from hashray.model import load_model
 from hashray.storage import open_store
 from hashray.train.config import TrainConfig
 from hashray.train.rounds import pseudo_label, train_model
@@ -119,7 +122,7 @@ def test_what_self_training_needs_is_said_before_anything_runs(corpus: str, tmp_
 def test_pseudo_labels_of_images_count_every_row_and_go_on_from_the_parts_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, model, out = str(tmp_path / "corpus"), str(tmp_path / "model"), tmp_path / "pseudo"
+    url, model, out = str(tmp_path / "corpus"), str(tmp_path / "model"), tmp_path / "pseudo-labels"
     write_corpus(
         url, 40, 10, split_of=lambda i: "database+train" if i < 16 else "database+unlabelled",
         labels_of=lambda i: [i % 3, (i + 1) % 3], image_of=lambda i: b"no image" if i == 20 else png(i),
@@ -128,17 +131,18 @@ def test_pseudo_labels_of_images_count_every_row_and_go_on_from_the_parts_that_a
     table = {**CONFIG, "backbone": BACKBONE, "corpus": url, "self_training": {"threshold": 0.0, "balance": 2.0}}
     config = validate(TrainConfig, table, "test")
     assert config.self_training is not None
+    label = partial(pseudo_label, load_model(model), open_corpus(url), config, config.self_training, str(tmp_path))
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(artifact, "publish", killed)
-        pseudo_label(model, config, config.self_training, str(out))
+        label()
     parts = {path: path.stat().st_mtime_ns for path in sorted((out / "parts").iterdir())}
     lost = next(iter(parts))
     lost.unlink()
-    made = pseudo_label(model, config, config.self_training, str(out))
+    made = label()
     assert {path for path in parts if path.stat().st_mtime_ns != parts[path]} == {lost} and len(parts) == 3
     assert (made.rows_in, made.rows_out, made.rows_quarantined) == (24, 23, 1)
     assert artifact.verify(str(out)) == [] and made.info["summary"]["accepted"] == 23

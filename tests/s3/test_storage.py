@@ -267,7 +267,7 @@ def test_a_failed_write_leaves_the_old_object_and_no_litter(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(local.os, "replace", full)
-    with pytest.raises(StoreUnavailable, match="x: No space left on device. Free some space"):
+    with pytest.raises(StoreUnavailable, match=r"x: No space left on device. Free some space"):
         store.write("x", b"new")
     assert store.read("x") == b"old" and [path.name for path in tmp_path.iterdir()] == ["x"]
 

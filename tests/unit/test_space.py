@@ -1,4 +1,4 @@
-"""Sweeps: what a point of the space is, and every fault of a sweep before its first trial."""
+"""Sweeps: points of the space, every fault of a sweep before its first trial, and the results of a sweep."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def sweep(tmp_path: Path, space: dict[str, Any], **tables: Any) -> SweepConfig:
 
 
 def faults(tmp_path: Path, space: dict[str, Any], **tables: Any) -> str:
-    with pytest.raises(ConfigError) as found:
+    with pytest.raises(ConfigError) as raised:
         sweep(tmp_path, space, **tables)
-    return str(found.value)
+    return str(raised.value)
 
 
-def test_points_reach_the_training_config_and_the_files_own_values_are_the_first(tmp_path: Path) -> None:
+def test_points_reach_the_training_config_and_the_values_of_the_file_come_first(tmp_path: Path) -> None:
     config = sweep(
         tmp_path,
         {"optim": {"lr": {"log": [1e-4, 1e-2]}}, "method.margin_ratio": {"linear": [0.1, 1.0]}},
@@ -71,14 +71,14 @@ def test_points_reach_the_training_config_and_the_files_own_values_are_the_first
     assert config.base.optim.lr == 1e-3
 
 
-def test_a_preset_still_fills_what_a_point_leaves(tmp_path: Path) -> None:
+def test_a_preset_fills_every_value_that_a_point_leaves_out(tmp_path: Path) -> None:
     method = {"kind": "dseh", "num_bits": 16, "preset": "paper", "beta": 0.01}
     config = sweep(tmp_path, {"method.beta": {"log": [1e-6, 1e-1]}}, method=method)
     chosen = config.at({"method.beta": 0.02})
     assert (chosen.method.beta, chosen.method.label_hidden) == (0.02, 4096)  # type: ignore[attr-defined]
 
 
-def test_dimensions_of_another_method_wait_for_it(tmp_path: Path) -> None:
+def test_a_dimension_with_when_belongs_to_one_method_only(tmp_path: Path) -> None:
     space = {
         KIND: {"choice": ["adalabelhash", "lcgh"]},
         "method.margin": {"linear": [0.1, 1.0], "when": "lcgh"},
@@ -111,16 +111,16 @@ def test_a_member_of_a_population_is_a_config_with_changes(tmp_path: Path) -> No
     fourth = {NUMBER: 0, "optim.lr": 2e-3, "method.margin_ratio": 0.4, ORIGIN: [6, third]}
     chosen = config.at(fourth)
     assert chosen.optim.lr == 1e-3 and [change.after for change in chosen.changes] == [2, 6]
-    segments = [(after, own.optim.lr, own.method.margin_ratio) for after, own in chosen.segments()]  # type: ignore[attr-defined]
+    segments = [(after, part.optim.lr, part.method.margin_ratio) for after, part in chosen.segments()]  # type: ignore[attr-defined]
     assert segments == [(0, 1e-3, 0.5), (2, 2e-3, 0.5), (6, 2e-3, 0.4)]
     best = Trial(0, values_of(fourth), "", "finished", 0.5, 9, 9, "", [], chosen)
     assert validate(TrainConfig, parse_toml(best_toml(best), "best"), "best").result_of() == chosen.result_of()
 
 
-def test_first_points_go_together_and_begin_with_the_default(tmp_path: Path) -> None:
+def test_first_points_are_valid_and_begin_with_the_default(tmp_path: Path) -> None:
     method = {"kind": "lcgh", "num_bits": 16}
     space = {"method.priority": {"choice": ["project", "dual"]}, "method.warmup_share": {"choice": [0.0, 0.5]}}
-    # With the config's own warm-up each end is a config; dual without any is not.
+    # With the warm-up of the config, each end is valid. Dual without a warm-up is not.
     config = sweep(tmp_path, space, method={**method, "warmup_share": 0.5}, search={**POPULATION, "trials": 12})
     points = config.first_points()
     assert points == config.first_points() and points[0] == config.default() and len(points) == 12
@@ -128,16 +128,18 @@ def test_first_points_go_together_and_begin_with_the_default(tmp_path: Path) -> 
     assert all(point["method.warmup_share"] for point in points if point["method.priority"] == "dual")
 
 
-def test_a_population_changes_only_what_can_change_while_a_model_trains(tmp_path: Path) -> None:
+def test_a_population_changes_only_values_that_can_change_during_a_training(tmp_path: Path) -> None:
     space = {"optim.name": {"choice": ["adamw", "sgd"]}, "batch_size": {"integer": [32, 256]}}
     text = faults(tmp_path, space, search=POPULATION)
-    assert text.count("changes values while a trial trains, and this is settled before") == 2
-    assert "from random points" in faults(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}}, search={"scheduler": "pbt"})
+    assert text.count("changes values during a training, but this one is fixed at its start") == 2
+    assert "starts from random points" in faults(
+        tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}}, search={"scheduler": "pbt"}
+    )
     changes = [{"after": 2, "optim": {"lr": 1e-3}}]
-    assert "finds the changes" in faults(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}}, changes=changes)
+    assert "does not take any" in faults(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}}, changes=changes)
 
 
-def test_every_fault_of_a_space_is_listed_with_what_was_perhaps_meant(tmp_path: Path) -> None:
+def test_every_fault_of_a_space_is_listed_with_a_suggestion(tmp_path: Path) -> None:
     text = faults(
         tmp_path,
         {
@@ -153,7 +155,7 @@ def test_every_fault_of_a_space_is_listed_with_what_was_perhaps_meant(tmp_path: 
     assert "space.optim.momentum: optim.momentum: Input should be less than 1 (found 1.0)" in text
     assert "margin_ratio" in text and "perhaps" in text.lower()
     assert "space.epochs: this is the same for all trials" in text
-    assert "when = 'lcgh', and the sweep trains adalabelhash only" in text
+    assert "when = 'lcgh', but the sweep trains only adalabelhash" in text
     text = faults(tmp_path, {"method.margin_ratio": {"linear": [0.1, 1.0], "when": "adalabelhahs"}})
     assert "perhaps you meant 'adalabelhash'" in text
 
@@ -166,10 +168,10 @@ def test_every_fault_of_a_space_is_listed_with_what_was_perhaps_meant(tmp_path: 
         ({"optim.lr": {"log": [1e-4, 1e-2], "linear": [0.1, 1.0]}}, "exactly one of"),
         ({"optim.lr": {"logg": [1e-4, 1e-2]}}, "logg"),
         ({"optim.name": {"choice": ["sgd"]}}, "two values or more"),
-        ({"optim.lr": {"log": [1e-2, 1e-1]}}, "the config's own value 0.001 is not in the range"),
+        ({"optim.lr": {"log": [1e-2, 1e-1]}}, "the value 0.001 of the config is not in the range"),
         ({"batch_size": {"log": [32, 256]}}, "a number with a fractional part"),
         ({"self_training.rounds": {"integer": [1, 3]}}, "the same for all trials"),
-        ({"optim.lr.peak": {"log": [1e-4, 1e-2]}}, "lr is a value and holds no peak"),
+        ({"optim.lr.peak": {"log": [1e-4, 1e-2]}}, "lr is a value and has no peak"),
         ({"method.kind": {"choice": ["lcgh", "adalabelhash"], "when": "lcgh"}}, "make the method depend on the method"),
         ({"method.num_bits": {"integer": [16, 5000]}}, "found 17"),
     ],
@@ -178,20 +180,20 @@ def test_a_range_that_cannot_be_searched_is_refused(tmp_path: Path, space: dict[
     assert text in faults(tmp_path, space)
 
 
-def test_the_first_trial_is_the_file_itself_so_a_fraction_is_no_value_of_a_range_of_integers(tmp_path: Path) -> None:
+def test_a_fraction_in_the_file_is_outside_a_range_of_integers(tmp_path: Path) -> None:
     space = {"optim.clip_norm": {"integer": [1, 10]}}
-    assert "the config's own value 2.5 is not in the range" in faults(tmp_path, space, optim={"clip_norm": 2.5})
+    assert "the value 2.5 of the config is not in the range" in faults(tmp_path, space, optim={"clip_norm": 2.5})
     config = sweep(tmp_path, space, optim={"clip_norm": 2.0}, checkpoint_steps=7)
     assert config.at(config.default()).optim.clip_norm == 2.0 and config.base.checkpoint_steps == 7
 
 
 @pytest.mark.parametrize("search", [{"seed": 2**32}, {"report_seeds": [-1]}, {"report_seeds": [2**63]}])
-def test_seeds_that_no_generator_takes_are_refused(tmp_path: Path, search: dict[str, Any]) -> None:
+def test_seeds_outside_the_range_of_the_generators_are_refused(tmp_path: Path, search: dict[str, Any]) -> None:
     assert f"search.{next(iter(search))}" in faults(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}}, search=search)
 
 
 @pytest.mark.parametrize("name", ["augment.shift", "optim.trunk_lr_factor", "backbone.image_size", "precision"])
-def test_what_changes_nothing_on_cached_features_is_not_searched(tmp_path: Path, name: str) -> None:
+def test_values_without_effect_on_cached_features_are_refused(tmp_path: Path, name: str) -> None:
     space = {name: {"choice": [0, 1]}}
     assert "this changes nothing" in faults(tmp_path, space, backbone={"weights": "x.pth", "frozen": True})
 
@@ -204,22 +206,22 @@ def test_a_sweep_needs_a_space_and_rows_to_compare_trials_by(tmp_path: Path, cap
     assert main(["tune", path, "--corpus", "nowhere", "--out", str(tmp_path / "out")]) == 2
     assert "lr" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    path = written(tmp_path, space={"optim.lr": {"log": [1e-2, 1e-1]}})  # the flag mends what the file got wrong
+    path = written(tmp_path, space={"optim.lr": {"log": [1e-2, 1e-1]}})  # the flag corrects the value in the file
     assert main(["tune", path, "--optim.lr", "0.05", "--corpus", "nowhere", "--out", str(tmp_path / "out")]) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
-def test_shipped_sweeps_are_whole() -> None:
-    found = sorted((ROOT / "jobs/sweeps").glob("*.toml"))
-    configs = [read_sweep(str(path)) for path in found]
+def test_shipped_sweeps_are_valid() -> None:
+    paths = sorted((ROOT / "jobs/sweeps").glob("*.toml"))
+    configs = [read_sweep(str(path)) for path in paths]
     assert {config.method.kind for config in configs} == {"dseh", "adalabelhash", "lcgh"}
-    for path, config in zip(found, configs, strict=True):
+    for path, config in zip(paths, configs, strict=True):
         check_sweep(config, path.name)
 
 
 def test_every_integer_between_the_ends_is_checked(tmp_path: Path) -> None:
-    told = faults(tmp_path, {"method.num_bits": {"integer": [16, 24]}})
-    assert "17" in told and "space.method.num_bits: and 3 more such values; name those that hold, as a choice" in told
+    text = faults(tmp_path, {"method.num_bits": {"integer": [16, 24]}})
+    assert "17" in text and "space.method.num_bits: and 3 more such values; list the valid ones as a choice" in text
     kept = sweep(tmp_path, {"method.num_bits": {"choice": [16, 24]}})
     assert kept.at({"method.num_bits": 24}).method.num_bits == 24
 
@@ -227,9 +229,9 @@ def test_every_integer_between_the_ends_is_checked(tmp_path: Path) -> None:
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(2, 5), st.sampled_from(["asha", "median", "pbt", "none"]))
 def test_trials_report_in_order_and_at_the_end(epochs: int, grace: int, factor: int, scheduler: Any) -> None:
     search = SearchConfig(scheduler=scheduler, algorithm="random", grace_epochs=grace, reduction_factor=factor)
-    found = milestones(search, epochs, epochs)
-    assert found == sorted(set(found)) and found[-1] == epochs
-    assert all(later >= grace for later in found[:-1])
+    reports = milestones(search, epochs, epochs)
+    assert reports == sorted(set(reports)) and reports[-1] == epochs
+    assert all(report >= grace for report in reports[:-1])
 
 
 def trial(config: SweepConfig, number: int, point: dict[str, Any], scores: list[float], total: int = 4) -> Trial:
@@ -274,7 +276,7 @@ def test_the_leaderboard_ranks_by_score_then_by_number_and_failures_come_last(tm
         ([0.7], None, "The default failed."),
     ],
 )
-def test_the_verdict_compares_the_lead_with_what_seeds_make(
+def test_the_verdict_compares_the_lead_with_the_spread_between_seeds(
     winner: list[float], default: list[float] | None, text: str
 ) -> None:
     def side(scores: list[float]) -> dict[str, Any]:
@@ -292,23 +294,23 @@ def test_the_verdict_compares_the_lead_with_what_seeds_make(
     )
 
 
-def test_what_an_earlier_run_trained_says_nothing_of_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epochs_of_an_earlier_run_do_not_count_for_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     watch = Watch(trials=10, epochs=4)
-    for number in range(6):  # found, not trained
+    for number in range(6):  # read from an earlier run, not trained
         now[0] += 1
         watch.reported({NUMBER: number}, 4, 4, 0.5, trained=False)
         watch.ended({NUMBER: number}, failed=False)
     assert watch.eta_s() is None
     now[0] += 100
-    watch.reported({NUMBER: 6}, 3, 3, 0.5, trained=True)  # of a trial with fewer epochs than others
+    watch.reported({NUMBER: 6}, 3, 3, 0.5, trained=True)  # a trial with fewer epochs than the others
     watch.ended({NUMBER: 6}, failed=False)
     assert watch.over[6] == "finished"
     assert watch.eta_s() == pytest.approx(3 * 100)
 
 
-def test_in_a_terminal_a_table_of_the_best_trials_lives_while_ray_pickles_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_live_table_that_ray_can_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = io.StringIO()
     monkeypatch.setattr("hashray.tune.live.console", Console(file=sink, force_terminal=True, width=100))
     with Watch(trials=3, epochs=4) as watch:
@@ -324,7 +326,7 @@ def test_in_a_terminal_a_table_of_the_best_trials_lives_while_ray_pickles_it(mon
 def test_the_page_of_a_sweep_shows_stopped_and_failed_trials(tmp_path: Path) -> None:
     config = sweep(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}})
     scores = [[0.3, 0.4, 0.5, 0.6], [0.2], [], [0.3, 0.9, 0.7, 0.8]]
-    trials = [trial(config, i, {"optim.lr": 1e-3 * (i + 1)}, own) for i, own in enumerate(scores)]
+    trials = [trial(config, i, {"optim.lr": 1e-3 * (i + 1)}, values) for i, values in enumerate(scores)]
     summary = {
         "trials": 4, "best_trial": 3, "best_score": 0.9, "default_score": 0.6, "stopped": 1, "failed": [2], "epochs": 9,
         "epochs_of_full_grid": 16, "importance": {}, "compared": {}, "verdict": "",
@@ -340,13 +342,13 @@ def test_the_page_of_a_sweep_shows_stopped_and_failed_trials(tmp_path: Path) -> 
     assert "<script>" not in page and "&lt;script&gt;" in page and "a &lt; b. Each config" in page
 
 
-def test_report_seeds_are_not_the_one_that_chose(tmp_path: Path) -> None:
+def test_report_seeds_differ_from_the_seed_that_chooses_the_winner(tmp_path: Path) -> None:
     space = {"optim.lr": {"log": [1e-4, 1e-2]}}
-    assert "the config's own seed 2" in faults(tmp_path, space, seed=2)
+    assert "seed 2 of the config, which chooses the winner" in faults(tmp_path, space, seed=2)
     assert sweep(tmp_path, space, seed=2, search={"report_seeds": [0, 1]}).seed == 2
 
 
-def test_importance_finds_the_dimension_that_matters_at_the_report_that_all_made(tmp_path: Path) -> None:
+def test_importance_names_the_dimension_that_matters_at_the_last_common_report(tmp_path: Path) -> None:
     space = {"optim.lr": {"log": [1e-4, 1e-2]}, "optim.weight_decay": {"log": [1e-5, 1e-1]}}
     config = sweep(tmp_path, space)
     points = [
@@ -354,16 +356,16 @@ def test_importance_finds_the_dimension_that_matters_at_the_report_that_all_made
         for i in range(36)
     ]
     trials = [trial(config, i, p, [p["optim.lr"], *([0.0] if i % 2 else [])]) for i, p in enumerate(points)]
-    found = importance(trials, config, seed=0)["adalabelhash"]
-    assert found["after_epochs"] == 1 and found["trials"] == 36
-    assert found["shares"]["optim.lr"] > 0.9 > 0.1 > found["shares"]["optim.weight_decay"]
+    result = importance(trials, config, seed=0)["adalabelhash"]
+    assert result["after_epochs"] == 1 and result["trials"] == 36
+    assert result["shares"]["optim.lr"] > 0.9 > 0.1 > result["shares"]["optim.weight_decay"]
     assert importance(trials[:3], config, seed=0) == {}
-    # Of a score that only both together explain, neither explains much alone.
+    # If only both dimensions together explain the score, neither explains much alone.
     both = [trial(config, i, p, [float((i % 6 < 3) == (i // 6 < 3))]) for i, p in enumerate(points)]
     assert sum(importance(both, config, seed=0)["adalabelhash"]["shares"].values()) < 0.95
 
 
-def test_best_toml_comes_back_as_the_winners_config(tmp_path: Path) -> None:
+def test_best_toml_reads_back_as_the_config_of_the_winner(tmp_path: Path) -> None:
     config = sweep(
         tmp_path,
         {"optim.lr": {"log": [1e-4, 1e-2]}, "optim.clip_norm": {"log": [0.1, 10.0]}},

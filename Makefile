@@ -40,7 +40,7 @@ pin: install  ## compile constraints.txt anew: the tested set, both FAISS builds
 	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --no-emit-index-url --extra cpu --extra dev pyproject.toml -o constraints.txt
 	sed -n 's/^faiss-cpu==/faiss-gpu==/p' constraints.txt >> constraints.txt
 
-results: install  ## write the results table in README.md from benchmarks/results/*.json
+results: install  ## write docs/RESULTS.md and README.md's table from benchmarks/results/*.json
 	$(BIN)/python benchmarks/results.py --write
 
 clean:  ## remove what the targets above made

@@ -36,7 +36,7 @@ check: install  ## style, types, layers
 bench: install  ## side-by-side benchmarks, each printing a ratio
 	for name in metric search encode train; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-pin: install  ## compile constraints.txt anew: the tested set, both FAISS builds, no index addresses
+pin: install  ## compile constraints.txt again: the tested set, both FAISS builds, no index addresses
 	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --no-emit-index-url --extra cpu --extra dev pyproject.toml -o constraints.txt
 	sed -n 's/^faiss-cpu==/faiss-gpu==/p' constraints.txt >> constraints.txt
 

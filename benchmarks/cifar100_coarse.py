@@ -28,8 +28,8 @@ def main() -> None:
     for split in ("train", "test"):
         lines = []
         for path in sorted((wanted.folder / split).glob("*/*")):
-            own = {path.parent.name, coarse[path.parent.name]}
-            lines.append(" ".join([str(path.absolute()), *("1" if name in own else "0" for name in names)]))
+            labels = {path.parent.name, coarse[path.parent.name]}
+            lines.append(" ".join([str(path.absolute()), *("1" if name in labels else "0" for name in names)]))
         (wanted.out / f"{split}.txt").write_text("\n".join(lines) + "\n")
     (wanted.out / "classes").write_text("\n".join(names) + "\n")
     print(f"{wanted.out}: {len(names)} classes, {len(fine)} fine and {len(names) - len(fine)} coarse")

@@ -58,15 +58,15 @@ def read_images(folder: str | None, count: int) -> Images:
         if len(paths) < count:
             raise SystemExit(f"{folder} holds {len(paths)} images, {count} are needed")
         return [(str(path), path.read_bytes()) for path in paths]
-    rng, found = np.random.default_rng(SEED), []
+    rng, rows_found = np.random.default_rng(SEED), []
     for number in range(count):
         small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         pixels = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)).astype(np.int16)
         noisy = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255).astype(np.uint8)
         sink = io.BytesIO()
         Image.fromarray(noisy).save(sink, "PNG")
-        found.append((f"{number:06d}.png", sink.getvalue()))
-    return found
+        rows_found.append((f"{number:06d}.png", sink.getvalue()))
+    return rows_found
 
 
 def write_corpus(url: str, images: Images, rows_per_part: int) -> None:

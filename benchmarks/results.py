@@ -98,23 +98,23 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
         for row, column, value in _numbers(entry):
             cells.setdefault((row, column), {}).setdefault(_seeds(entry), value)
     paper = about.get("paper", {})
-    columns = sorted({column for _, column in cells} | {c for own in paper.values() for c in own}, key=_column_order)
-    own = [row for row in about["rows"] if any((row, column) in cells for column in columns)]
+    columns = sorted({column for _, column in cells} | {c for ours in paper.values() for c in ours}, key=_column_order)
+    ours = [row for row in about["rows"] if any((row, column) in cells for column in columns)]
     # LabNet's scores compare rows that all have one; beside methods without, two columns of gaps say nothing.
     columns = [
         column
         for column in columns
         if column.rpartition(" ")[2] not in LABEL_NET.values()
-        or all((row, column) in cells for row in own if (row, column.rpartition(" ")[0]) in cells)
+        or all((row, column) in cells for row in ours if (row, column.rpartition(" ")[0]) in cells)
     ]
     for column in columns:
-        seeds = {row: set(cells[row, column]) for row in (*own, *BASELINES) if (row, column) in cells}
-        _require_same_seeds(column, {row: found for row, found in seeds.items() if row in own})
+        seeds = {row: set(cells[row, column]) for row in (*ours, *BASELINES) if (row, column) in cells}
+        _require_same_seeds(column, {row: found for row, found in seeds.items() if row in ours})
         _require_same_seeds(column, {row: {(split, 0) for split, _ in found} for row, found in seeds.items()})
-    rows = own + [name for name in BASELINES if any((name, column) in cells for column in columns)]
+    rows = ours + [name for name in BASELINES if any((name, column) in cells for column in columns)]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:
-        ours = row in own
+        ours = row in ours
         texts = [
             _cell(_told(cells.get((row, c)), ours), paper.get(row, {}).get(c), ours, ours and _reached(cells, row, c))
             for c in columns
@@ -160,10 +160,10 @@ def _require_alike(about: dict[str, Any], entries: list[dict[str, Any]]) -> None
 
 
 def _require_same_seeds(column: str, seeds: dict[str, set[Seeds]]) -> None:
-    for row, own in seeds.items():
-        if own != next(iter(seeds.values())):
+    for row, row_seeds in seeds.items():
+        if row_seeds != next(iter(seeds.values())):
             raise SystemExit(
-                f"{column}: {row} is of the seeds {sorted(own)}, others of {sorted(next(iter(seeds.values())))}"
+                f"{column}: {row} is of the seeds {sorted(row_seeds)}, others of {sorted(next(iter(seeds.values())))}"
             )
 
 
@@ -186,9 +186,9 @@ def _column_order(column: str) -> tuple[int, int]:
     return int(bits), ["", " within", " cross", " gen.", " H", " map_l", " n_h"].index(rest)
 
 
-def _told(values: dict[Seeds, float] | None, own: bool) -> list[float]:
+def _told(values: dict[Seeds, float] | None, ours: bool) -> list[float]:
     """A cell's values; of a baseline, which no training seed changes, one for each split."""
-    if not values or own:
+    if not values or ours:
         return list((values or {}).values())
     by_split: dict[int, set[float]] = {}
     for (split, _), value in values.items():
@@ -196,11 +196,11 @@ def _told(values: dict[Seeds, float] | None, own: bool) -> list[float]:
     return [value for found in by_split.values() for value in found]
 
 
-def _cell(values: list[float], paper: float | None, own: bool, reached: bool) -> str:
+def _cell(values: list[float], paper: float | None, ours: bool, reached: bool) -> str:
     if not values:
         return f"({paper:g})" if paper is not None else ""
     text = _mean(values)
-    text = f"**{text}**" + "†" * reached if own else text
+    text = f"**{text}**" + "†" * reached if ours else text
     return text + (f" ({paper:g})" if paper is not None else "")
 
 
@@ -233,15 +233,15 @@ def _round_lines(entries: list[dict[str, Any]]) -> list[str]:
     """Pseudo-labels of each round of self-training: how many, how many of them true, and what they did."""
     lines = []
     for entry in entries:
-        told = []
-        for found in entry["training"].get("rounds", []):
-            right = "" if found["precision"] is None else f", {found['precision']:.1%} of their labels true"
-            told.append(
-                f"round {found['round']}: {found['accepted']:,} of {found['unlabelled']:,} rows accepted{right}, "
-                f"validation {found['before']:.4f} to {found['validation_map']:.4f}"
+        texts = []
+        for line in entry["training"].get("rounds", []):
+            right = "" if line["precision"] is None else f", {line['precision']:.1%} of their labels true"
+            texts.append(
+                f"round {line['round']}: {line['accepted']:,} of {line['unlabelled']:,} rows accepted{right}, "
+                f"validation {line['before']:.4f} to {line['validation_map']:.4f}"
             )
-        if told:
-            lines += [f"At {entry['results'][0]['num_bits']} bits, {'; '.join(told)}.", ""]
+        if texts:
+            lines += [f"At {entry['results'][0]['num_bits']} bits, {'; '.join(texts)}.", ""]
     return lines
 
 
@@ -252,7 +252,7 @@ def _made(entries: list[dict[str, Any]], configs: list[str]) -> str:
         return ", ".join(dict.fromkeys(f"{v:,}" if isinstance(v, int) else str(v) for v in values))
 
     protocols = [entry["protocol"] for entry in entries]
-    made = [entry["environment"] for entry in entries]
+    environments = [entry["environment"] for entry in entries]
     fitted = [on for entry in entries if (on := _baselines_on(entry))]
     return (
         f"Protocol `{all_of(p['name'] for p in protocols)}`: {all_of(p['train'] for p in protocols)} train, "
@@ -260,20 +260,20 @@ def _made(entries: list[dict[str, Any]], configs: list[str]) -> str:
         f"baselines on {all_of(fitted) or 'nothing'}; split seeds {all_of(p['split_seed'] for p in protocols)}, "
         f"train seeds {all_of(p['train_seed'] for p in protocols)}; "
         + (f"commands at the head of {all_of(f'`jobs/configs/{name}`' for name in configs)}; " if configs else "")
-        + f"commits {all_of(m['commit'] for m in made)}; "
-        f"torch {all_of(m['torch'] for m in made)}; {all_of(m['hardware'] for m in made)}."
+        + f"commits {all_of(m['commit'] for m in environments)}; "
+        f"torch {all_of(m['torch'] for m in environments)}; {all_of(m['hardware'] for m in environments)}."
     )
 
 
 def add_sweep(folder: Path) -> Path:
     """Keep what the table of sweeps needs: what was found, with which winner and default, and what made it."""
-    found = json.loads((folder / "sweep.json").read_text())
+    summary = json.loads((folder / "sweep.json").read_text())
     metrics = json.loads(min(folder.glob("evaluations/**/metrics.json")).read_text())
     method = metrics["training"]["config"]["method"]
     names = ("trials", "epochs", "epochs_of_full_grid", "best_trial", "best_score", "default_score", "failed")
     kept = {
-        **{name: found[name] for name in names},
-        "compared": found["compared"], "verdict": found["verdict"], "method": method["kind"],
+        **{name: summary[name] for name in names},
+        "compared": summary["compared"], "verdict": summary["verdict"], "method": method["kind"],
         "num_bits": method["num_bits"], "protocol": metrics["protocol"], "environment": metrics["environment"],
     }  # fmt: skip
     path = RESULTS / "sweeps" / f"{method['kind']}.json"
@@ -282,7 +282,7 @@ def add_sweep(folder: Path) -> Path:
 
 
 def _sweep_lines() -> list[str]:
-    """What sweeps found beside the values that they began from, each trained anew with several seeds."""
+    """Winners of sweeps beside the values that they began from, each trained again with several seeds."""
     folder = RESULTS / "sweeps"
     sweeps = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name not in NO_SWEEPS]
     if not sweeps:
@@ -307,8 +307,8 @@ def _sweep_lines() -> list[str]:
             f"{ran['trunk_trials_per_hour']:.1f} through the trunk ({ran['trunk_trials']}); "
             f"{ran['ratio']:.1f} times as many ({ran['ratio_with_features']:.1f} with the computation of the features)."
         )
-    made = [sweep["environment"] for sweep in sweeps]
-    by = [", ".join(dict.fromkeys(str(own[name]) for own in made)) for name in ("commit", "torch", "hardware")]
+    envs = [sweep["environment"] for sweep in sweeps]
+    by = [", ".join(dict.fromkeys(str(env[name]) for env in envs)) for name in ("commit", "torch", "hardware")]
     return ["\n".join([*lines, "", f"Commits {by[0]}; torch {by[1]}; {by[2]}."])]
 
 

@@ -69,10 +69,10 @@ def main() -> None:
         write_index(folder, ids, codes)
         index = open_index(folder, threads=options.threads)
         faiss.omp_set_num_threads(options.threads)
-        found, distances = index.search(queries, K)
+        ids, distances = index.search(queries, K)
         for counting in (False, True):
             expected, rows = peer(counting)
-            if not (np.array_equal(distances, expected) and np.array_equal(found.astype(int), rows)):
+            if not (np.array_equal(distances, expected) and np.array_equal(ids.astype(int), rows)):
                 raise SystemExit("the two answers differ")
         contenders = {
             "ours": lambda: index.search(queries, K),

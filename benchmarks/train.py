@@ -53,20 +53,23 @@ def main() -> None:
         return
     rates: dict[str, list[float]] = {"default": [], "kept": []}
     for _ in range(TURNS):
-        for name, own in (("default", {}), ("kept", memory_environment())):
+        for name, env in (("default", {}), ("kept", memory_environment())):
             done = subprocess.run(
-                [sys.executable, *sys.argv, "--once"], env={**os.environ, **own}, check=True, capture_output=True
+                [sys.executable, *sys.argv, "--once"],
+                env={**os.environ, **env},
+                check=True,
+                capture_output=True,
             )
             rates[name].append(float(done.stdout))
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "trunk": given.trunk, "image_size": given.image_size, "batch_size": given.batch_size,
         "turns": TURNS, "cores": os.cpu_count(), "torch": torch.__version__,
         "images_per_second": medians, "ratio": medians["kept"] / medians["default"],
     }  # fmt: skip
-    print(f"{medians['default']:.1f} images/s; memory kept: {medians['kept']:.1f} images/s; {found['ratio']:.2f}x")
+    print(f"{medians['default']:.1f} images/s; memory kept: {medians['kept']:.1f} images/s; {report['ratio']:.2f}x")
     if given.out is not None:
-        write_json(given.out, found)
+        write_json(given.out, report)
 
 
 if __name__ == "__main__":

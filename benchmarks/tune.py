@@ -57,17 +57,17 @@ def main() -> None:
             assert all(trial.state == "finished" for trial in trials)
             rates[frozen] = counts[frozen] / (time.perf_counter() - start) * 3600
     with_features = given.trials / (given.trials / rates[True] * 3600 + features_s) * 3600
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "rows": corpus.count("train"), "trials": given.trials, "trunk_trials": given.trunk_trials,
         "epochs": given.epochs, "image_size": given.image_size,
         "cached_trials_per_hour": rates[True], "trunk_trials_per_hour": rates[False], "features_s": features_s,
         "ratio": rates[True] / rates[False], "ratio_with_features": with_features / rates[False],
         "ray": ray.__version__,
     }  # fmt: skip
-    print(f"cached features: {rates[True]:.1f} trials/h; trunk: {rates[False]:.1f} trials/h; {found['ratio']:.1f}x")
-    print(f"with the {features_s:.0f} s of the features counted, once: {found['ratio_with_features']:.1f}x")
+    print(f"cached features: {rates[True]:.1f} trials/h; trunk: {rates[False]:.1f} trials/h; {report['ratio']:.1f}x")
+    print(f"with the {features_s:.0f} s of the features counted, once: {report['ratio_with_features']:.1f}x")
     if given.out is not None:
-        write_json(given.out, found)
+        write_json(given.out, report)
 
 
 def _config(given: argparse.Namespace, frozen: bool, trials: int, features: str | None) -> SweepConfig:

@@ -126,10 +126,10 @@ def _fault(config_class: type[BaseModel], data: Any, fault: Any) -> str:
         known = _fields_at(config_class, data, parents)
         return f"{path}: unknown key{perhaps(str(name), known) or '.'} Known here: {', '.join(sorted(known))}"
     message = fault["msg"].removeprefix("Value error, ")
-    found = repr(fault["input"])
-    if len(found) > SHOWN_CHARACTERS:
-        found = f"{found[:SHOWN_CHARACTERS]}…"
-    return f"{path or 'config'}: {message}" + ("" if fault["type"] == "missing" else f" (found {found})")
+    value = repr(fault["input"])
+    if len(value) > SHOWN_CHARACTERS:
+        value = f"{value[:SHOWN_CHARACTERS]}…"
+    return f"{path or 'config'}: {message}" + ("" if fault["type"] == "missing" else f" (found {value})")
 
 
 def _fields_at(config_class: type[BaseModel], data: Any, parents: Sequence[str | int]) -> list[str]:

@@ -41,7 +41,7 @@ TRAINING = {
 class DemoConfig(Config):
     """Run the whole pipeline on handwritten digits."""
 
-    out: str = Field("demo-out", description="a local folder; everything lands below it")
+    out: str = Field("demo-out", description="Local folder of everything that the demo makes")
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:

@@ -29,15 +29,15 @@ class PipelineConfig(SplitConfig):
     The workers given here are those of every stage but training, whose own are the TOML's.
     """
 
-    config: Annotated[str, tyro.conf.Positional] = Field(description="training config, TOML")
-    source: str = Field(description="images: folder, list files, Parquet or tar shards; local or s3://")
-    out: str = Field(description="folder or s3:// prefix: corpus, model, codes, index and evaluation go below it")
+    config: Annotated[str, tyro.conf.Positional] = Field(description="Training config, TOML")
+    source: str = Field(description="Images: folder, list files, Parquet or tar shards; local or s3://")
+    out: str = Field(description="Folder or s3:// prefix of corpus, model, codes, index and evaluation")
     reader: Annotated[SourceConfig, tyro.conf.arg(name="")] = SourceConfig()
     max_bad: float | None = Field(
-        None, ge=0, le=1, description="share of rows that may be quarantined, in each stage; unset: the TOML's"
+        None, ge=0, le=1, description="Share of rows that may go to quarantine in each stage; unset: the TOML's"
     )
-    kind: Kind = Field("flat", description="of the index; flat: exact; ivf: for shards above 5 million rows")
-    shards: int | None = Field(None, ge=1, description="of the index; unset: one per 5 million rows")
+    kind: Kind = Field("flat", description="Kind of the index; flat: exact; ivf: for shards above 5 million rows")
+    shards: int | None = Field(None, ge=1, description="Shards of the index; unset: one for 5 million rows")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
 

@@ -61,14 +61,14 @@ def verify(url: str | Path | Store) -> list[str]:
             raise
         return [str(error), *_verify_versions(store)]
     problems += [f"{join(store.url, MANIFEST)}: {fault}" for fault in audit(manifest)]
-    size, found = sum(record.bytes for record in manifest.files), []
+    size, faults = sum(record.bytes for record in manifest.files), []
     with Bar("verify", size, "bytes") as bar, ThreadPoolExecutor(CHECK_THREADS) as pool:
         checked = pool.map(lambda record: _check_bytes(store, record), manifest.files)
         for record, text in zip(manifest.files, checked, strict=True):
-            found.append(text)
+            faults.append(text)
             bar.add(record.bytes)
-    problems += [text for text in found if text]
-    whole = [record for record, text in zip(manifest.files, found, strict=True) if text is None]
+    problems += [text for text in faults if text]
+    whole = [record for record, text in zip(manifest.files, faults, strict=True) if text is None]
     tables = []
     for record in whole:
         if record.name.endswith(".parquet"):

@@ -30,8 +30,8 @@ def load_manifest(url_or_store: str | Path | Store, kind: str | None = None, key
         manifest = newest_version(store)[1]
     if kind is not None and manifest.kind != kind:
         article = {"index": "an", "evaluation": "an"}
-        found, wanted = (f"{article.get(name, 'a')} {name}" for name in (manifest.kind, kind))
-        raise MismatchError(f"{store.url} is {found}, expected {wanted}; check which path was given for the {kind}")
+        there, wanted = (f"{article.get(name, 'a')} {name}" for name in (manifest.kind, kind))
+        raise MismatchError(f"{store.url} is {there}, expected {wanted}; check which path was given for the {kind}")
     return manifest
 
 

@@ -136,13 +136,13 @@ class Corpus:
     def images(self, split: str, ids: Sequence[str]) -> dict[str, bytes]:
         """The bytes of some rows by id, for galleries."""
         wanted = set(ids)
-        found: dict[str, bytes] = {}
+        images: dict[str, bytes] = {}
         for record in self.parts:
-            if self.count_part(record, split) and len(found) < len(wanted):
+            if self.count_part(record, split) and len(images) < len(wanted):
                 table = self.read_part(record, split)
                 keep = table.filter(pc.is_in(table.column("id"), pa.array(sorted(wanted))))
-                found.update({row_id: data for row_id, data in iterate_bytes(keep) if isinstance(data, bytes)})
-        return found
+                images.update({row_id: data for row_id, data in iterate_bytes(keep) if isinstance(data, bytes)})
+        return images
 
 
 def iterate_bytes(table: pa.Table) -> Iterator[tuple[str, bytes | BadImage]]:

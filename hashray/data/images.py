@@ -37,9 +37,9 @@ class BadImage(ValueError):
 class AugmentConfig(Config):
     """Random changes of a training image; each a function of seed, epoch and row only."""
 
-    flip: bool = Field(True, description="horizontal flip with probability 1/2")
-    shift: int = Field(0, ge=0, description="largest shift in pixels, both directions, zeros shifted in")
-    cutout: int = Field(0, ge=0, description="side of a square blanked to grey, its centre anywhere (DeVries, 2017)")
+    flip: bool = Field(True, description="Whether half of the images are flipped horizontally")
+    shift: int = Field(0, ge=0, description="Largest shift in pixels, in both directions; zeros come in")
+    cutout: int = Field(0, ge=0, description="Side of a grey square with its centre anywhere (DeVries, 2017)")
 
 
 def decode(data: bytes | None) -> Image.Image:

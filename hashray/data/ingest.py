@@ -38,13 +38,15 @@ MOST_CLASSES = 1_000_000
 class IngestConfig(SplitConfig):
     """Read images from a folder, list files, Parquet or tar shards into a corpus."""
 
-    source: Annotated[str, tyro.conf.Positional] = Field(description="folder, file or s3:// url")
-    out: str = Field(description="the corpus to write")
+    source: Annotated[str, tyro.conf.Positional] = Field(description="Folder, file or s3:// url of the images")
+    out: str = Field(description="Folder or s3:// url of the corpus")
     reader: Annotated[SourceConfig, tyro.conf.arg(name="")] = SourceConfig()
-    store: Literal["bytes", "reference"] = Field("bytes", description="keep the images, or only where they are")
+    store: Literal["bytes", "reference"] = Field(
+        "bytes", description="Whether the corpus keeps the images or only their places"
+    )
     max_bad: float = Field(0.05, ge=0, le=1, description="Share of rows that may go to quarantine")
     strict: bool = Field(False, description="Refuse a source that gives a warning")
-    rows_per_part: int = Field(1024, ge=1, description="rows of a part: what one worker takes at a time")
+    rows_per_part: int = Field(1024, ge=1, description="Rows of a part, which one worker takes at a time")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
 
@@ -155,20 +157,20 @@ def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
     Raises:
         InputError: names and numbers mixed, or a name that the class-names file lacks.
     """
-    found = {label for row in listing.rows for label in row.labels}
-    kinds = {type(label) for label in found}
+    seen = {label for row in listing.rows for label in row.labels}
+    kinds = {type(label) for label in seen}
     if len(kinds) > 1:
-        raise InputError(f"labels are names and numbers mixed, for example {sorted(map(str, found))[:4]}; use one kind")
+        raise InputError(f"labels are names and numbers mixed, for example {sorted(map(str, seen))[:4]}; use one kind")
     if kinds == {int}:
-        top = max(int(label) for label in found)
+        top = max(int(label) for label in seen)
         if top >= MOST_CLASSES:
             raise InputError(f"label {top} is no class index: they count from 0 to {MOST_CLASSES - 1:,} at most")
         classes = listing.class_names or [str(i) for i in range(top + 1)]
         index: dict[Any, int] = {i: i for i in range(len(classes))}
     else:
-        classes = listing.class_names or sorted(map(str, found))
+        classes = listing.class_names or sorted(map(str, seen))
         index = {name: i for i, name in enumerate(classes)}
-        unknown = sorted(str(label) for label in found if label not in index)
+        unknown = sorted(str(label) for label in seen if label not in index)
         if unknown:
             raise InputError(f"{len(unknown)} classes are not in the class-names file, the first {unknown[0]!r}")
     return classes, [sorted({index[label] for label in row.labels}) for row in listing.rows]

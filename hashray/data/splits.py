@@ -37,13 +37,19 @@ class SplitConfig(Config):
                            they are query-pseudo and database-pseudo
     """
 
-    split_protocol: Protocol = Field("as-given", description="which rows train, ask and answer; said above")
-    seed: int = Field(0, ge=0, description="of the split protocol and of the order of rows")
-    query_per_class: int = Field(100, ge=1, description="per-class protocol")
-    train_per_class: int = Field(500, ge=1, description="per-class protocol")
-    train_in_database: bool = Field(True, description="per-class protocol")
-    unseen_classes: int | None = Field(None, ge=1, description="class-split protocol; unset: a quarter of the classes")
-    pseudo_unseen_classes: int = Field(0, ge=0, description="class-split protocol: kept aside for tuning")
+    split_protocol: Protocol = Field("as-given", description="Which rows train, ask and answer; see the list above")
+    seed: int = Field(0, ge=0, description="Seed of the split protocol and of the order of rows")
+    query_per_class: int = Field(100, ge=1, description="Queries of each class, in the per-class protocol")
+    train_per_class: int = Field(500, ge=1, description="Train rows of each class, in the per-class protocol")
+    train_in_database: bool = Field(
+        True, description="Whether train rows are in the database, in the per-class protocol"
+    )
+    unseen_classes: int | None = Field(
+        None, ge=1, description="Classes that are never trained on, in the class-split protocol; unset: a quarter"
+    )
+    pseudo_unseen_classes: int = Field(
+        0, ge=0, description="Seen classes kept aside for tuning, in the class-split protocol"
+    )
 
     def parts_of_classes(self, present: Sequence[int]) -> dict[int, str]:
         """class-split: seen, unseen or pseudo, for each class that occurs; unset, a quarter of them is unseen.
@@ -143,10 +149,10 @@ def _in_database(split: str) -> str:
 
 
 def _train_is_database(given: Sequence[str | None]) -> list[str]:
-    found = Counter(given)
-    if not found["train"] or not found["query"] or len(found) != 2:
+    counts = Counter(given)
+    if not counts["train"] or not counts["query"] or len(counts) != 2:
         raise InputError(
-            f"this protocol needs a source split into train and test; found {dict(found)}. "
+            f"this protocol needs a source split into train and test; found {dict(counts)}. "
             "Give a folder with train/ and test/, or choose per-class"
         )
     return ["database+train" if split == "train" else "query" for split in given]
@@ -154,21 +160,21 @@ def _train_is_database(given: Sequence[str | None]) -> list[str]:
 
 def class_split(labels: Sequence[Sequence[int]], classes: Sequence[str], config: SplitConfig) -> dict[str, list[str]]:
     """class-split: names of the seen, unseen and pseudo-unseen classes, of rows with one label each."""
-    found: dict[str, list[str]] = {}
-    for label, part in sorted(config.parts_of_classes(sorted({own[0] for own in labels})).items()):
-        found.setdefault(part, []).append(classes[label])
-    return found
+    names: dict[str, list[str]] = {}
+    for label, part in sorted(config.parts_of_classes(sorted({row_labels[0] for row_labels in labels})).items()):
+        names.setdefault(part, []).append(classes[label])
+    return names
 
 
 def _class_split(
     ids: Sequence[str], labels: Sequence[Sequence[int]], given: Sequence[str | None], config: SplitConfig
 ) -> list[str]:
-    several = [i for i, own in enumerate(labels) if len(own) != 1]
+    several = [i for i, row_labels in enumerate(labels) if len(row_labels) != 1]
     if several:
         raise InputError(
             f"protocol class-split needs exactly one class a row; {ids[several[0]]!r} has {len(labels[several[0]])}"
         )
-    part = config.parts_of_classes(sorted({own[0] for own in labels}))
+    part = config.parts_of_classes(sorted({row_labels[0] for row_labels in labels}))
     if any(given):
         halves = ["query" if split == "query" else "database" for split in _train_is_database(given)]
     else:
@@ -181,7 +187,7 @@ def _class_split(
         ("database", "pseudo"): "database-pseudo",
         ("query", "pseudo"): "query-pseudo",
     }
-    return [words[half, part[own[0]]] for half, own in zip(halves, labels, strict=True)]
+    return [words[half, part[row_labels[0]]] for half, row_labels in zip(halves, labels, strict=True)]
 
 
 def _per_class(

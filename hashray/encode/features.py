@@ -54,7 +54,7 @@ class TrunkWorker(PartWorker):
 
 
 def is_short(rows: int, image_size: int) -> bool:
-    """Whether a scan of so many images is over before a Ray cluster has paid for its start."""
+    """Whether a scan of `rows` images is over before a Ray cluster has paid for its start."""
     return rows * image_size**2 <= SHORT_PIXELS
 
 

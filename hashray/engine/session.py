@@ -65,7 +65,7 @@ def require_room(cpus: float, gpus: float, at_once: int = 1) -> None:
     On a cluster, which may scale up, only warn.
 
     Raises:
-        InputError: `at_once` workers of so many CPUs and GPUs each do not fit.
+        InputError: `at_once` workers, each with these CPUs and GPUs, do not fit.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if sum(_workers_in(node, cpus, gpus) for node in nodes) >= at_once:
@@ -75,11 +75,11 @@ def require_room(cpus: float, gpus: float, at_once: int = 1) -> None:
     text = f"{at_once} workers of {cpus:g} CPUs and {gpus:g} GPUs each were asked for, and there are {there}"
     if not os.environ.get("RAY_ADDRESS"):
         raise InputError(f"{text} on this machine: ask for fewer, or run on a cluster that has them")
-    say(f"note: {text} in {len(nodes)} nodes by now: waiting for the cluster to scale up")
+    say(f"note: {text} in {len(nodes)} nodes so far: waiting for the cluster to scale up")
 
 
 def _workers_in(resources: dict[str, float], cpus: float, gpus: float) -> int:
-    """How many workers of so many CPUs and GPUs each these resources hold; Ray counts them in ten-thousandths."""
+    """How many workers with these CPUs and GPUs the resources hold; Ray counts them in ten-thousandths."""
     fits = [int(resources.get(name, 0) / each + 1e-6) for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
     return min(fits, default=1)
 
@@ -218,8 +218,8 @@ def unwrap(error: BaseException) -> BaseException:
         visited.add(id(seen))
         cause = getattr(seen, "cause", None)
         failures = getattr(seen, "worker_failures", {})  # Ray Train's, by rank
-        for found in (cause, seen, *failures.values()):
-            if isinstance(found, HashrayError) and not isinstance(found, RayTaskError):
-                return found
+        for candidate in (cause, seen, *failures.values()):
+            if isinstance(candidate, HashrayError) and not isinstance(candidate, RayTaskError):
+                return candidate
         seen = cause or seen.__cause__
     return error

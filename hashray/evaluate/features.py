@@ -52,14 +52,14 @@ class BaselineFeatures:
             if not source.count_part(record, split):
                 continue
             table = source.read_part(record, split)
-            own = table.column("id").to_pylist()
-            kept = [i for i, row_id in enumerate(own) if row_id in wanted]
+            part_ids = table.column("id").to_pylist()
+            kept = [i for i, row_id in enumerate(part_ids) if row_id in wanted]
             table = table.take(pa.array(kept, pa.int64()))
             values = source.inputs(table, PIXEL_SIZE, "squash")
             flat = values.reshape(len(values), -1).astype(np.float32) / (255 if values.dtype == np.uint8 else 1)
             if out is None:
                 out = np.zeros((len(ids), flat.shape[1]), dtype=np.float32)
-            out[[wanted[own[i]] for i in kept]] = flat
+            out[[wanted[part_ids[i]] for i in kept]] = flat
         if out is None:
             raise InputError(f"{source.store.url} has no {split!r} rows")
         return out

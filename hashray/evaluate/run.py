@@ -57,23 +57,24 @@ TRAINING = ("train_rows", "labelled_rows", "phases", "rounds", "best_round", "be
 class EvaluateConfig(Config):
     """Score a model on a corpus, beside the baselines, and write a page about it."""
 
-    model: str = Field(description="model, local folder or s3:// url")
-    corpus: str = Field(description="corpus, local folder or s3:// url")
-    out: str = Field(description="where metrics.json and report.html go")
+    model: str = Field(description="Trained model, local folder or s3:// url")
+    corpus: str = Field(description="Corpus, local folder or s3:// url")
+    out: str = Field(description="Folder or s3:// url of metrics.json and report.html")
     top_k: int | None = Field(None, description="R of mAP@R; unset: the whole ranking")
-    ties: str = Field("expected", description=f"convention for equal distances: {', '.join(TIES)}")
-    query_split: str = Field("query", description="the rows that ask")
-    database_split: str = Field("database", description="the rows that are ranked")
-    codes: str | None = Field(None, description="codes of the database split, if they exist already")
-    features: str | None = Field(None, description="frozen trunk: cached features; unset: inside the corpus")
+    ties: str = Field("expected", description=f"Convention for equal distances: {', '.join(TIES)}")
+    query_split: str = Field("query", description="Split of the queries")
+    database_split: str = Field("database", description="Split of the rows that are ranked")
+    codes: str | None = Field(None, description="Codes of the database split, if they exist already")
+    features: str | None = Field(None, description="Cached features of a frozen trunk; unset: inside the corpus")
     baselines: bool = Field(
-        True, description="random, LSH, PCA-sign, ITQ, ITQ of a linear head, class code, float cosine; same features"
+        True,
+        description="Whether baselines on the same features are scored too (docs/INDEX.md names them)",
     )
-    baseline_limit: int = Field(200_000, ge=1, description="rows above which baselines are left out")
-    baseline_train_rows: int = Field(50_000, ge=1, description="train rows that baselines are fitted on, at most")
-    gallery: int = Field(12, ge=0, description="queries shown on the page, a quarter of them the hardest")
-    seed: int = Field(0, ge=0, description="of the baselines, the gallery and the sample of codes")
-    max_bad: float = Field(0.05, ge=0, le=1, description="share of rows that may be quarantined")
+    baseline_limit: int = Field(200_000, ge=1, description="Rows above which baselines are left out")
+    baseline_train_rows: int = Field(50_000, ge=1, description="Most train rows that baselines are fitted on")
+    gallery: int = Field(12, ge=0, description="Queries shown on the page, a quarter of them the hardest")
+    seed: int = Field(0, ge=0, description="Seed of the baselines, the gallery and the sample of codes")
+    max_bad: float = Field(0.05, ge=0, le=1, description="Share of rows that may go to quarantine")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
     @field_validator("ties")
@@ -197,12 +198,12 @@ def _show(config: EvaluateConfig, results: list[dict[str, Any]]) -> None:
     """The tables of the results, and where the page is."""
     depth = f"mAP@{config.top_k}" if config.top_k else "mAP"
     for scenario in dict.fromkeys(row.get("scenario", "") for row in results):
-        own = [row for row in results if row.get("scenario", "") == scenario]
-        table = [[row["name"], str(row["num_bits"] or "float"), f"{row['mAP']:.4f}"] for row in own]
-        title = f"{own[0]['queries']:,} queries, {own[0]['database']:,} rows"
+        rows = [row for row in results if row.get("scenario", "") == scenario]
+        table = [[row["name"], str(row["num_bits"] or "float"), f"{row['mAP']:.4f}"] for row in rows]
+        title = f"{rows[0]['queries']:,} queries, {rows[0]['database']:,} rows"
         show_table(f"{scenario}: {title}" if scenario else title, ["method", "bits", depth], table)
-        if reached := baselines_not_beaten(own):
-            say(f"{own[0]['name']} is not above {', '.join(reached)} on the same features")
+        if reached := baselines_not_beaten(rows):
+            say(f"{rows[0]['name']} is not above {', '.join(reached)} on the same features")
     say(f"the page: {join(config.out, 'report.html')}")
 
 

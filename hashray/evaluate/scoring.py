@@ -112,7 +112,7 @@ def gallery(
     def names(labels: NDArray[np.uint8]) -> list[str]:
         return [classes[int(i)] for i in np.flatnonzero(labels)]
 
-    found = []
+    entries = []
     for row in dict.fromkeys([*order[places].tolist(), *hardest.tolist()]):
         distances = hamming(query.values[name][row : row + 1], codes)[0][by_id]
         near = np.argsort(distances, kind="stable")[:GALLERY_NEIGHBOURS]
@@ -127,5 +127,5 @@ def gallery(
         ]
         ap = None if np.isnan(scores[row]) else float(scores[row])
         hit = {"query": query.ids[row], "labels": names(query.labels[row]), "average_precision": ap}
-        found.append({**hit, "neighbours": neighbours, "hardest": row in hardest})
-    return found
+        entries.append({**hit, "neighbours": neighbours, "hardest": row in hardest})
+    return entries

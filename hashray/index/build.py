@@ -48,13 +48,13 @@ RecordT = TypeVar("RecordT", FileRecord, WrittenShard)
 class IndexConfig(Config):
     """Build an index of binary codes, searchable where it stands."""
 
-    codes: str = Field(description="codes, local folder or s3:// url")
-    out: str = Field(description="the index to write")
-    kind: Kind = Field("flat", description="flat: exact; ivf: for shards above 5 million rows")
-    shards: int | None = Field(None, ge=1, description="unset: one per 5 million rows")
-    nlist: int | None = Field(None, ge=1, description="ivf: lists a shard; unset: square root of its rows")
-    nprobe: int | None = Field(None, ge=1, description="ivf: lists a query looks into; unset: 16")
-    seed: int = Field(0, ge=0, description="ivf: of the training rows and of k-means")
+    codes: str = Field(description="Codes, local folder or s3:// url")
+    out: str = Field(description="Folder or s3:// url of the index")
+    kind: Kind = Field("flat", description="Kind of the shards; flat: exact; ivf: for shards above 5 million rows")
+    shards: int | None = Field(None, ge=1, description="Number of shards; unset: one for 5 million rows")
+    nlist: int | None = Field(None, ge=1, description="Lists of an ivf shard; unset: square root of its rows")
+    nprobe: int | None = Field(None, ge=1, description="Lists of an ivf shard that a query looks into; unset: 16")
+    seed: int = Field(0, ge=0, description="Seed of the training rows and of k-means, for ivf")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
     @model_validator(mode="after")
@@ -125,8 +125,8 @@ class _Build:
         quantizer = self._read("quantizer", FileRecord) if nlist else None
         done: dict[int, WrittenShard] = {}
         if not nlist or quantizer:
-            found = {n: self._read(_name(n, quantizer), WrittenShard) for n in range(num_shards)}
-            done = {n: written for n, written in found.items() if written}
+            records = {n: self._read(_name(n, quantizer), WrittenShard) for n in range(num_shards)}
+            done = {n: written for n, written in records.items() if written}
         if len(done) < num_shards:
             survey = self._survey(num_shards, nlist)
             if nlist and not quantizer:
@@ -148,8 +148,8 @@ class _Build:
         jobs = [(self.source, part, width, mine[n] - starts[n]) for n, part in enumerate(self.parts)]
         parts: dict[int, Any] = {}
         with Bar("read ids", len(jobs), "parts") as bar:
-            for number, found in self._calls(_survey_part, dict(enumerate(jobs))):
-                parts[number] = found
+            for number, surveyed in self._calls(_survey_part, dict(enumerate(jobs))):
+                parts[number] = surveyed
                 bar.add(1)
         order = range(len(jobs))
         ids = shard.one_array(pa.chunked_array([parts[n][1] for n in order], pa.large_string()))
@@ -186,12 +186,12 @@ class _Build:
 
     def _read(self, name: str, model: type[RecordT]) -> RecordT | None:
         try:
-            found = model.model_validate_json(self.store.read(self._key(name)))
+            record = model.model_validate_json(self.store.read(self._key(name)))
         except (ValueError, InputError):  # half a record, or none: the work is done again
             return None
-        files = found.files if isinstance(found, WrittenShard) else [found]
+        files = record.files if isinstance(record, WrittenShard) else [record]
         there = (self.store.exists(file.name) and self.store.size(file.name) == file.bytes for file in files)
-        return found if all(there) else None
+        return record if all(there) else None
 
     def _key(self, name: str) -> str:
         return f"progress/{self.plan}/{name}.json"

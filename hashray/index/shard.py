@@ -2,7 +2,7 @@
 
 A shard is two files named by their content: shards/<sha256>.faiss and ids/<sha256>.parquet. Rows ascend
 by id (by UTF-8 bytes, as Python compares text), and a row's place is its number inside FAISS, so the ids stay
-outside. FAISS loads a flipped bit without a word: whoever opens a shard has verified its sha256 first.
+outside. FAISS loads a flipped bit silently, so a shard's sha256 is verified before it is opened.
 FAISS hangs in a forked child: start processes by spawn.
 """
 
@@ -305,7 +305,7 @@ def index_manifest(
     # Two shards whose codes are equal, row by row, are one file.
     files = {record.name: record for shard in ordered for record in shard.files}
     num_bits = int(codes.info["num_bits"])
-    told = {"num_bits": num_bits, "kind": kind, "nprobe": None, "quantizer": quantizer and quantizer.name}
+    facts = {"num_bits": num_bits, "kind": kind, "nprobe": None, "quantizer": quantizer and quantizer.name}
     return Manifest(
         kind="index",
         project_version=__version__,
@@ -318,5 +318,5 @@ def index_manifest(
         rows_out=sum(shard.info.rows for shard in ordered),
         rows_quarantined=0,
         files=(*files.values(), *([quantizer] if quantizer else [])),
-        info={**told, **dict(info or {}), "shards": [shard.info.model_dump() for shard in ordered]},
+        info={**facts, **dict(info or {}), "shards": [shard.info.model_dump() for shard in ordered]},
     )

@@ -85,8 +85,8 @@ def average_precisions(
         return np.argsort(hamming(queries.codes[rows], codes).astype(small), axis=1, kind="stable")
 
     in_order = LabelRows(database.labels.ids[database.inverse], database.labels.rows)
-    sums, found, existing = walk(order, queries.labels, in_order, cut)
-    merged = divide(sums, existing if convention.whole else found, existing, skipped=(found == 0) & convention.skips)
+    sums, hits, existing = walk(order, queries.labels, in_order, cut)
+    merged = divide(sums, existing if convention.whole else hits, existing, skipped=(hits == 0) & convention.skips)
     missing = int((existing == 0)[queries.inverse].sum())
     return AveragePrecisions(merged.values[queries.inverse], missing)
 
@@ -164,8 +164,8 @@ def mean_average_precision_float(
         return np.argsort(-(query_units[rows] @ database_units.T), axis=1, kind="stable")
 
     cut = check_top_k(top_k, len(database_units))
-    sums, found, existing = walk(order, queries, database, cut)
-    return divide(sums, found, existing, skipped=existing == 0).mean
+    sums, hits, existing = walk(order, queries, database, cut)
+    return divide(sums, hits, existing, skipped=existing == 0).mean
 
 
 def _units(features: Any, side: str) -> NDArray[np.float32]:

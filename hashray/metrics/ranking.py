@@ -57,13 +57,13 @@ class AveragePrecisions:
 class PrecisionRecall(NamedTuple):
     """Means over the queries for every Hamming radius 0..K; each array is float64 [K+1].
 
-    `precision` counts a query that finds nothing as 0 (divide by `found`, the share of queries that find anything,
+    `precision` counts a query that finds nothing as 0 (divide by `answered`, the share of queries that find anything,
     to leave those out); `recall` is over the queries that have something relevant in the database.
     """
 
     precision: Floats
     recall: Floats
-    found: Floats
+    answered: Floats
 
 
 @dataclass(frozen=True)
@@ -235,9 +235,9 @@ def merge(query_codes: Codes, query_labels: Any, database_codes: Codes, database
         codes = as_codes(given)
         if not len(codes):
             raise InputError(f"there is no {side} code to rank")
-        found = label_rows(labels, len(codes), side)
-        first, inverse, counts = distinct(np.column_stack([words64(codes), found.ids.astype(np.uint64)]))
-        sides.append(Merged(codes[first], LabelRows(found.ids[first], found.rows), counts.astype(np.float64), inverse))
+        rows = label_rows(labels, len(codes), side)
+        first, inverse, counts = distinct(np.column_stack([words64(codes), rows.ids.astype(np.uint64)]))
+        sides.append(Merged(codes[first], LabelRows(rows.ids[first], rows.rows), counts.astype(np.float64), inverse))
     queries, database = sides
     if queries.codes.shape[1] != database.codes.shape[1]:
         raise MismatchError(
@@ -282,7 +282,7 @@ def walk(
     """
     per_label = np.bincount(database.ids, minlength=len(database.rows))
     sums = np.zeros(len(queries.ids))
-    found, existing = np.zeros((2, len(queries.ids)), dtype=np.int64)
+    hits, existing = np.zeros((2, len(queries.ids)), dtype=np.int64)
     step = max(1, PAIRS // len(database.ids))
     for start in range(0, len(sums), step):
         rows = slice(start, start + step)
@@ -291,8 +291,8 @@ def walk(
         for row, positions in enumerate(order(rows)):
             places = np.flatnonzero(shares_class[row][database.ids[positions[:cut]]]) + 1
             sums[start + row] = (np.arange(1, len(places) + 1) / places).sum()
-            found[start + row] = len(places)
-    return sums, found, existing
+            hits[start + row] = len(places)
+    return sums, hits, existing
 
 
 def divide(sums: Floats, divisor: NDArray[Any], existing: Ints, skipped: NDArray[np.bool_]) -> AveragePrecisions:

@@ -32,7 +32,7 @@ from hashray.storage.cache import verified_path
 OPEN_THREADS = 8
 # Candidates (a distance and a position: 12 bytes) that one round of a search holds before they are merged.
 ROUND_CANDIDATES = 4 << 20
-FEWEST_QUERIES = 32  # FAISS shares each pass over the codes among so many
+FEWEST_QUERIES = 32  # FAISS shares one scan of the codes among these
 
 
 class Ranks(NamedTuple):
@@ -163,9 +163,9 @@ class Index:
 
         def run(job: tuple[int, slice]) -> None:
             number, rows = job
-            distances[number, rows], found = self._shards[number].search(queries[rows], k)
+            distances[number, rows], places = self._shards[number].search(queries[rows], k)
             rank = self._ranks.of_shard[number]
-            ranks[number, rows] = np.where(found < 0, -1, found + rank if isinstance(rank, int) else rank[found])
+            ranks[number, rows] = np.where(places < 0, -1, places + rank if isinstance(rank, int) else rank[places])
 
         for _ in map(run, jobs) if self._pool is None else self._pool.map(run, jobs):
             pass

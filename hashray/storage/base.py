@@ -43,7 +43,7 @@ class Store(ABC):
         """Write the object only if there is none: of any number of racing writers exactly one returns.
 
         A writer whose answer was lost and who asks again may meet its own object, and gets AlreadyExists
-        too: from here it cannot be told from a stranger that wrote the same bytes, and calling both
+        too: a stranger that wrote the same bytes looks the same from here, and calling both
         winners would break the promise above. Whoever is content with "these bytes stand there" compares
         them, as `artifact.publish` does.
 

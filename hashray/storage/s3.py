@@ -232,8 +232,8 @@ def arrow_filesystem(store: Store) -> tuple[Any, str]:
     if not isinstance(store, S3Store):
         return None, store.url
     session = boto3.Session()
-    found = session.get_credentials()
-    keys = found.get_frozen_credentials() if found is not None else None
+    credentials = session.get_credentials()
+    keys = credentials.get_frozen_credentials() if credentials is not None else None
     filesystem = pyarrow.fs.S3FileSystem(
         access_key=keys.access_key if keys else None,
         secret_key=keys.secret_key if keys else None,

@@ -175,14 +175,14 @@ class MemorySlices(SliceSource):
     def epoch(self, number: int, first_step: int) -> Iterator[Slice]:
         size = slice_rows(self.plan.batch_size, self.world)
         for step, batch in enumerate(self.plan.batches(number, first_step), first_step):
-            own = batch[self.rank * size : (self.rank + 1) * size]
-            inputs = self.inputs[own]
+            mine = batch[self.rank * size : (self.rank + 1) * size]
+            inputs = self.inputs[mine]
             if inputs.ndim == 4:
-                seeds = row_seeds(self.plan.seed, number, [self.ids[i] for i in own])
+                seeds = row_seeds(self.plan.seed, number, [self.ids[i] for i in mine])
                 inputs = augment(inputs, self.augmentation, seeds)
-            yield Slice(step, inputs, self.labels[own], len(batch))
+            yield Slice(step, inputs, self.labels[mine], len(batch))
 
     def scan(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
-        own = np.arange(self.rank, self.plan.rows, self.world)
-        for chunk in np.array_split(own, max(1, -(-len(own) // self.plan.batch_size))):
+        mine = np.arange(self.rank, self.plan.rows, self.world)
+        for chunk in np.array_split(mine, max(1, -(-len(mine) // self.plan.batch_size))):
             yield self.inputs[chunk], self.labels[chunk]

@@ -125,7 +125,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder.
 
     Raises:
-        CorruptArtifact: its two files are of two checkpoints; a worker that was thought dead may still have written.
+        CorruptArtifact: its files come from different checkpoints; a worker that seemed dead may still have written.
     """
     state = json.loads((folder / STATE).read_text())
     if sha256_file(folder / TENSORS) != state["sha256"]:

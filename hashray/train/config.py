@@ -37,37 +37,48 @@ else:
 class OptimConfig(Config):
     """Optimiser and learning-rate schedule; one schedule per phase of the method."""
 
-    name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="sgd: with Nesterov momentum")
-    lr: float = Field(1e-3, gt=0, description="of the new layers, at its peak")
-    trunk_lr_factor: float = Field(1.0, gt=0, description="0.1 for a pretrained trunk, as in the papers")
-    weight_decay: float = Field(1e-4, ge=0, description="of all weights but codewords")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: Nesterov momentum")
-    schedule: Literal["cosine", "step", "inverse_time"] = Field(
-        "cosine", description="step: a factor 10^-0.5 every ten epochs; inverse_time: over 1 + 1e-5 times the step"
+    name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="Optimiser; sgd has Nesterov momentum")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate of the new layers")
+    trunk_lr_factor: float = Field(
+        1.0,
+        gt=0,
+        description="Learning rate of the trunk over that of the new layers; the papers take 0.1 for a pretrained one",
     )
-    warmup_share: float = Field(0.1, ge=0, lt=1, description="cosine: share of a phase's steps that warm up")
-    clip_norm: float | None = Field(None, gt=0, description="bound on the norm of the gradient")
-    clip_value: float | None = Field(None, gt=0, description="bound on each entry of the gradient")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay of all weights but codewords")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum of sgd")
+    schedule: Literal["cosine", "step", "inverse_time"] = Field(
+        "cosine",
+        description="Schedule of the rate; step: times 10^-0.5 every ten epochs; inverse_time: over 1 + 1e-5 x step",
+    )
+    warmup_share: float = Field(
+        0.1, ge=0, lt=1, description="Share of a phase's steps that warm up, with the cosine schedule"
+    )
+    clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient")
+    clip_value: float | None = Field(None, gt=0, description="Largest entry of the gradient")
 
 
 class SelfTrainingConfig(Config):
     """Rounds of pseudo-labels of the unlabelled split (AdaLabelHash section 4; what it leaves open: METHODS 2.5)."""
 
-    rounds: int = Field(3, ge=1, description="after the first training, on labelled rows alone")
-    epochs: int | None = Field(None, ge=1, description="epochs of each round; unset: those of the first training")
-    lr_factor: float = Field(1.0, gt=0, description="learning rate of a round over that of the first training")
+    rounds: int = Field(3, ge=1, description="Rounds after the first training, which sees labelled rows alone")
+    epochs: int | None = Field(None, ge=1, description="Epochs of each round; unset: those of the first training")
+    lr_factor: float = Field(1.0, gt=0, description="Learning rate of a round over that of the first training")
     temperature: float | Literal["sqrt_bits", "fitted"] = Field(
-        1.0, description="tau of p = softmax(s / tau): a number, the root of num_bits, or fitted on the validation rows"
+        1.0, description="Tau of p = softmax(s / tau): a number, the root of num_bits, or fitted on the validation rows"
     )
-    threshold: float = Field(0.95, ge=0, le=1, description="delta: a row is accepted from this confidence on")
+    threshold: float = Field(0.95, ge=0, le=1, description="Lowest confidence of an accepted row (delta)")
     balance: float = Field(
-        1.0, gt=0, description="no class gets more than this times its labelled share of the pseudo-labelled rows"
+        1.0,
+        gt=0,
+        description="Largest share of a class among the pseudo-labelled rows, over its share of the labelled rows",
     )
     top_classes: int | None = Field(
-        None, ge=1, description="k set to 1, several classes a row; unset: the labelled mean"
+        None, ge=1, description="Classes set to 1 in each row (k); unset: the mean of the labelled rows"
     )
-    bottom_classes: int | None = Field(None, ge=0, description="k' set to 0; unset: all but three times k")
-    most_falls: int = Field(2, ge=1, description="stop when the validation mAP has fallen so many times")
+    bottom_classes: int | None = Field(
+        None, ge=0, description="Classes set to 0 in each row (k'); unset: all but three times k"
+    )
+    most_falls: int = Field(2, ge=1, description="Falls of the validation mAP after which the rounds stop")
 
     @field_validator("temperature")
     @classmethod
@@ -83,10 +94,12 @@ class ChangeConfig(Config):
     A schedule that population-based training has found is a list of these (Jaderberg et al. 2017).
     """
 
-    after: int = Field(ge=1, description="epochs, those of every phase counted")
-    method: dict[str, Any] = Field(default_factory=dict, description="weights of losses; the network stays as it is")
-    optim: dict[str, Any] = Field(default_factory=dict, description="rates and bounds")
-    augment: dict[str, Any] = Field(default_factory=dict, description="of the images")
+    after: int = Field(ge=1, description="Epochs after which the values change, counted over all phases")
+    method: dict[str, Any] = Field(
+        default_factory=dict, description="New weights of losses; the network stays the same"
+    )
+    optim: dict[str, Any] = Field(default_factory=dict, description="New rates and bounds")
+    augment: dict[str, Any] = Field(default_factory=dict, description="New augmentation of the images")
 
     @model_validator(mode="after")
     def _something_that_can_change(self) -> ChangeConfig:
@@ -107,44 +120,55 @@ def can_change(name: str) -> bool:
 class TrainConfig(Config):
     """Train a hashing method on a corpus (or on its cached trunk features)."""
 
-    corpus: str | None = Field(None, description="corpus, local folder or s3:// url")
-    out: str | None = Field(None, description="where the model goes")
+    corpus: str | None = Field(None, description="Corpus, local folder or s3:// url")
+    out: str | None = Field(None, description="Folder or s3:// url of the model")
     method: AnyMethodConfig
     backbone: BackboneConfig = Field(default_factory=lambda: BackboneConfig())
     augment: AugmentConfig = Field(default_factory=lambda: AugmentConfig())
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
-    self_training: SelfTrainingConfig | None = Field(None, description="a table: learn from the unlabelled split")
+    self_training: SelfTrainingConfig | None = Field(None, description="Table of self-training on the unlabelled split")
     changes: Annotated[tuple[ChangeConfig, ...], tyro.conf.Suppress] = ()
-    init: str | None = Field(None, description="a trained model of the same method, bits and trunk to go on from")
-    pseudo_labels: str | None = Field(None, description="pseudo-labels whose accepted rows are trained on as well")
-    unlabelled: bool = Field(False, description="train on the unlabelled split too, where the method can use it")
-    epochs: int = Field(20, ge=1, description="epochs in each round of the method")
-    batch_size: int = Field(128, ge=1, description="rows of a global batch, whatever the number of workers")
-    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and held-out rows")
+    init: str | None = Field(
+        None, description="Trained model of the same method, bits and trunk whose weights are the start"
+    )
+    pseudo_labels: str | None = Field(None, description="Pseudo-labels whose accepted rows join the training rows")
+    unlabelled: bool = Field(
+        False, description="Whether the unlabelled split joins the training rows, for a method that can use it"
+    )
+    epochs: int = Field(20, ge=1, description="Epochs in each round of the method")
+    batch_size: int = Field(128, ge=1, description="Rows of a global batch, for any number of workers")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, order, augmentation and held-out rows")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Numbers of the trunk; auto: bf16 where the processor multiplies it natively, else fp32"
     )
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the weights; it is what is saved")
-    validation_rows: int = Field(500, ge=0, description="train rows held out for model selection, at most a fifth")
-    select_by: Literal["map", "harmonic"] = Field(
-        "map", description="score of a validation; harmonic: mean of mAP and of mAP within pseudo-unseen classes"
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="Decay of the moving average of the weights; the average is saved"
     )
-    validation_every: int = Field(5, ge=1, description="epochs between two validations")
-    checkpoint_every: int = Field(1, ge=1, description="epochs between two checkpoints")
-    checkpoint_steps: int | None = Field(None, ge=1, description="steps between two checkpoints inside an epoch")
-    input: Literal["auto", "memory", "stream"] = Field("auto", description="auto: memory below memory_limit_mib")
-    memory_limit_mib: int = Field(1024, ge=1, description="decoded training rows that a worker may hold")
-    shuffle_window: int = Field(16_384, ge=1, description="rows shuffled together")
-    features: str | None = Field(None, description="frozen trunk: where cached features go; unset: inside the corpus")
-    workers: int = Field(1, ge=1, description="processes that share each global batch")
-    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs of each, and its torch's threads")
+    validation_rows: int = Field(500, ge=0, description="Train rows held out for model selection, at most a fifth")
+    select_by: Literal["map", "harmonic"] = Field(
+        "map",
+        description="Score that chooses the weights; harmonic: mean of mAP and of mAP within pseudo-unseen classes",
+    )
+    validation_every: int = Field(5, ge=1, description="Epochs between two validations")
+    checkpoint_every: int = Field(1, ge=1, description="Epochs between two checkpoints")
+    checkpoint_steps: int | None = Field(None, ge=1, description="Steps between two checkpoints inside an epoch")
+    input: Literal["auto", "memory", "stream"] = Field(
+        "auto", description="Place of the training rows; auto: memory below memory_limit_mib, else a stream"
+    )
+    memory_limit_mib: int = Field(1024, ge=1, description="Most MiB of decoded training rows in each worker")
+    shuffle_window: int = Field(16_384, ge=1, description="Rows shuffled together")
+    features: str | None = Field(None, description="Cached features of a frozen trunk; unset: inside the corpus")
+    workers: int = Field(1, ge=1, description="Processes that share each global batch")
+    cpus_per_worker: float = Field(1.0, gt=0, description="Logical CPUs of each worker, and threads of its torch")
     gpu: bool = Field(False, description="One GPU for each worker")
     ray: Literal["auto", "always", "never"] = Field(
         "auto", description="Whether workers are Ray's; auto: a short training of one worker runs in this process"
     )
-    max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint after a lost worker")
-    max_bad: float = Field(0.05, ge=0, le=1, description="frozen trunk: share of rows that may be quarantined")
-    tensorboard: bool = Field(True, description="curves beside the checkpoints, for TensorBoard")
+    max_failures: int = Field(3, ge=0, description="Most restarts from the last checkpoint after a lost worker")
+    max_bad: float = Field(
+        0.05, ge=0, le=1, description="Share of rows that may go to quarantine when a frozen trunk computes features"
+    )
+    tensorboard: bool = Field(True, description="Whether curves for TensorBoard are written beside the checkpoints")
 
     @model_validator(mode="after")
     def _frozen_trunks_have_weights(self) -> TrainConfig:
@@ -190,12 +214,12 @@ class TrainConfig(Config):
         Raises:
             ConfigError: with its changes this is not a config.
         """
-        found = [(0, self.model_copy(update={"changes": ()}))]
+        segments = [(0, self.model_copy(update={"changes": ()}))]
         for change in self.changes:
-            table = found[-1][1].model_dump(mode="json")
+            table = segments[-1][1].model_dump(mode="json")
             table |= {name: {**table[name], **getattr(change, name)} for name in CHANGEABLE}
-            found.append((change.after, validate(type(self), table, f"changes, after {change.after} epochs")))
-        return found
+            segments.append((change.after, validate(type(self), table, f"changes, after {change.after} epochs")))
+        return segments
 
     def validation(self, given: int, train: int) -> tuple[bool, int]:
         """Whether the corpus's own validation rows (`given` many) choose the model, else how many train rows do."""

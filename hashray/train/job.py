@@ -188,7 +188,7 @@ def require_one_network(config: TrainConfig, num_classes: int) -> None:
     """
     if not config.changes:
         return
-    first, *later = [untrained(own, num_classes) for _, own in config.segments()]
+    first, *later = [untrained(config_of_segment, num_classes) for _, config_of_segment in config.segments()]
     total = _epochs(first, config)
     for change, method in zip(config.changes, later, strict=True):
         if change.after >= total:
@@ -202,11 +202,11 @@ def require_one_network(config: TrainConfig, num_classes: int) -> None:
 
 def _same_network(first: Method, other: Method, epochs: int) -> bool:
     """Whether both have the same phases and, from the same weights, the same codes of rows and of classes."""
-    phases = [[(phase.name, phase.round, phase.epochs) for phase in own.phases(epochs)] for own in (first, other)]
+    phases = [[(phase.name, phase.round, phase.epochs) for phase in method.phases(epochs)] for method in (first, other)]
     state, shapes = first.state_dict(), {name: tensor.shape for name, tensor in other.state_dict().items()}
     if phases[0] != phases[1] or {name: tensor.shape for name, tensor in state.items()} != shapes:
         return False
     other.load_state_dict(state)
     features = torch.randn(8, first.trunk.feature_dim, generator=torch.Generator().manual_seed(0))
-    classes = [own.class_codes() for own in (first, other)]
+    classes = [method.class_codes() for method in (first, other)]
     return torch.equal(first.encode(features), other.encode(features)) and np.array_equal(*classes)  # type: ignore[arg-type]

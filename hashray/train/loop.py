@@ -2,7 +2,7 @@
 
 The global batch is the unit: each worker takes its slice, its sums are divided by the mass that all
 workers count together, and DistributedDataParallel's mean over workers is then the mean over the global batch,
-uneven last batch included. Random numbers are seeded anew at every step from (seed, pass, step, worker), so a
+uneven last batch included. Random numbers are seeded at every step from (seed, epoch, step, worker), so a
 resumed run draws what an unbroken one draws.
 """
 
@@ -65,15 +65,15 @@ class TorchWorkerGroup(WorkerGroup):
                 if len(inputs):
                     values = outputs(torch.as_tensor(inputs, device=self.device)).cpu()
                     pieces.append((values, torch.as_tensor(labels)))
-        own = tuple(torch.cat(parts) for parts in zip(*pieces, strict=True)) if pieces else None
-        boxes: list[Any] = [own]
+        mine = tuple(torch.cat(parts) for parts in zip(*pieces, strict=True)) if pieces else None
+        boxes: list[Any] = [mine]
         if self.world > 1:
             boxes = [None] * self.world if self.rank == 0 else []
-            dist.gather_object(own, boxes if self.rank == 0 else None)
-        found = [box for box in boxes if box is not None]
-        if not found:
+            dist.gather_object(mine, boxes if self.rank == 0 else None)
+        filled = [box for box in boxes if box is not None]
+        if not filled:
             return torch.zeros(0, 0), torch.zeros(0, self.table.rows.shape[1], dtype=torch.int8)
-        rows, of = (torch.cat([box[i] for box in found]) for i in (0, 1))
+        rows, of = (torch.cat([box[i] for box in filled]) for i in (0, 1))
         order = torch.as_tensor(np.lexsort([*rows.numpy().T[::-1], *of.numpy().T[::-1]]))
         return rows[order], of[order]
 
@@ -192,8 +192,8 @@ class Loop:
             self.position.phase_begun = True
             self._report({"event": "phase", **self.position.notes["phases"][-1]}, save=True)
         groups = self.method.trained(phase)
-        own = {id(p) for g in self.optimizer.param_groups for p in g["params"]} if self.optimizer else set()
-        if self.optimizer is None or own != {id(p) for group in groups for p in group.parameters}:
+        optimized = {id(p) for g in self.optimizer.param_groups for p in g["params"]} if self.optimizer else set()
+        if self.optimizer is None or optimized != {id(p) for group in groups for p in group.parameters}:
             self.optimizer = build_optimizer(self.config.optim, groups)
         wrapped: nn.Module = self.method
         if self.workers.world > 1:
@@ -282,9 +282,9 @@ class Loop:
 
     def _agree(self, terms: dict[str, Term], count: int, rows: int) -> tuple[dict[str, float], dict[str, float]]:
         """Means and masses of the terms over all workers: the same on every one, before any steps."""
-        own = [value.detach().double().cpu() for term in terms.values() for value in (term.total, term.mass)]
+        local = [value.detach().double().cpu() for term in terms.values() for value in (term.total, term.mass)]
         *sums, seen = self.workers.agree(
-            torch.stack([*own, torch.tensor(float(count), dtype=torch.float64)]), dist.ReduceOp.SUM
+            torch.stack([*local, torch.tensor(float(count), dtype=torch.float64)]), dist.ReduceOp.SUM
         ).tolist()
         if seen != rows:
             raise RunError(f"step {self.position.step}: workers hold {seen:,.0f} rows of a batch of {rows:,}")

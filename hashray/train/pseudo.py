@@ -107,9 +107,9 @@ def accept(
     order = np.lexsort((np.asarray(ids, dtype=object).astype(str), -confidence))
     left = most.copy()
     for i in order:
-        own = proposed[i] == 1
-        if confidence[i] >= threshold and bool((left[own] > 0).all()):
-            left[own] -= 1
+        classes = proposed[i] == 1
+        if confidence[i] >= threshold and bool((left[classes] > 0).all()):
+            left[classes] -= 1
             chosen[i] = True
     return chosen
 

@@ -1,7 +1,7 @@
 """[Ray] Self-training: train, label the unlabelled split with the model, train on, round by round (METHODS 2.5).
 
 <out>/rounds/0/model is trained on the labelled rows; <out>/rounds/r/pseudo-labels are made by the model before
-it, all of them anew, and <out>/rounds/r/model goes on from that model's weights. Each is an artifact, so a run
+it, all of them again, and <out>/rounds/r/model goes on from that model's weights. Each is an artifact, so a run
 that was killed goes on with what is finished. The model of the best validation mAP is the one published.
 """
 

@@ -54,8 +54,8 @@ class Selection:
         splits, ids = table.column("split"), table.column("id").to_pylist()
         wanted = in_split(splits, "train")
         if self.unlabelled or self._pseudo:
-            own = np.array([self.unlabelled or i in self._pseudo for i in ids], dtype=bool)
-            wanted |= in_split(splits, "unlabelled") & own
+            known = np.array([self.unlabelled or i in self._pseudo for i in ids], dtype=bool)
+            wanted |= in_split(splits, "unlabelled") & known
         return table.filter(pa.array(wanted & np.array([i not in self.left_out for i in ids], dtype=bool)))
 
     def labels(self, corpus: Corpus, table: pa.Table) -> NDArray[np.int8]:

@@ -83,7 +83,7 @@ def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, scan: bool
 
 def _is_past(spec: StreamSpec, number: int, window: Window) -> bool:
     """Whether this window lies behind the place where the worker group began. Read when the task runs: a group that
-    restarts begins the dataset anew, and the batches up to its checkpoint need not be read again."""
+    restarts begins the dataset again, and does not read the batches up to its checkpoint."""
     store = open_store(spec.position_url)
     if not store.exists(POSITION_FILE):
         return False
@@ -104,10 +104,12 @@ def _window_tables(spec: StreamSpec, number: int, window: Window) -> Iterator[pa
         step = window.first_step + start // size
         batch = table.slice(start, size)
         for rank in range(spec.world):
-            own = batch.slice(min(rank * rows, len(batch)), rows)
-            count = len(own)
-            filler = pa.table({name: pa.nulls(rows - count, own.schema.field(name).type) for name in own.column_names})
-            laid = pa.concat_tables([own, filler])
+            part = batch.slice(min(rank * rows, len(batch)), rows)
+            count = len(part)
+            filler = pa.table(
+                {name: pa.nulls(rows - count, part.schema.field(name).type) for name in part.column_names}
+            )
+            laid = pa.concat_tables([part, filler])
             tags = {
                 "real": np.arange(rows) < count,
                 "epoch": np.full(rows, number, dtype=np.int64),
@@ -156,14 +158,14 @@ class StreamSlices(SliceSource):
         if self._running is None:
             self._running = self._read(self._train)
         for _ in range(first_step, self.plan.steps):
-            found = next(self._running, None)
-            while found is not None and (found[0], found[1].step) < (number, first_step):
-                found = next(self._running, None)
-            if found is None:
+            piece = next(self._running, None)
+            while piece is not None and (piece[0], piece[1].step) < (number, first_step):
+                piece = next(self._running, None)
+            if piece is None:
                 return
-            if found[0] != number:
-                raise RunError(f"the data stream gave epoch {found[0]} where epoch {number} was due")
-            yield found[1]
+            if piece[0] != number:
+                raise RunError(f"the data stream gave epoch {piece[0]} where epoch {number} was due")
+            yield piece[1]
 
     def scan(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:
         for _, piece in self._read(self._scan):

@@ -240,7 +240,7 @@ def test_values_are_shares_and_the_orders_average_to_the_expectation(seed: int, 
     values = average_precisions(*case).values
     assert ((values >= 0) & (values <= 1 + 1e-12) | np.isnan(values)).all()
     curve = rank(*case).precision_recall_curve()
-    assert (np.diff(curve.recall) >= -1e-12).all() and curve.found[-1] == 1.0
+    assert (np.diff(curve.recall) >= -1e-12).all() and curve.answered[-1] == 1.0
 
 
 @pytest.mark.parametrize("multi", [False, True])
@@ -259,7 +259,7 @@ def test_precision_recall_and_radius_equal_naive_loops(multi: bool) -> None:
                 recall.append(hits / relevant[i].sum())
         assert curve.precision[radius] == pytest.approx(np.mean(precision), abs=1e-12)
         assert curve.recall[radius] == pytest.approx(np.mean(recall), abs=1e-12)
-        assert curve.found[radius] == pytest.approx(np.mean(some), abs=1e-12)
+        assert curve.answered[radius] == pytest.approx(np.mean(some), abs=1e-12)
         assert found.precision_within_radius(radius) == curve.precision[radius]
     assert found.precision_within_radius(500) == curve.precision[8]
 

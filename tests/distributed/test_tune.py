@@ -121,7 +121,9 @@ def test_the_labels_of_the_queries_are_no_part_of_the_search(corpus: str, tmp_pa
     assert found[0] == found[1]
 
 
-def test_rungs_beyond_the_last_epoch_are_refused(corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_rungs_beyond_the_last_epoch_are_refused(
+    corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     words = ["tune", written(tmp_path), "--corpus", corpus, "--out", str(tmp_path / "sweep")]
     assert main([*words, "--search.grace-epochs", "9"]) == 2
     assert "search.grace_epochs = 9, but a trial has at most 4 epochs" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The methods: one file each, found by the package itself."""
+"""The hashing methods, one file each. The package finds them by itself."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ _SHARED = {"base", "losses", "backbone", "codewords"}
 
 @lru_cache(maxsize=1)
 def known_methods() -> dict[str, tuple[type[MethodConfig], type[Method]]]:
-    """kind -> (config class, method class), of every module in this folder that holds a method."""
-    found: dict[str, tuple[type[MethodConfig], type[Method]]] = {}
+    """Config class and method class by kind, from every module in this folder that defines a method."""
+    by_kind: dict[str, tuple[type[MethodConfig], type[Method]]] = {}
     for info in pkgutil.iter_modules(__path__):
         if info.name in _SHARED:
             continue
         module = importlib.import_module(f"{__name__}.{info.name}")
-        own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
-        configs = [x for x in own if issubclass(x, MethodConfig)]
-        methods = [x for x in own if issubclass(x, Method)]
+        classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+        configs = [x for x in classes if issubclass(x, MethodConfig)]
+        methods = [x for x in classes if issubclass(x, Method)]
         for method in methods:
             config = next(x for x in configs if x.model_fields["kind"].default == method.kind)
-            found[method.kind] = (config, method)
-    return found
+            by_kind[method.kind] = (config, method)
+    return by_kind
 
 
 def parse_method_config(data: Any) -> MethodConfig:
-    """A method's config from a table with `kind`.
+    """Parse the config of a method from a table with `kind`.
 
     Raises:
-        ConfigError: no such kind. pydantic.ValidationError: the rest does not validate.
+        ConfigError: the kind is unknown.
+        pydantic.ValidationError: the other fields do not validate.
     """
     if isinstance(data, MethodConfig):
         return data
@@ -48,5 +49,5 @@ def parse_method_config(data: Any) -> MethodConfig:
 
 
 def build_method(config: MethodConfig, trunk: Trunk, num_classes: int) -> Method:
-    """The method that `config` is the config of, with fresh weights."""
+    """Build the method of a config, with fresh weights."""
     return known_methods()[config.kind][1](config, trunk, num_classes)

@@ -1,7 +1,7 @@
-"""AdaLabelHash: hash codes and learnable class codewords, trained together (Yang, Tu, Chen, CVPR Workshops 2019).
+"""AdaLabelHash trains hash codes and class codewords together (Yang, Tu, Chen, CVPR Workshops 2019).
 
-Each class has a codeword v_j = tanh(z_j) that is trained with the network; an image's relaxed code u must have
-a larger inner product with the codewords of its classes than with any other, by a margin.
+Each class has a codeword v_j = tanh(z_j) that is trained with the network. The inner product of an image's relaxed code
+u with the codewords of its classes must exceed the product with any other codeword by a margin.
 """
 
 from __future__ import annotations
@@ -19,40 +19,46 @@ from hashray.methods.codewords import CodewordInit, Codewords
 from hashray.methods.losses import Quantization, adaptive_margin, full_precision, quantization, weighted_mean
 
 AS_WRITTEN = {"margin_ratio": None, "codeword_lr_factor": 1.0, "codeword_init": "uniform", "quantization": "none"}
-# The paper's text and the authors' Keras code (METHODS 2.4 [C]) have the same loss; they differ in optim.*: SGD with
-# Nesterov momentum and rates that were searched, Adam at 1e-5.
+# Paper and released Keras code (METHODS 2.4 [C]) have the same loss. They differ in optim.*: the paper uses SGD with
+# Nesterov momentum and searched rates, the code uses Adam at 1e-5.
 PRESETS: dict[str, dict[str, Any]] = {"hashray": {}, "paper": AS_WRITTEN, "released": AS_WRITTEN}
 
 
 class AdaLabelHashConfig(MethodConfig):
-    """Settings of AdaLabelHash; its presets say nothing of optim.*, which a config sets beside them."""
+    """Settings of AdaLabelHash. Its presets do not cover optim.*, which a config sets beside them."""
 
     presets = PRESETS
     kind: Literal["adalabelhash"] = "adalabelhash"
-    preset: Literal["hashray", "paper", "released"] = Field("hashray", description="fills every field left unset")
+    preset: Literal["hashray", "paper", "released"] = Field("hashray", description="Values for every unset field")
     margin_ratio: float | None = Field(
         0.5,
         gt=0,
         le=1,
-        description="margin as a share of num_bits; None: 1 / num_bits, the paper's margin of 1",
+        description="Margin as a share of num_bits; None: 1 / num_bits, which is the paper's margin of 1",
     )
     negative_floor: Literal["zero", "strict"] = Field(
-        "zero", description="a masked class counts as inner product 0, as in Eq. 1 and released, or not at all"
+        "zero",
+        description="zero: a masked class counts as inner product 0, as in Eq. 1 and the released code; "
+        "strict: it does not count",
     )
-    codeword_init: CodewordInit = Field("spread", description="far apart, or nearly 0 as released")
-    codeword_lr_factor: float = Field(10.0, gt=0, description="learning rate of the codewords over that of the head")
-    quantization: Quantization = Field("l1", description="pulls |u| to 1; none in the paper")
-    quantization_weight: float = Field(0.01, ge=0, description="weight of the quantisation term")
+    codeword_init: CodewordInit = Field(
+        "spread", description="First codewords: spread far apart, or uniform near 0 as in the released code"
+    )
+    codeword_lr_factor: float = Field(
+        10.0, gt=0, description="Learning rate of the codewords divided by that of the head"
+    )
+    quantization: Quantization = Field("l1", description="Term that pulls |u| to 1; none in the paper")
+    quantization_weight: float = Field(0.01, ge=0, description="Weight of the quantisation term")
 
     @property
     def margin(self) -> float:
-        """m of Eq. 1."""
+        """The margin m of Eq. 1."""
         return 1.0 if self.margin_ratio is None else self.margin_ratio * self.num_bits
 
 
 @final
 class AdaLabelHash(Method):
-    """Trunk -> FC hash logits; one phase, with codewords beside it."""
+    """Trunk -> linear layer -> hash logits, with codewords beside it. Training has one phase."""
 
     kind = "adalabelhash"
     config: AdaLabelHashConfig

@@ -1,8 +1,8 @@
-"""Trunks: what turns uint8 images into float features, with their weights and preprocessing.
+"""Trunks turn uint8 images into float features. This file holds their networks, weights and preprocessing.
 
-A trunk normalises inside its forward, so a model's fingerprint covers preprocessing as well as weights.
-Torchvision trunks lose their last linear layer (SqueezeNet its convolutional classifier); `cnn_f` is the
-network of the papers; `resnet9` is a small trunk for 32-pixel images trained from scratch.
+A trunk normalises pixels in its forward, so the fingerprint of a model covers preprocessing and weights. Torchvision
+trunks lose their last linear layer (SqueezeNet loses its convolutional classifier). `cnn_f` is the network of the
+papers, and `resnet9` is a small trunk for training from scratch on 32-pixel images.
 """
 
 from __future__ import annotations
@@ -22,38 +22,40 @@ from hashray import artifact, storage
 from hashray.config import Config
 from hashray.errors import InputError, perhaps
 
-OWN_TRUNKS = ("cnn_f", "resnet9")
-MODEL_PREFIX = "trunk.net."  # of the trunk's tensors in a trained model
+BUILT_IN = ("cnn_f", "resnet9")  # trunks of this file; all others are torchvision's
+MODEL_PREFIX = "trunk.net."  # prefix of the trunk's tensors in a trained model
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class BackboneConfig(Config):
-    """Which trunk, from which weights, on images of which size."""
+    """The trunk, its weights and its image size."""
 
-    name: str = Field("resnet9", description="cnn_f, resnet9 or a torchvision classification model")
+    name: str = Field("resnet9", description="Trunk: cnn_f, resnet9 or a torchvision classification model")
     weights: str | None = Field(
         None,
-        description="a torchvision weights name (DEFAULT, IMAGENET1K_V1), a state-dict file, a trained model"
-        " (its trunk is taken), or unset",
+        description="First weights: a torchvision name (DEFAULT, IMAGENET1K_V1), a state-dict file, or a trained model"
+        " for its trunk; unset: random",
     )
-    image_size: int = Field(32, ge=8, le=2048, description="pixels, height and width")
-    resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
-    width: int = Field(32, ge=4, description="channels of resnet9's first layer")
-    frozen: bool = Field(False, description="features are computed once and cached; the trunk is not trained")
+    image_size: int = Field(32, ge=8, le=2048, description="Height and width of an image in pixels")
+    resize: Literal["crop", "squash"] = Field(
+        "crop", description="Way to a square: scale the shorter side and crop the centre, or scale both sides"
+    )
+    width: int = Field(32, ge=4, description="Channels of resnet9's first layer")
+    frozen: bool = Field(False, description="Keep the trunk's weights; features are computed once and cached")
     mirrored: bool = Field(
-        False, description="features are the mean of an image's and its mirror image's (not while the trunk trains)"
+        False, description="Average the features of an image and its mirror image, except while the trunk trains"
     )
     frozen_norms: bool = Field(
-        False, description="fine-tuning: batch norms keep the statistics of their weights, whatever a batch holds"
+        False, description="Keep the statistics of pretrained batch norms while the trunk is fine-tuned"
     )
 
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value in OWN_TRUNKS:
+        if value in BUILT_IN:
             return value
         models = _models()
-        known = [*OWN_TRUNKS, *models.list_models(module=models)]
+        known = [*BUILT_IN, *models.list_models(module=models)]
         if value not in known:
             raise ValueError(f"no trunk is called {value!r}{perhaps(value, known)}")
         return value
@@ -61,9 +63,9 @@ class BackboneConfig(Config):
 
 @final
 class Trunk(nn.Module):
-    """uint8 images [n, 3, h, w] -> float32 features [n, feature_dim]; features [n, d] pass unchanged.
+    """uint8 images [n, 3, h, w] -> float32 features [n, feature_dim]. Features [n, d] pass unchanged.
 
-    `amp` runs the network under bfloat16 autocast; normalisation and what leaves it are float32.
+    `amp` runs the network under bfloat16 autocast. Normalisation and output stay float32.
     """
 
     mean: Tensor
@@ -91,16 +93,16 @@ class Trunk(nn.Module):
         except (RuntimeError, AssertionError, ValueError) as error:
             raise InputError(
                 f"{self.config.name} cannot take images of {size} x {size} pixels: {str(error).splitlines()[0]}; "
-                "raise image_size (224 suits every torchvision trunk but those made for one larger size)"
+                "raise image_size (224 suits every torchvision trunk except those with a fixed larger size)"
             ) from error
         finally:
             self.train(training)
 
     def train(self, mode: bool = True) -> Trunk:
-        """A frozen trunk stays in evaluation mode; with `frozen_norms` its batch norms do.
+        """Set the mode. A frozen trunk stays in evaluation mode, and with `frozen_norms` its batch norms stay there.
 
-        Statistics of small, enlarged images are not those of the weights: with each batch's own, MobileNetV2 began to
-        fine-tune on CIFAR-10 from features that fitted a trained head no more (.40 against .78 mAP after 8,000 images).
+        Small, enlarged images have other statistics than the pretraining images. Measured for MobileNetV2 on CIFAR-10
+        with a trained head: with batch statistics, fine-tuning had .40 mAP after 8,000 images, with frozen norms .78.
         """
         super().train(mode and not self.config.frozen)
         if self.config.frozen_norms:
@@ -136,7 +138,7 @@ def _conv(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
 
 
 def resnet9(width: int = 64) -> nn.Module:
-    """Nine layers for 32-pixel images, after the DAWNBench entries; feature_dim is 8 * width."""
+    """A network of nine layers for 32-pixel images, after the DAWNBench entries. feature_dim is 8 * width."""
     w = width
     return nn.Sequential(
         _conv(3, w), _conv(w, 2 * w, pool=True), _Residual(2 * w), _conv(2 * w, 4 * w, pool=True),
@@ -145,7 +147,7 @@ def resnet9(width: int = 64) -> nn.Module:
 
 
 def cnn_f() -> nn.Module:
-    """CNN-F of Chatfield et al. (BMVC 2014), up to fc7 with dropout 0.5 after fc6 and fc7; 224 pixels."""
+    """CNN-F of Chatfield et al. (BMVC 2014) for 224 pixels, up to fc7, with dropout 0.5 after fc6 and fc7."""
     lrn = lambda: nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)  # noqa: E731
     relu = lambda: nn.ReLU(inplace=True)  # noqa: E731
     return nn.Sequential(
@@ -160,16 +162,16 @@ def cnn_f() -> nn.Module:
 
 
 def build_trunk(config: BackboneConfig, load_weights: bool = True) -> Trunk:
-    """Build a trunk; with `load_weights` its pretrained weights are fetched or read.
+    """Build a trunk. With `load_weights`, download or read its pretrained weights.
 
     Raises:
-        InputError: the weights name is not one of the model's, the file is missing or does not fit, or the
-            network is not made for images of this size.
+        InputError: the weights name is unknown, the file is missing or does not fit, or the network cannot take
+            images of this size.
     """
-    if config.name in OWN_TRUNKS:
+    if config.name in BUILT_IN:
         net = cnn_f() if config.name == "cnn_f" else resnet9(config.width)
     else:
-        # These two draw their first weights for ten seconds, with SciPy; torch's own do as well.
+        # These two take ten seconds to draw their first weights with SciPy. Torch's defaults are as good.
         slow = {"init_weights": False} if config.name in ("googlenet", "inception_v3") else {}
         net = _models().get_model(config.name, weights=None, **slow)
     if load_weights and config.weights:
@@ -178,14 +180,14 @@ def build_trunk(config: BackboneConfig, load_weights: bool = True) -> Trunk:
             net.load_state_dict(_download(config))
         else:
             _load_file(net, config)
-    if config.name not in OWN_TRUNKS:
+    if config.name not in BUILT_IN:
         _drop_classifier(net)
         _drop_auxiliary(net, pretrained=config.weights is not None)
     return Trunk(config, net)
 
 
 def _normalisation(config: BackboneConfig) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation that the weights were trained with: ImageNet's, but for a few of torchvision's."""
+    """Mean and standard deviation of the pixels for these weights: ImageNet's, except for some of torchvision's."""
     if config.weights in _weight_names(config.name):
         preset = _models().get_model_weights(config.name)[str(config.weights)].transforms()
         return preset.mean, preset.std
@@ -193,63 +195,66 @@ def _normalisation(config: BackboneConfig) -> tuple[Sequence[float], Sequence[fl
 
 
 def without_place(config: BackboneConfig) -> BackboneConfig:
-    """The config to keep beside trained weights: a file's path becomes "file", a trained model's "model"; names stay,
-    for their normalisation."""
-    if _has_no_place(config) or config.weights in ("file", "model"):
+    """The config to store beside trained weights, without paths.
+
+    The path of a state-dict file becomes "file", and that of a trained model becomes "model". Torchvision's names stay,
+    because they decide the normalisation.
+    """
+    if _has_no_path(config) or config.weights in ("file", "model"):
         return config
     trained = artifact.is_finished(storage.open_store(str(config.weights)))
     return config.model_copy(update={"weights": "model" if trained else "file"})
 
 
 def with_absolute_weights(config: BackboneConfig) -> BackboneConfig:
-    """The config with a weights file named so that workers in other folders find it."""
-    if _has_no_place(config):
+    """The config with an absolute path of the weights, so that workers in other folders can read them."""
+    if _has_no_path(config):
         return config
     return config.model_copy(update={"weights": storage.absolute(str(config.weights))})
 
 
 def weights_identity(config: BackboneConfig) -> str | None:
-    """What `weights` stands for: a name of torchvision's as it is, a file as the sha256 of its bytes.
+    """The identity of the weights: the sha256 of a file's bytes, or torchvision's name, or None.
 
     Raises:
-        InputError: there is no such file.
+        InputError: the file does not exist.
     """
-    if _has_no_place(config):
+    if _has_no_path(config):
         return config.weights
     return hashlib.sha256(_read_weights(config)).hexdigest()
 
 
 def _download(config: BackboneConfig) -> Mapping[str, Tensor]:
-    found = _models().get_model_weights(config.name)[str(config.weights)]
+    weights = _models().get_model_weights(config.name)[str(config.weights)]
     try:
-        return found.get_state_dict(progress=False, check_hash=True)
+        return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"weights = {config.weights!r} of {config.name} could not be fetched from {found.url}: {error}; "
-            "without a network give weights = PATH, a state-dict file"
+            f"weights = {config.weights!r} of {config.name} could not be downloaded from {weights.url}: {error}; "
+            "without a network, set weights = PATH, a state-dict file"
         ) from error
 
 
-def _has_no_place(config: BackboneConfig) -> bool:
-    """Whether the weights are no file: unset, or a name of torchvision's."""
+def _has_no_path(config: BackboneConfig) -> bool:
+    """Whether the weights are unset or a name of torchvision's, so that there is no file."""
     return config.weights is None or config.weights in _weight_names(config.name)
 
 
 def _weight_names(name: str) -> list[str]:
-    if name in OWN_TRUNKS:
+    if name in BUILT_IN:
         return []
     return list(_models().get_model_weights(name).__members__)
 
 
 def _models() -> Any:
-    """torchvision's models; not at the top: importing them takes each worker five seconds, and our trunks need none."""
+    """torchvision's models. Their import costs a worker five seconds, and the built-in trunks do not need them."""
     import torchvision
 
     return torchvision.models
 
 
 def _read_weights(config: BackboneConfig) -> bytes:
-    """The bytes of a state-dict file, or of a trained model's tensors."""
+    """Read the bytes of a state-dict file, or of the tensors of a trained model."""
     path = str(config.weights)
     try:
         store = storage.open_store(path)
@@ -265,44 +270,44 @@ def _read_weights(config: BackboneConfig) -> bytes:
 def _load_file(net: nn.Module, config: BackboneConfig) -> None:
     path, data = str(config.weights), _read_weights(config)
     try:
-        if data[8:9] == b"{":  # safetensors: the length of a JSON header, then the header
+        if data[8:9] == b"{":  # safetensors begins with the length of a JSON header, then the header
             state = load_safetensors(data)
         else:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path} is not a state dict of torch or safetensors: {error}") from error
     if not isinstance(state, Mapping):
-        raise InputError(f"{path} holds a {type(state).__name__}; expected a state dict")
-    if any(str(k).startswith(MODEL_PREFIX) for k in state):  # a trained model: its trunk
+        raise InputError(f"{path} holds a {type(state).__name__}; expected a state dict, tensors by name")
+    if any(str(k).startswith(MODEL_PREFIX) for k in state):  # a trained model, from which only the trunk is read
         state = {k.removeprefix(MODEL_PREFIX): v for k, v in state.items() if k.startswith(MODEL_PREFIX)}
         _require_normalisation(config)
-    own = net.state_dict()
-    # The classifier goes: it may be missing, or be that of other classes.
-    prefix = None if config.name in OWN_TRUNKS else _classifier_prefix(net)
+    expected = net.state_dict()
+    # The classifier is dropped anyway, so it may be missing or have other classes.
+    prefix = None if config.name in BUILT_IN else _classifier_prefix(net)
     state = {k: v for k, v in state.items() if not (prefix and str(k).startswith(prefix))}
-    wrong = [k for k, v in state.items() if k not in own or own[k].shape != getattr(v, "shape", None)]
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = [k for k, v in state.items() if k not in expected or expected[k].shape != getattr(v, "shape", None)]
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     missing = [k for k in missing if not (prefix and k.startswith(prefix))]
     if wrong or missing:
         raise InputError(
-            f"{path} does not fit {config.name}: {len(wrong)} keys unknown or of another shape ({wrong[:3]}), "
-            f"{len(missing)} keys of the trunk not in it ({missing[:3]})"
+            f"{path} does not fit {config.name}: {len(wrong)} keys are unknown or have another shape ({wrong[:3]}), "
+            f"{len(missing)} keys of the trunk are missing ({missing[:3]}); set the backbone that these weights are for"
         )
     net.load_state_dict(state, strict=False)
 
 
 def _require_normalisation(config: BackboneConfig) -> None:
-    """Refuse the trunk of a model that saw pixels of another mean and spread than `config` would give it."""
+    """Refuse the trunk of a model that trained with another normalisation of pixels than `config` would use."""
     store = storage.open_store(str(config.weights))
-    if not artifact.is_finished(store):  # the tensors alone
+    if not artifact.is_finished(store):  # a tensors file without the rest of the model
         return
     description = artifact.read_file(store, artifact.load_manifest(store, "model").record("model.json"))
     backbone = json.loads(description)["backbone"]
-    theirs = BackboneConfig(name=backbone["name"], weights=backbone["weights"])  # what it depends on
-    if _normalisation(theirs) != _normalisation(config):
+    trained = BackboneConfig(name=backbone["name"], weights=backbone["weights"])  # decides the normalisation
+    if _normalisation(trained) != _normalisation(config):
         raise InputError(
-            f"{config.weights} was trained with the normalisation of weights = {theirs.weights!r}, and as weights "
-            "of another training it would get ImageNet's: go on from it with --init instead"
+            f"{config.weights} was trained with the normalisation of weights = {trained.weights!r}, but a new training "
+            "with its trunk as weights would use ImageNet's; continue from the model with --init instead"
         )
 
 
@@ -326,7 +331,7 @@ def _drop_classifier(net: nn.Module) -> None:
 
 
 def _drop_auxiliary(net: nn.Module, pretrained: bool) -> None:
-    """GoogLeNet and Inception v3: no auxiliary outputs in training; pretrained weights want their input rescaled."""
+    """Remove the auxiliary outputs of GoogLeNet and Inception v3. Pretrained weights need a rescaled input."""
     if hasattr(net, "aux_logits"):
         vars(net).update(aux_logits=False, transform_input=pretrained)
         for name in ("aux1", "aux2", "AuxLogits"):
@@ -335,7 +340,7 @@ def _drop_auxiliary(net: nn.Module, pretrained: bool) -> None:
 
 
 def state_fingerprint(state: Mapping[str, Tensor], preprocessing: str) -> str:
-    """sha256 over names, dtypes, shapes and bytes of the weights, and the preprocessing as text."""
+    """The sha256 of the preprocessing (as text) and of names, dtypes, shapes and bytes of the weights."""
     digest = hashlib.sha256(preprocessing.encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

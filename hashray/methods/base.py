@@ -1,10 +1,10 @@
-"""What a method is: a config with a `kind`, and a torch module that names its phases and its losses.
+"""The interface of a method: a config with a `kind`, and a torch module that defines phases and losses.
 
-The training loop (train/loop.py) knows methods through this file only. A method is one file in this
-folder that holds a frozen `XConfig(MethodConfig)` with `kind: Literal["x"]`, and a final class `X(Method)`.
+The training loop (train/loop.py) knows methods only through this file. A method is one file in this folder with a
+frozen `XConfig(MethodConfig)` that has `kind: Literal["x"]`, and a final class `X(Method)`.
 
     for phase in method.phases():
-        method.begin_phase(phase, table, seed, workers)        # what needs no image batches
+        method.begin_phase(phase, table, seed, workers)     # work without image batches
         for epoch in range(phase.epochs):
             for inputs, labels, weight in batches:          # weight 0 marks a padding row
                 terms = method.loss_terms(phase, inputs, labels, weight)    # each a sum and its mass
@@ -33,10 +33,10 @@ class MethodConfig(Config):
     """Base of every method's config. A subclass adds `kind: Literal["its name"]`."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Named settings: a config with a field `preset` takes every field left unset from the one it names."""
+    """Settings by name. A config with a field `preset` takes its unset fields from the preset of that name."""
 
     kind: str
-    num_bits: int = Field(32, description="bits of a code; a positive multiple of 8")
+    num_bits: int = Field(32, description="Bits of a code, a positive multiple of 8")
 
     @model_validator(mode="wrap")
     @classmethod
@@ -44,9 +44,9 @@ class MethodConfig(Config):
         name = data.get("preset") if isinstance(data, dict) else None
         if not isinstance(name, str) or name not in cls.presets:
             return build(data)
-        made = build(cls.presets[name] | data)
-        made.model_fields_set.intersection_update(data)  # another preset replaces what this one filled in
-        return made
+        config = build(cls.presets[name] | data)
+        config.model_fields_set.intersection_update(data)  # another preset can replace the values of this one
+        return config
 
     @field_validator("num_bits")
     @classmethod
@@ -59,10 +59,10 @@ class MethodConfig(Config):
 
 @dataclass(frozen=True)
 class Phase:
-    """A segment of training over image batches with one learning-rate schedule.
+    """A part of the training over image batches, with one learning-rate schedule.
 
-    `lr_factor` multiplies the configured rate; `round` counts alternations from 0; the weights of a phase that is not
-    `selectable` are never the ones that validation chooses.
+    `lr_factor` multiplies the configured rate. `round` counts alternations from 0. Validation never chooses weights of
+    a phase that is not `selectable`.
     """
 
     name: str
@@ -73,10 +73,10 @@ class Phase:
 
 
 class Term(NamedTuple):
-    """A term of the loss over one worker's rows, as a sum and the mass that it is a mean over.
+    """A term of the loss on one worker: a sum over its rows, and the mass to divide by.
 
-    The loop divides by the mass of all workers, so that the mean is over the global batch whatever is counted:
-    rows, labelled rows, positive entries. With `in_loss` false it is only reported.
+    The loop divides by the mass of all workers, so the mean is over the global batch. The mass counts rows, labelled
+    rows or positive entries. A term with `in_loss` false is only reported.
     """
 
     total: Tensor
@@ -85,13 +85,13 @@ class Term(NamedTuple):
 
     @staticmethod
     def of_mean(mean: Tensor, mass: Tensor, in_loss: bool = True) -> Term:
-        """The term whose mean over this worker's rows is `mean`; `mass` a scalar, or weights to be summed."""
+        """A term from its mean over this worker's rows. `mass` is a scalar, or weights to sum."""
         counted = mass.sum().to(mean.dtype)
         return Term(mean * counted, counted, in_loss)
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that learn at one rate: `optim.lr` times `lr_factor` (for `trunk`, times optim.trunk_lr_factor)."""
+    """Parameters with the rate `optim.lr` times `lr_factor` (for `trunk`, also times optim.trunk_lr_factor)."""
 
     name: str
     parameters: list[nn.Parameter]
@@ -101,11 +101,11 @@ class ParameterGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The distinct label rows of the training split, with how often each occurs.
+    """The distinct label rows of the training split with their counts.
 
     Attributes:
         rows: uint8 [u, c], distinct, in lexicographic order.
-        counts: int64 [u], summing to the number of training rows.
+        counts: int64 [u]; the sum is the number of training rows.
     """
 
     rows: Tensor
@@ -113,50 +113,51 @@ class LabelTable:
 
     @staticmethod
     def of(labels: Tensor) -> LabelTable:
-        """Deduplicate a label matrix uint8 [n, c]; the order of its rows does not matter.
+        """Deduplicate a label matrix uint8 [n, c]. The order of its rows does not matter.
 
         Raises:
-            InputError: no rows, no classes, or an entry that is neither 0 nor 1.
+            InputError: there are no rows or no classes, or an entry is neither 0 nor 1.
         """
         if labels.ndim != 2 or 0 in labels.shape:
-            raise InputError(f"labels have shape {tuple(labels.shape)}; expected [rows, classes], neither empty")
+            raise InputError(f"labels have shape {tuple(labels.shape)}; expected [rows, classes], neither of them 0")
         if not bool(((labels == 0) | (labels == 1)).all()):
-            raise InputError("labels hold entries other than 0 and 1; expected a multi-hot matrix")
+            raise InputError("labels have entries other than 0 and 1; expected a multi-hot matrix")
         rows, counts = torch.unique(labels.to(torch.uint8), dim=0, return_counts=True)
         return LabelTable(rows, counts)
 
     def repeated(self) -> LabelTable:
-        """Every training row by itself."""
+        """The table with every training row separate, each with count 1."""
         rows = self.rows.repeat_interleave(self.counts.cpu(), 0)
         return LabelTable(rows, torch.ones(len(rows), dtype=torch.int64))
 
     def index(self, labels: Tensor) -> Tensor:
-        """Position int64 [n] in `rows` of the positive classes of each label row [n, c]; -1 where there is none."""
+        """Index int64 [n] in `rows` of the positive classes of each label row [n, c]; -1 if `rows` lacks them."""
         keys = (labels == 1).to(torch.uint8).cpu().numpy()
-        return torch.tensor([self._places.get(row.tobytes(), -1) for row in keys], dtype=torch.int64)
+        return torch.tensor([self._index_of_row.get(row.tobytes(), -1) for row in keys], dtype=torch.int64)
 
     @cached_property
-    def _places(self) -> dict[bytes, int]:
+    def _index_of_row(self) -> dict[bytes, int]:
         return {row.tobytes(): i for i, row in enumerate(self.rows.cpu().numpy())}
 
 
 class WorkerGroup(ABC):
-    """The workers of a run, as far as a method needs to know of them. A run of one is a workers of one."""
+    """The part of a worker group that methods use. A run with one worker is a group of one."""
 
     @abstractmethod
     def sum_by_group(
         self, outputs: Callable[[Tensor], Tensor], group: Callable[[Tensor], Tensor], groups: int
     ) -> Tensor:
-        """Sums float64 [groups, width] of `outputs(inputs) [n, width]` over all training images, none augmented.
+        """Sums float64 [groups, width] of `outputs(inputs) [n, width]` over all training images, without augmentation.
 
-        `group(labels [n, c])` gives each row's group int64 [n]; a row of group -1 is left out.
+        `group(labels [n, c])` returns the group int64 [n] of each row. Rows of group -1 do not count.
         """
 
     @abstractmethod
     def gather_rows(self, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """(`outputs(inputs)` [n, width], labels [n, c]) of all training images, none augmented; on the first worker.
+        """(`outputs(inputs)` [n, width], labels [n, c]) of all training images, without augmentation.
 
-        In an order that does not depend on the number of workers; the others get nothing, [0, 0] and [0, c].
+        Only the first worker gets them; the others get [0, 0] and [0, c]. The order of the rows does not depend on the
+        number of workers.
         """
 
     @abstractmethod
@@ -165,11 +166,11 @@ class WorkerGroup(ABC):
 
 
 class Method(nn.Module, ABC):
-    """A trunk and a hash head, trained by the losses of a paper."""
+    """A trunk and a hash head that train with the losses of a paper."""
 
     kind: ClassVar[str]
     uses_unlabelled: ClassVar[bool] = False
-    """Whether rows without any known label (all -1) teach this method something."""
+    """Whether this method learns from rows without any known label (all -1)."""
     config: Any
 
     def __init__(self, config: MethodConfig, trunk: Trunk, num_classes: int) -> None:
@@ -180,45 +181,45 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def phases(self, epochs: int) -> tuple[Phase, ...]:
-        """The phases of a training run whose config asks for `epochs` epochs per phase."""
+        """The phases of a training with `epochs` epochs per phase."""
 
     def begin_phase(self, phase: Phase, table: LabelTable, seed: int, workers: WorkerGroup) -> dict[str, float]:
-        """Do what this phase needs before its first image batch; return named numbers for the metrics."""
+        """Prepare a phase before its first image batch; return named numbers for the metrics."""
         return {}
 
     def bind(self, table: LabelTable) -> None:
-        """Rebuild what a phase derives from weights and labels; called after a resume instead of `begin_phase`."""
+        """Recompute buffers that derive from weights and labels. A resume calls this and not `begin_phase`."""
         return
 
     @abstractmethod
     def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
-        """Named, already weighted terms; the sum of their means is the loss.
+        """The weighted terms of the loss by name. The sum of their means is the loss.
 
         Args:
-            inputs: what the trunk takes: images [n, 3, h, w] or cached features [n, d].
-            labels: [n, c] in {0, 1, -1}, -1 for unknown.
-            weight: [n], 0 for a padding row, which counts for nothing.
+            inputs: input of the trunk: images [n, 3, h, w] or cached features [n, d].
+            labels: [n, c] in {0, 1, -1}; -1 is unknown.
+            weight: [n]; 0 marks a padding row, which does not count.
         """
 
     @abstractmethod
     def logits(self, inputs: Tensor) -> Tensor:
-        """Hash logits [n, num_bits], float32; bit j of the code is logit j >= 0."""
+        """Hash logits float32 [n, num_bits]. Bit j of the code is logit j >= 0."""
 
     def after_step(self, phase: Phase, means: Mapping[str, float]) -> None:
-        """Told the means of a step's terms over all workers, after the step, without those that were of no row."""
+        """Receive the mean of each term over all workers, after a step. Terms without any row are missing."""
         return
 
     def class_scores(self, inputs: Tensor) -> Tensor:
-        """How well each class fits, float32 [n, c], the higher the better; -inf for a class never trained on.
+        """Scores of the classes, float32 [n, c], higher is better; -inf for a class without training rows.
 
         Raises:
-            InputError: this method has no scores of classes.
+            InputError: this method has no class scores.
         """
-        raise InputError(f"{self.kind} gives no class scores, which self-training needs")
+        raise InputError(f"{self.kind} has no class scores, but self-training needs them; choose another method")
 
     @classmethod
     def scores_classes(cls, config: Any) -> bool:
-        """Whether this method, with these settings, learns class scores."""
+        """Whether this method learns class scores with these settings."""
         return cls.class_scores is not Method.class_scores
 
     @classmethod
@@ -231,7 +232,7 @@ class Method(nn.Module, ABC):
         return None
 
     def trained(self, phase: Phase) -> list[ParameterGroup]:
-        """Parameters that this phase trains, by learning-rate group; the trunk's group is called `trunk`."""
+        """The parameters that this phase trains, by learning-rate group. The group of the trunk is called `trunk`."""
         head = [p for name, p in self.named_parameters() if not name.startswith("trunk.") and p.requires_grad]
         return [ParameterGroup("trunk", self._trunk_parameters()), ParameterGroup("head", head)]
 
@@ -239,12 +240,12 @@ class Method(nn.Module, ABC):
         return [p for p in self.trunk.parameters() if p.requires_grad]
 
     def forward(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
-        """`loss_terms`, under the name that DistributedDataParallel wraps."""
+        """`loss_terms` under the name that DistributedDataParallel wraps."""
         return self.loss_terms(phase, inputs, labels, weight)
 
     @torch.no_grad()
     def encode(self, inputs: Tensor) -> Tensor:
-        """Logits in evaluation mode, restoring the mode afterwards."""
+        """Compute logits in evaluation mode, then restore the mode."""
         was_training = self.training
         self.eval()
         try:

@@ -1,4 +1,4 @@
-"""Class codewords that are learned: what AdaLabelHash trains codes towards and LCGH keeps them consistent with."""
+"""Learned class codewords. AdaLabelHash trains codes towards them, and LCGH keeps codes consistent with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Literal, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import hadamard
 from torch import Tensor, nn
 
 from hashray.codes import Codes, binarize, check_num_bits, hamming, unpack
@@ -16,8 +15,8 @@ from hashray.methods.base import LabelTable, ParameterGroup
 from hashray.methods.losses import full_precision, outside_autocast
 
 CodewordInit = Literal["spread", "uniform"]
-SPREAD = 0.5  # |z| of codewords that begin far apart
-_COMPARED = 1024  # classes whose pairwise distances are worth a matrix
+SPREAD = 0.5  # |z| of `spread` codewords at first
+_COMPARED = 1024  # most classes for which the matrix of all distances is computed
 
 
 @outside_autocast
@@ -27,14 +26,14 @@ def _inner_products(codes: Tensor, codewords: Tensor) -> Tensor:
 
 @final
 class Codewords(nn.Module):
-    """Free variables z [c, K]; the relaxed codewords are v = tanh(z), their bits z >= 0.
+    """Free variables z [c, K]. The relaxed codewords are v = tanh(z), and their bits are z >= 0.
 
     Attributes:
-        z: float32 [c, K]. At first `uniform` in (-0.05, 0.05) as in AdaLabelHash's code (METHODS 2.1), or `spread`: 0.5
-            times codes far apart (METHODS 6.5). Measured on 60 classes of CIFAR-100: from `uniform` the margin to
-            the hardest negative alone pulled all codes into one, within 30 epochs or 100.
-        present: bool [c], classes that some training row has. The others are no one's negative either: a class
-            that was never seen must not push codes about.
+        z: float32 [c, K]. First values: `uniform` in (-0.05, 0.05) as in AdaLabelHash's code (METHODS 2.1), or
+            `spread`, 0.5 times codes far apart (METHODS 6.5). Measured on 60 classes of CIFAR-100: from `uniform`, the
+            margin to the hardest negative merged all codes into one, after 30 epochs and after 100.
+        present: bool [c], classes with training rows. Other classes are not negatives either, because an unseen class
+            must not push codes away.
     """
 
     present: Tensor
@@ -53,7 +52,7 @@ class Codewords(nn.Module):
         return torch.tanh(full_precision(self.z))
 
     def learn_classes(self, table: LabelTable) -> None:
-        """Keep which classes occur."""
+        """Store which classes occur."""
         self.present.copy_(table.rows.any(0))
 
     def known(self, labels: Tensor, weight: Tensor) -> Tensor:
@@ -69,15 +68,16 @@ class Codewords(nn.Module):
         return binarize(np.asarray(self.z.detach().float().cpu()))
 
     def group(self, lr_factor: float) -> ParameterGroup:
-        """The codewords' own learning-rate group, without weight decay (METHODS 2.4)."""
+        """The learning-rate group of the codewords, without weight decay (METHODS 2.4)."""
         return ParameterGroup("codewords", [self.z], lr_factor, decay=False)
 
 
 def spread_codewords(num_classes: int, num_bits: int, seed: int = 0) -> NDArray[np.int8]:
     """Return distinct codewords int8 [num_classes, num_bits] in {-1, +1}, far apart.
 
-    Rows of a Hadamard matrix and their complements (at least num_bits / 2 apart) where `num_bits` is a power of two
-    and twice as many suffice, else random ones, the farthest apart of 32 draws (beyond 1,024 classes: of one).
+    If `num_bits` is a power of two and at least half of `num_classes`, they are rows of a Hadamard matrix and their
+    complements, at least num_bits / 2 apart. Else they are random, the best of 32 draws (of one draw above 1,024
+    classes).
 
     Raises:
         ConfigError: `num_bits` is not a multiple of 8, or there are more classes than codes of `num_bits` bits.
@@ -91,6 +91,8 @@ def spread_codewords(num_classes: int, num_bits: int, seed: int = 0) -> NDArray[
         raise ConfigError(f"{num_bits} bits cannot tell {num_classes} classes apart; use more bits")
     rng = np.random.default_rng(seed)
     if num_bits & (num_bits - 1) == 0 and num_classes <= 2 * num_bits:
+        from scipy.linalg import hadamard  # not at the top: it adds 0.1 s to the start of every worker
+
         rows = hadamard(num_bits, dtype=np.int8)[rng.permutation(num_bits)]
         return np.concatenate([rows, -rows])[:num_classes]
     best, widest = np.empty((0, num_bits), dtype=np.int8), -1
@@ -105,8 +107,8 @@ def spread_codewords(num_classes: int, num_bits: int, seed: int = 0) -> NDArray[
 
 
 def _distinct_codes(rng: np.random.Generator, num: int, num_bits: int) -> Codes:
-    """Draw `num` different codes uint8 [num, num_bits // 8]."""
-    if num_bits <= 16:  # few enough to draw without replacement; redrawing the equal ones would not end
+    """Draw `num` distinct codes uint8 [num, num_bits // 8]."""
+    if num_bits <= 16:  # draw without replacement; with so few codes, redrawing duplicates might not end
         drawn = rng.choice(1 << num_bits, size=num, replace=False).astype(">u2")
         return drawn.view(np.uint8).reshape(num, 2)[:, 2 - num_bits // 8 :]
     codes = rng.integers(0, 256, size=(num, num_bits // 8), dtype=np.uint8)

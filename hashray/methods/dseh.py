@@ -1,9 +1,9 @@
 """DSEH: Deep Semantic-preserving and Self-supervised Hashing with a label network (Li et al., IJCAI 2018).
 
-LabNet learns semantic features and codes from label rows alone; ImgNet learns to reproduce both from
-images; the two alternate by rounds. LabNet is a deterministic function of the label row, so it is
-trained on the distinct rows with their counts: the objective over all n x n pairs, exact when a batch holds
-all distinct rows, and otherwise estimated from a batch of rows against all of them.
+LabNet learns semantic features and codes from label rows alone. ImgNet learns to reproduce both from images. The two
+alternate in rounds. LabNet is a deterministic function of the label row, so it trains on the distinct rows with their
+counts. Its objective over all n x n pairs is exact if a batch holds all distinct rows; else each batch estimates it
+against all rows.
 """
 
 from __future__ import annotations
@@ -32,82 +32,73 @@ from hashray.methods.losses import (
 )
 from hashray.metrics import mean_average_precision
 
-IMAGE_POSITIVE_WEIGHT = 0.999  # METHODS 1.3 [C]: ImgNet's w, whatever LabNet's is
+IMAGE_POSITIVE_WEIGHT = 0.999  # w of ImgNet, independent of LabNet's (METHODS 1.3 [C])
 
 BOTH = {"rounds": 3, "semantic_activation": "relu", "label_init_std": 0.01, "label_schedule": "step", "label_batch": 32}
 PRESETS: dict[str, dict[str, Any]] = {
     "hashray": {},
-    # METHODS 1.2-1.5 [C]: the authors' TensorFlow code, NUS-WIDE setting.
-    "released": {
-        **BOTH,
-        "beta": 0.01,
-        "label_hidden": 2048,
-        "label_normalization": "lrn",
-        "label_epochs": 30,
-        "label_max_steps": 1_000_000,
-        "bank": "per_sample",
-        "clip_gradients": 1.0,
+    # The authors' TensorFlow code with its setting for NUS-WIDE (METHODS 1.2-1.5 [C]).
+    "released": BOTH | {
+        "beta": 0.01, "label_hidden": 2048, "label_normalization": "lrn", "label_epochs": 30,
+        "label_max_steps": 1_000_000, "bank": "per_sample", "clip_gradients": 1.0,
     },
     # The paper's text: a = 1, beta = 0.005, FC 4096, linear label head.
-    "paper": {
-        **BOTH,
-        "pair_scale": 1.0,
-        "beta": 0.005,
-        "positive_weight": 1.0,
-        "label_head": "linear",
-        "label_hidden": 4096,
-        "label_normalization": "none",
-        "logit_scale": 1.0,
-        "target_smooth": 1.0,
+    "paper": BOTH | {
+        "pair_scale": 1.0, "beta": 0.005, "positive_weight": 1.0, "label_head": "linear", "label_hidden": 4096,
+        "label_normalization": "none", "logit_scale": 1.0, "target_smooth": 1.0,
     },
-}
+}  # fmt: skip
 
 
 class DSEHConfig(MethodConfig):
-    """Settings of DSEH. Weights are the paper's names: alpha J2, beta J3, gamma J4 (Eq. 11), eta (Eq. 14)."""
+    """Settings of DSEH. The weights have the names of the paper: alpha J2, beta J3, gamma J4 (Eq. 11), eta (Eq. 14)."""
 
     presets = PRESETS
     kind: Literal["dseh"] = "dseh"
-    preset: Literal["hashray", "released", "paper"] = Field("hashray", description="fills every field left unset")
-    ablation: Literal["none", "S", "SS", "L", "A"] = Field("none", description="DSEH-S, -SS, -L, -A of Table 2")
-    rounds: int = Field(2, ge=1, description="alternations of LabNet and ImgNet; 3 in the released code")
-    semantic_weight: float = Field(1.0, ge=0, description="weight of LabNet's J1; 0 in the released ImageNet setting")
-    alpha: float = Field(1.0, ge=0, description="weight of J2, the pairwise term on codes")
-    beta: float = Field(0.01, ge=0, description="weight of J3, quantisation")
-    gamma: float = Field(1.0, ge=0, description="weight of J4, the label prediction")
-    eta: float = Field(1.0, ge=0, description="weight of ImgNet's J2, the code targets")
-    pair_scale: float = Field(0.5, gt=0, description="a in theta = a * x . y; 1 in the paper, 1/2 released")
-    positive_weight: float = Field(0.999, gt=0, description="w on similar pairs of LabNet")
-    pos_weight_mode: PosWeightMode = Field("linear", description="how w weighs similar pairs (METHODS 1.3)")
+    preset: Literal["hashray", "released", "paper"] = Field("hashray", description="Values for every unset field")
+    ablation: Literal["none", "S", "SS", "L", "A"] = Field("none", description="Ablation of Table 2, such as DSEH-S")
+    rounds: int = Field(2, ge=1, description="Alternations of LabNet and ImgNet; 3 in the released code")
+    semantic_weight: float = Field(1.0, ge=0, description="Weight of LabNet's J1; 0 in the released ImageNet setting")
+    alpha: float = Field(1.0, ge=0, description="Weight of J2, the pairwise term on codes")
+    beta: float = Field(0.01, ge=0, description="Weight of J3, the quantisation term")
+    gamma: float = Field(1.0, ge=0, description="Weight of J4, the label prediction")
+    eta: float = Field(1.0, ge=0, description="Weight of ImgNet's J2, the code targets")
+    pair_scale: float = Field(0.5, gt=0, description="Factor a in theta = a * x . y; 1 in the paper, 1/2 as released")
+    positive_weight: float = Field(0.999, gt=0, description="Weight w of similar pairs in LabNet")
+    pos_weight_mode: PosWeightMode = Field("linear", description="Way in which w weighs similar pairs (METHODS 1.3)")
     label_head: Literal["linear", "sigmoid"] = Field("sigmoid", description="LabNet's output; linear in the paper")
-    label_hidden: int = Field(2048, gt=0, description="LabNet's first layer; 4096 in the paper")
-    semantic_dim: int = Field(512, gt=0, description="width of the semantic feature")
-    semantic_activation: Literal["relu", "linear"] = Field("linear", description="relu in the paper")
-    label_normalization: Literal["batch", "none", "lrn"] = Field("batch", description="of LabNet's first layer")
-    label_init_std: float | None = Field(None, description="normal init of LabNet; unset is torch's own")
-    label_epochs: int = Field(
-        2000, ge=1, description="epochs over the distinct label rows in round 0; fewer in later rounds"
+    label_hidden: int = Field(2048, gt=0, description="Width of LabNet's first layer; 4096 in the paper")
+    semantic_dim: int = Field(512, gt=0, description="Width of the semantic feature")
+    semantic_activation: Literal["relu", "linear"] = Field(
+        "linear", description="Activation of the semantic feature; relu in the paper"
     )
-    label_batch: int = Field(256, ge=4, description="distinct label rows a step")
-    label_max_steps: int = Field(16_000, ge=1, description="bound on the steps of a round's LabNet training")
-    # Measured: 3e-3 merged 5 of 100 one-hot classes and 2e-3 some; 1e-3 kept all of them apart for every seed.
-    label_lr: float = Field(1e-3, gt=0, description="of LabNet's Adam")
+    label_normalization: Literal["batch", "none", "lrn"] = Field(
+        "batch", description="Normalisation in LabNet; batch: of the code, lrn: of the first layer"
+    )
+    label_init_std: float | None = Field(
+        None, description="Standard deviation of LabNet's first weights; unset: torch's default"
+    )
+    label_epochs: int = Field(2000, ge=1, description="Epochs of LabNet in round 0; later rounds have fewer")
+    label_batch: int = Field(256, ge=4, description="Distinct label rows in a step of LabNet")
+    label_max_steps: int = Field(16_000, ge=1, description="Most steps of LabNet in a round")
+    # Measured: 3e-3 merged 5 of 100 one-hot classes and 2e-3 merged some; 1e-3 kept all apart with every seed.
+    label_lr: float = Field(1e-3, gt=0, description="Learning rate of LabNet's Adam")
     bank: Literal["dedup", "per_sample"] = Field(
-        "dedup", description="LabNet on distinct label rows, or on every row with a bank of its own as released"
+        "dedup", description="Rows of LabNet and its banks: distinct label rows, or every training row as released"
     )
-    label_schedule: Literal["one_cycle", "step"] = Field("one_cycle", description="of LabNet's rate; step: as released")
-    clip_gradients: float | None = Field(None, gt=0, description="elementwise bound on LabNet's gradients")
+    label_schedule: Literal["one_cycle", "step"] = Field("one_cycle", description="LabNet's schedule; step as released")
+    clip_gradients: float | None = Field(None, gt=0, description="Bound on each entry of LabNet's gradients")
     hash_reads: Literal["semantic", "activated"] = Field(
-        "semantic", description="ImgNet's hash layer reads fc8, or ReLU(fc8); the released code reads fc8"
+        "semantic", description="Input of ImgNet's hash layer: fc8 as released, or ReLU(fc8)"
     )
-    logit_scale: float = Field(10.0, gt=0, description="on ImgNet's logits before the cross-entropy")
-    target_smooth: float = Field(0.999, gt=0, le=1, description="on the code targets of ImgNet's J2")
+    logit_scale: float = Field(10.0, gt=0, description="Factor on ImgNet's logits before the cross-entropy")
+    target_smooth: float = Field(0.999, gt=0, le=1, description="Factor on the code targets of ImgNet's J2")
 
     @model_validator(mode="after")
     def _bounded_below(self) -> DSEHConfig:
         if self.pos_weight_mode == "linear" and self.positive_weight > 1 and self.semantic_weight:
             raise ValueError(
-                f"positive_weight = {self.positive_weight:g} > 1 leaves J1 without a lower bound and the features "
+                f"positive_weight = {self.positive_weight:g} > 1 leaves J1 without a lower bound, so the features "
                 'diverge (METHODS 1.3); set pos_weight_mode = "bce", or semantic_weight = 0 as released for ImageNet'
             )
         return self
@@ -158,16 +149,16 @@ def label_terms(
     bank_labels: Tensor,
     bank_weight: Tensor,
 ) -> dict[str, Tensor]:
-    """Weighted terms of L_Lab (Eq. 11) of a batch of distinct label rows against the banks.
+    """Weighted terms of L_Lab (Eq. 11) for a batch of distinct label rows against the banks.
 
     Args:
-        outputs: LabNet's feature [b, d], code [b, K], label prediction [b, c] for `labels`.
-        banks: features [u, d] and codes [u, K] of all distinct rows, constants.
-        labels, weight: [b, c] and [b], how many training rows each stands for.
-        bank_labels, bank_weight: [u, c] and [u].
+        outputs: LabNet's feature [b, d], code [b, K] and label prediction [b, c] for `labels`.
+        banks: constant features [u, d] and codes [u, K] of all distinct rows.
+        labels, weight: label rows [b, c], and the number of training rows behind each, [b].
+        bank_labels, bank_weight: the same for all distinct rows, [u, c] and [u].
 
     Equation: DSEH Eqs. 5, 7, 8, 10.
-    Differs: J4 is 1/2 the mean square over entries as in the authors' code; the paper sums.
+    Differs: J4 is half the mean square over entries, as in the authors' code; the paper sums.
     """
     feature, code, prediction = outputs
     similarity = share_a_class(labels, bank_labels)
@@ -191,34 +182,27 @@ def train_label_network(
     round: int = 0,
     banks: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Train LabNet on the distinct label rows, in place; return the last epoch's mean terms.
+    """Train LabNet in place on the distinct label rows; return the mean terms of the last epoch.
 
-    `banks` are the constant sides of the first steps (ImgNet's outputs in rounds >= 1, METHODS 1.5); each
-    row of a bank is overwritten by LabNet's own output when its batch comes. Unset: LabNet's own outputs.
+    Args:
+        banks: constant sides of the pairs in the first steps: ImgNet's outputs in rounds >= 1 (METHODS 1.5), else
+            None for LabNet's outputs. A batch overwrites its rows of the banks with LabNet's outputs.
+
+    Raises:
+        InputError: all rows have the same labels.
     """
     device = net.hash.weight.device
     rows = table.rows.to(device)
     weight = table.counts.to(device).float()
     if len(rows) < 2:
-        raise InputError("all training rows have the same labels: there is nothing that codes could tell apart")
+        raise InputError("all training rows have the same labels, so codes have nothing to tell apart; add classes")
     if banks is None:
         with torch.no_grad():
             banks = net.eval()(rows)[:2]
     net.train()
     bank_feature, bank_code = (bank.clone() for bank in banks)
     batches = math.ceil(len(rows) / config.label_batch)
-    epochs = min(config.label_epochs, config.label_max_steps // batches)
-    if config.label_schedule == "one_cycle":
-        epochs = max(1, epochs >> round)
-        optimizer = torch.optim.Adam(net.parameters(), lr=config.label_lr)
-        schedule: Any = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config.label_lr, total_steps=epochs * batches + 1
-        )
-    else:  # METHODS 1.5: rounds of 30, 20, 10 epochs; a factor 10^-0.5 after every ten of them, and every round
-        stages = max(1, 3 - round)
-        epochs = max(1, epochs * stages // 3)
-        optimizer = torch.optim.Adam(net.parameters(), lr=config.label_lr * 10 ** (-0.5 * round))
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, epochs * batches // stages), gamma=10**-0.5)
+    epochs, optimizer, schedule = _label_schedule(net, config, batches, round)
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, float] = {}
     for epoch in range(epochs):
@@ -239,8 +223,26 @@ def train_label_network(
     return sums
 
 
+def _label_schedule(
+    net: LabNet, config: DSEHConfig, batches: int, round: int
+) -> tuple[int, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """LabNet's epochs in a round of `batches` batches an epoch, its optimizer and its schedule by step."""
+    epochs = min(config.label_epochs, config.label_max_steps // batches)
+    if config.label_schedule == "one_cycle":
+        epochs = max(1, epochs >> round)
+        optimizer = torch.optim.Adam(net.parameters(), lr=config.label_lr)
+        steps = epochs * batches + 1
+        return epochs, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, config.label_lr, total_steps=steps)
+    # METHODS 1.5: rounds of 30, 20 and 10 epochs, with a factor 10^-0.5 after every ten epochs and every round.
+    stages = max(1, 3 - round)
+    epochs = max(1, epochs * stages // 3)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.label_lr * 10 ** (-0.5 * round))
+    steps = max(1, epochs * batches // stages)
+    return epochs, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, steps, gamma=10**-0.5)
+
+
 def label_scores(net: LabNet, table: LabelTable) -> dict[str, float]:
-    """n_h and map_l of Table 2 on the training rows: distinct label rows (2,000 at most) query all rows."""
+    """n_h and map_l of Table 2 on the training rows. The first 2,000 distinct label rows query all rows."""
     rows, counts = table.rows.cpu().numpy(), table.counts.cpu().numpy()
     codes = net.codes(rows)
     query = slice(0, 2000)
@@ -249,18 +251,18 @@ def label_scores(net: LabNet, table: LabelTable) -> dict[str, float]:
 
 
 def fit_label_network(labels: Any, config: DSEHConfig, seed: int = 0) -> LabNet:
-    """Train LabNet from a label matrix alone, no images: map_l and n_h of the paper's Table 2.
+    """Train LabNet from a label matrix alone, without images, as for map_l and n_h of the paper's Table 2.
 
     Args:
-        labels: uint8 [n, c] multi-hot.
-        config: round 0 of it is run.
-        seed: of the initial weights and the order of batches; the global generator is left alone.
+        labels: multi-hot uint8 [n, c].
+        config: settings; only round 0 is run.
+        seed: seed of the first weights and of the batch order. The global generator does not change.
 
     Returns:
-        the network; its `.codes(labels)` gives packed codes uint8 [n, num_bits // 8].
+        The network. Its `.codes(labels)` returns packed codes uint8 [n, num_bits // 8].
 
     Raises:
-        InputError: no rows, no classes, or entries other than 0 and 1.
+        InputError: there are no rows or no classes, an entry is neither 0 nor 1, or all rows have the same labels.
     """
     table = LabelTable.of(torch.as_tensor(np.asarray(labels)))
     with torch.random.fork_rng(devices=[]):
@@ -272,15 +274,15 @@ def fit_label_network(labels: Any, config: DSEHConfig, seed: int = 0) -> LabNet:
 
 @final
 class DSEH(Method):
-    """ImgNet: trunk -> FC semantic feature -> FC hash logits; LabNet beside it.
+    """ImgNet (trunk -> linear semantic feature -> linear hash logits) with LabNet beside it.
 
-    Each phase is a round of Algorithm 1: LabNet first (in `begin_phase`, on the first worker), then ImgNet
+    Each phase is a round of Algorithm 1. LabNet trains first, in `begin_phase` on the first worker. ImgNet then trains
     against LabNet's features of all distinct label rows and its codes of the batch.
 
-    Differs: unless `bank` is per_sample, the banks of rounds >= 1 hold, per distinct label row, the mean of ImgNet's
-        features and the majority bits of its codes (METHODS 1.7); LabNet's optimizer starts anew each round.
-        A row's place in a bank is overwritten by its own batch before the loss reads it (METHODS 1.5), so where one
-        batch holds all distinct rows nothing of ImgNet comes back, and a later round is more training of both nets.
+    Differs: unless `bank` is per_sample, the banks of rounds >= 1 hold the mean of ImgNet's features and the majority
+        bits of its codes for each distinct label row (METHODS 1.7). LabNet's optimizer restarts in every round.
+        A batch overwrites its rows of a bank before the loss reads them (METHODS 1.5). If one batch holds all distinct
+        rows, LabNet therefore learns nothing from ImgNet, and a later round only trains both networks longer.
     """
 
     kind = "dseh"
@@ -299,7 +301,7 @@ class DSEH(Method):
             self.register_buffer(name, torch.zeros(0), persistent=False)
 
     def train(self, mode: bool = True) -> DSEH:
-        """LabNet is trained in `begin_phase` alone; beside ImgNet it stays in evaluation mode."""
+        """Set the mode of ImgNet. LabNet trains only in `begin_phase` and else stays in evaluation mode."""
         super().train(mode)
         self.label_net.eval()
         return self
@@ -309,12 +311,12 @@ class DSEH(Method):
         return tuple(Phase("image", r, epochs, lr_factor=10 ** (-0.5 * r)) for r in range(rounds))
 
     def begin_phase(self, phase: Phase, table: LabelTable, seed: int, workers: WorkerGroup) -> dict[str, float]:
-        found = self._image_banks(table, workers) if phase.round > 0 else None
+        from_images = self._image_banks(table, workers) if phase.round > 0 else None
 
         def train() -> dict[str, float]:
             rows, banks = table.repeated() if self.config.bank == "per_sample" else table, None
-            if found is not None:
-                rows, outputs = found
+            if from_images is not None:
+                rows, outputs = from_images
                 sizes = [self.config.semantic_dim, self.config.num_bits]
                 feature, code = outputs.to(self.hash.weight).split(sizes, dim=1)
                 banks = feature, signs(code)
@@ -331,9 +333,9 @@ class DSEH(Method):
         return notes
 
     def _image_banks(self, table: LabelTable, workers: WorkerGroup) -> tuple[LabelTable, Tensor]:
-        """The rows LabNet goes on with, and ImgNet's feature and code for each: of every row, or their means."""
+        """The rows of LabNet's next round with ImgNet's feature and code: for every row, or means by label row."""
         was_training = self.training
-        self.eval()  # batch statistics would make the banks depend on how a scan is cut into batches
+        self.eval()  # with batch statistics, the banks would depend on the batches of the scan
         if self.config.bank == "per_sample":
             outputs, labels = workers.gather_rows(self._bank_outputs)
             rows = LabelTable((labels == 1).to(torch.uint8), torch.ones(len(labels), dtype=torch.int64))
@@ -344,7 +346,7 @@ class DSEH(Method):
         return rows, outputs
 
     def bind(self, table: LabelTable) -> None:
-        """Compute the constant side of Eq. 12, LabNet's features of all distinct label rows; also after a resume."""
+        """Compute the constant side of Eq. 12: LabNet's features of all distinct label rows."""
         device = self.hash.weight.device
         with torch.no_grad():
             self.bank_feature = self.label_net(table.rows.to(device))[0]
@@ -353,9 +355,9 @@ class DSEH(Method):
         self.similar_share = counts @ share_a_class(table.rows, table.rows).to(counts) @ counts / counts.sum() ** 2
 
     def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
-        """Equation: DSEH Eqs. 12, 13. Differs: logits times 10, targets times 0.999, as in the authors' code.
+        """Equation: DSEH Eqs. 12, 13. Differs: logits times 10 and targets times 0.999, as in the authors' code.
 
-        A label of -1 (unknown) counts as absent: LabNet reads label rows, which have no third value.
+        An unknown label (-1) counts as absent, because LabNet reads label rows without a third value.
         """
         feature, logits = self._image_net(inputs)
         with torch.no_grad():
@@ -375,16 +377,16 @@ class DSEH(Method):
 
     @classmethod
     def scores_classes(cls, config: DSEHConfig) -> bool:
-        """J4 alone trains the label head."""
+        """True if J4 is in the loss, because only J4 trains the label head."""
         return config.ablation != "L" and config.gamma > 0
 
     def class_scores(self, inputs: Tensor) -> Tensor:
-        """LabNet's label head, read from ImgNet's relaxed codes."""
+        """The output of LabNet's label head for ImgNet's relaxed codes."""
         scores = self.label_net.head(torch.tanh(self.logits(inputs)))
         return scores.masked_fill(~self.label_net.present, -torch.inf)
 
     def class_codes(self) -> Codes:
-        """LabNet's codes of rows that hold one class alone."""
+        """LabNet's codes of the label rows with a single class."""
         return self.label_net.codes(np.eye(self.num_classes, dtype=np.uint8))
 
     def _image_net(self, inputs: Tensor) -> tuple[Tensor, Tensor]:

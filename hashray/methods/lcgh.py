@@ -1,10 +1,10 @@
-"""LCGH (reimplementation from the abstract): label-consistent codes that also keep what rebuilds the features.
+"""LCGH (reimplementation from the abstract): label-consistent codes from which a decoder can rebuild the features.
 
-Zhuang and Moulin, "Label-Consistent Generalizable Hash Codes", IEEE TIFS 2023. Only the abstract could be had, so the
-formulas are METHODS 3.2's, made to be consistent with it: codes first agree with the labels by a margin, a hinge
-that is exactly zero once they do, and a decoder then keeps in them what the features hold besides, for classes that
-training never saw. Labels come first in every step: of the decoder's gradient on a code, the part that
-works against the label's gradient is taken away (`priority`).
+Zhuang and Moulin, "Label-Consistent Generalizable Hash Codes", IEEE TIFS 2023. Only the abstract is public, so the
+formulas are those of METHODS 3.2, which agree with it. Codes first agree with the labels by a margin: a hinge that is
+exactly zero once they do. A decoder then keeps other content of the features in the codes, for classes that training
+never sees. Labels come first in every step: the part of the decoder's gradient on a code that opposes the label's
+gradient is removed (`priority`).
 """
 
 from __future__ import annotations
@@ -33,47 +33,50 @@ from hashray.methods.losses import (
     weighted_mean,
 )
 
-PIXEL_SIDE = 8  # of the image that a decoder rebuilds where there is no pretrained feature
-FLAT = 1e-3  # a dimension this much narrower than the widest counts as that wide: dead ones must not divide by 0
-AVERAGE = 0.95  # of the running mean of the label loss that `dual` watches
+PIXEL_SIDE = 8  # side of the image that a decoder rebuilds if there is no pretrained feature
+FLAT = 1e-3  # least spread of a dimension, as a share of the widest one; a dead dimension must not divide by 0
+AVERAGE = 0.95  # decay of the running mean of the label loss that `dual` watches
 
 
 class LCGHConfig(MethodConfig):
-    """Settings of LCGH. Autoencoder-only is label_weight = 0, supervised-only reconstruction_weight = 0."""
+    """Settings of LCGH. Autoencoder-only is label_weight = 0, supervised-only is reconstruction_weight = 0."""
 
     kind: Literal["lcgh"] = "lcgh"
-    margin: float = Field(0.5, gt=0, le=1, description="m: by how much, over num_bits, the label must win")
+    margin: float = Field(0.5, gt=0, le=1, description="Margin m of the label loss, as a share of num_bits")
     priority: Literal["project", "sum", "split", "gate", "dual"] = Field(
-        "project", description="how labels come before reconstruction (METHODS 3.2)"
+        "project", description="Rule that puts labels before reconstruction (METHODS 3.2)"
     )
-    label_weight: float = Field(1.0, ge=0, description="weight of the label margin")
-    reconstruction_weight: float = Field(3.0, ge=0, description="beta: weight of the decoder's gradient on the codes")
-    quantization: Quantization = Field("l1", description="a code's distance from its signs (METHODS 6.4)")
-    quantization_weight: float = Field(0.01, ge=0, description="mu")
-    warmup_share: float = Field(0.0, ge=0, lt=1, description="share of the epochs in which codes see labels only")
-    split_share: float = Field(0.5, gt=0, lt=1, description="split: share of the bits that see the labels")
-    dual_rate: float = Field(0.05, gt=0, description="dual: step of the multiplier of the label loss")
-    dual_slack: float = Field(0.1, gt=0, description="dual: the label loss may rise this share above its plateau")
-    dual_most: float = Field(100.0, gt=1, description="dual: bound on the multiplier; its inverse is the lower one")
-    head: Literal["mlp", "linear"] = Field("mlp", description="from the feature to the code")
-    hidden: int = Field(512, gt=0, description="width of the mlp head")
-    decoder_hidden: int = Field(512, gt=0, description="width of the decoder's hidden layer")
-    codeword_init: CodewordInit = Field("spread", description="far apart, or nearly 0")
-    codeword_lr_factor: float = Field(10.0, gt=0, description="learning rate of the codewords over that of the head")
+    label_weight: float = Field(1.0, ge=0, description="Weight of the label margin")
+    reconstruction_weight: float = Field(3.0, ge=0, description="Weight beta of the decoder's gradient on the codes")
+    quantization: Quantization = Field("l1", description="Distance between a code and its signs (METHODS 6.4)")
+    quantization_weight: float = Field(0.01, ge=0, description="Weight mu of the quantisation term")
+    warmup_share: float = Field(0.0, ge=0, lt=1, description="Share of the epochs in which codes see only labels")
+    split_share: float = Field(0.5, gt=0, lt=1, description="With split, share of the bits that see the labels")
+    dual_rate: float = Field(0.05, gt=0, description="With dual, step of the multiplier of the label loss")
+    dual_slack: float = Field(0.1, gt=0, description="With dual, share by which the label loss may exceed its plateau")
+    dual_most: float = Field(
+        100.0, gt=1, description="With dual, upper bound of the multiplier; the lower bound is the inverse"
+    )
+    head: Literal["mlp", "linear"] = Field("mlp", description="Layers between the feature and the code")
+    hidden: int = Field(512, gt=0, description="Width of the mlp head")
+    decoder_hidden: int = Field(512, gt=0, description="Width of the decoder's hidden layer")
+    codeword_init: CodewordInit = Field("spread", description="First codewords: spread far apart, or uniform near 0")
+    codeword_lr_factor: float = Field(
+        10.0, gt=0, description="Learning rate of the codewords divided by that of the head"
+    )
     target: Literal["auto", "feature", "pixels"] = Field(
-        "auto", description="what is rebuilt: the pretrained trunk's feature, or the image at 8 pixels; auto: the"
-        " feature where the trunk is frozen or has weights"
+        "auto", description="Target of the decoder: the pretrained trunk's feature, or the image at 8 pixels; auto: the"
+        " feature if the trunk is frozen or has weights"
     )  # fmt: skip
-
     target_scale: Literal["dimension", "common"] = Field(
-        "dimension", description="a feature is rebuilt over the spread of each dimension, or over one for all: then the"
-        " decoder cares most for the directions in which features differ most"
+        "dimension", description="Unit of the reconstruction error: the spread of each dimension, or one for all"
+        " dimensions, so that those with the most spread count most"
     )  # fmt: skip
 
     @model_validator(mode="after")
     def _learns_something(self) -> LCGHConfig:
         if not self.label_weight and not self.reconstruction_weight:
-            raise ValueError("label_weight = 0 and reconstruction_weight = 0 leave nothing to learn")
+            raise ValueError("label_weight = 0 and reconstruction_weight = 0 leave nothing to learn; raise one of them")
         return self
 
     @model_validator(mode="after")
@@ -84,9 +87,9 @@ class LCGHConfig(MethodConfig):
 
 
 class _Fork(torch.autograd.Function):
-    """Codes to the label loss and to the decoder; backwards, one gradient out of the two.
+    """Forward: give the codes to the label loss and to the decoder. Backward: combine the two gradients.
 
-    The decoder's gradient is scaled by `beta` and, with `project`, loses per row what points against the label's.
+    The decoder's gradient is scaled by `beta`. With `project`, each row loses its part that opposes the label's.
     """
 
     @staticmethod
@@ -97,7 +100,7 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, label: Tensor, decoder: Tensor) -> tuple[Tensor, None, None]:
         if ctx.project:
-            # No epsilon: gradients carry 1 / rows, and an absolute one would let large batches conflict.
+            # No epsilon: gradients have a factor 1 / rows, so with an epsilon large batches would conflict.
             square = label.square().sum(1, keepdim=True)
             against = (decoder * label).sum(1, keepdim=True).clamp_max(0)
             decoder = decoder - torch.where(square > 0, against / torch.where(square > 0, square, 1), 0) * label
@@ -105,13 +108,13 @@ class _Fork(torch.autograd.Function):
 
 
 def straight_through(codes: Tensor) -> Tensor:
-    """Binary codes in {-1, +1}, 0 counting as +1; backwards the identity."""
+    """Binary codes in {-1, +1}, where 0 becomes +1. The gradient passes unchanged."""
     return codes + (signs(codes) - codes).detach()
 
 
 @final
 class LCGH(Method):
-    """Trunk -> head -> hash logits; codewords and a decoder beside it."""
+    """Trunk -> head -> hash logits, with codewords and a decoder beside them."""
 
     kind = "lcgh"
     uses_unlabelled = True
@@ -124,10 +127,13 @@ class LCGH(Method):
         super().__init__(config, trunk, num_classes)
         width, bits = trunk.feature_dim, config.num_bits
         if config.target == "pixels" and trunk.config.frozen:
-            raise InputError('method.target = "pixels" needs images, and a frozen trunk trains on cached features')
+            raise InputError(
+                'method.target = "pixels" needs images, but a frozen trunk trains on cached features; '
+                'set method.target = "feature"'
+            )
         pretrained = trunk.config.frozen or trunk.config.weights is not None
         if config.target == "feature" and not pretrained:
-            raise InputError('method.target = "feature" would rebuild random numbers: name backbone.weights')
+            raise InputError('method.target = "feature" would rebuild random features; set backbone.weights')
         self.rebuilds_feature = config.target == "feature" or (config.target == "auto" and pretrained)
         self.hash = nn.Linear(width, bits) if config.head == "linear" else _mlp(width, config.hidden, bits)
         self.codewords = Codewords(num_classes, bits, config.codeword_init)
@@ -136,7 +142,7 @@ class LCGH(Method):
         self.register_buffer("target_mean", torch.zeros(rebuilt))
         self.register_buffer("target_std", torch.ones(rebuilt))
         self.register_buffer("dual", torch.tensor([1.0, 0.0, 0.0]))  # multiplier, running label loss, its bound
-        # phi_0 of METHODS 3.2, out of the state dict: it is the trunk as it was built, before any step.
+        # phi_0 of METHODS 3.2: the trunk before the first step. A tuple keeps it out of the state dict.
         trained = self.rebuilds_feature and not trunk.config.frozen
         self._pretrained = (copy.deepcopy(trunk).requires_grad_(False).eval(),) if trained else ()
 
@@ -145,9 +151,9 @@ class LCGH(Method):
         warm = min(epochs - 1, max(1, round(epochs * share))) if share else 0
         if not warm:
             if self.config.priority == "dual":
-                raise ConfigError('method.priority = "dual" needs a warm-up and a pass after it: epochs = 2 or more')
+                raise ConfigError('method.priority = "dual" needs a warm-up and an epoch after it: set epochs >= 2')
             return (Phase("codes", 0, epochs),)
-        # Validation on seen classes would always prefer the labels alone.
+        # Validation on seen classes would always prefer the weights that only labels trained.
         return Phase("labels", 0, warm, selectable=False), Phase("codes", 1, epochs - warm)
 
     def begin_phase(self, phase: Phase, table: LabelTable, seed: int, workers: WorkerGroup) -> dict[str, float]:
@@ -157,7 +163,7 @@ class LCGH(Method):
             self.dual[2] = (1 + self.config.dual_slack) * self.dual[1]
             return {"label_plateau": float(self.dual[1])}
         self.codewords.learn_classes(table)
-        self.dual.copy_(torch.tensor([1.0, 0.0, 0.0]))  # what a model before has left is of its own warm-up
+        self.dual.copy_(torch.tensor([1.0, 0.0, 0.0]))  # forget the warm-up of a model that --init loaded
 
         def moments(inputs: Tensor) -> Tensor:
             target = self._raw_target(inputs)
@@ -174,9 +180,9 @@ class LCGH(Method):
         return {}
 
     def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
-        """Equation: METHODS 3.2. The decoder learns from its loss as it is; `beta` scales what of it reaches codes.
+        """Equation: METHODS 3.2. The decoder learns from its full loss; `beta` scales only the gradient on the codes.
 
-        Differs: `dual` keeps beta, where METHODS has 1, so that its multiplier starts from the balance of the others.
+        Differs: `dual` keeps beta where METHODS has 1, so that its multiplier starts at the balance of the other rules.
         """
         config = self.config
         warm = phase.name == "labels"
@@ -184,15 +190,15 @@ class LCGH(Method):
         code = torch.tanh(self.logits(inputs))
         first = config.priority == "project" and config.label_weight > 0
         for_labels, for_decoder = _Fork.apply(code, beta, first)
-        if config.priority == "split":  # no conflict: the decoder reads the label bits, and moves the others
-            own = self._label_bits
-            for_decoder = torch.cat([for_decoder[:, :own].detach(), for_decoder[:, own:]], dim=1)
+        if config.priority == "split":  # no conflict: the decoder reads the label bits and moves only the others
+            bits = self._label_bits
+            for_decoder = torch.cat([for_decoder[:, :bits].detach(), for_decoder[:, bits:]], dim=1)
         known = self.codewords.known(labels, weight)
         margins, consistent = self._margins(for_labels, known)
         labelled = (known == 1).any(1).to(weight.dtype)
         hinge = weighted_mean(torch.relu(config.margin - margins), labelled)
         multiplier = float(self.dual[0]) if config.priority == "dual" else 1.0
-        # With the labels' gradient where there are labels, as in METHODS' pseudo-code; alone it does not come first.
+        # Quantisation shares the labels' priority only in rows with labels, as in the pseudo-code of METHODS 3.2.
         regular = torch.where(labelled[:, None] > 0, for_labels, code)
         gap = weighted_mean(quantization(regular, config.quantization), weight)
         rebuilt = self.decoder(straight_through(for_decoder))
@@ -207,7 +213,7 @@ class LCGH(Method):
         }
 
     def after_step(self, phase: Phase, means: Mapping[str, float]) -> None:
-        if self.config.priority != "dual" or "label_hinge" not in means:  # no labelled row in this step
+        if self.config.priority != "dual" or "label_hinge" not in means:  # a step without labelled rows
             return
         multiplier, average, bound = self.dual.tolist()
         average = means["label_hinge"] if average == 0 else AVERAGE * average + (1 - AVERAGE) * means["label_hinge"]
@@ -221,7 +227,7 @@ class LCGH(Method):
 
     @classmethod
     def scores_classes(cls, config: LCGHConfig) -> bool:
-        """Labels alone train the codewords."""
+        """True if labels are in the loss, because only labels train the codewords."""
         return config.label_weight > 0
 
     @classmethod
@@ -229,18 +235,20 @@ class LCGH(Method):
         return config.label_weight > 0
 
     def class_scores(self, inputs: Tensor) -> Tensor:
-        """Inner products of the bits that see the labels with the codewords.
+        """Inner products of the codewords with the bits that see the labels.
 
         Raises:
-            InputError: label_weight = 0, with which no codeword was ever trained.
+            InputError: label_weight is 0, so no codeword is trained.
         """
         if not self.config.label_weight:
-            raise InputError("method.label_weight = 0 trains no codewords, so there are no class scores")
+            raise InputError(
+                "method.label_weight = 0 trains no codewords, so there are no class scores; train with labels"
+            )
         code = torch.tanh(self.logits(inputs))
         return self.codewords.scores(F.pad(code[:, : self._label_bits], (0, code.shape[1] - self._label_bits)))
 
     def class_codes(self) -> Codes | None:
-        """The codewords' bits; None where not all of them were trained: for `split`, and without labels."""
+        """The bits of the codewords; None if some are not trained, as with `split` or without labels."""
         return self.codewords.bits() if self.config.label_weight and self.config.priority != "split" else None
 
     def trained(self, phase: Phase) -> list[ParameterGroup]:
@@ -255,10 +263,10 @@ class LCGH(Method):
         bits = self.config.num_bits
         if self.config.priority != "split":
             return bits
-        return min(bits - 1, max(1, round(bits * self.config.split_share)))  # some for the decoder too
+        return min(bits - 1, max(1, round(bits * self.config.split_share)))  # at least one bit for the decoder
 
     def _margins(self, codes: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Delta_i [n] of the relaxed codes, and kappa_i [n]: whether it is positive for the bits themselves."""
+        """Delta_i [n] of the relaxed codes, and kappa_i [n]: 1 if Delta_i of the bits is positive, else 0."""
         words, bits = self.codewords(), self._label_bits
         margins = label_margins(codes[:, :bits], words[:, :bits], known)
         with torch.no_grad():
@@ -266,7 +274,7 @@ class LCGH(Method):
         return margins, (of_bits > 0).to(codes.dtype)
 
     def _target(self, inputs: Tensor) -> Tensor:
-        """r of METHODS 3.2, standardised per dimension, [n, D]."""
+        """The target r of METHODS 3.2, standardised per dimension, [n, D]."""
         return (self._raw_target(inputs) - self.target_mean) / self.target_std
 
     @torch.no_grad()

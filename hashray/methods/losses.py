@@ -1,8 +1,7 @@
-"""The papers' losses as plain functions: torch, float32 inside, each a differentiable scalar.
+"""The losses of the papers as plain, differentiable functions of torch tensors, computed in float32.
 
-Every function takes its inputs to float32 first (float64 stays float64) and leaves any autocast region
-it is called in, so that a bfloat16 trunk never costs an inner product its last bits: near 64 the step
-of bfloat16 is 0.5.
+Every function first converts its inputs to float32 (float64 stays float64) and switches autocast off. So a bfloat16
+trunk does not cost an inner product its last bits: near 64, bfloat16 has steps of 0.5.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ Arguments = ParamSpec("Arguments")
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Half-precision to float32; float32 and float64 as they are."""
+    """Convert half precision to float32. float32 and float64 stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def outside_autocast(loss: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
-    """Run a function of tensors with autocast off: there a matmul of float32 would be done in bfloat16."""
+    """Run a function of tensors with autocast off, because autocast computes a float32 matmul in bfloat16."""
 
     @wraps(loss)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
@@ -40,7 +39,7 @@ def outside_autocast(loss: Callable[Arguments, Tensor]) -> Callable[Arguments, T
 
 @outside_autocast
 def share_a_class(left: Tensor, right: Tensor) -> Tensor:
-    """s_ij = 1 where label rows [n, c] and [m, c] have a positive class in common, float32 [n, m].
+    """s_ij = 1 if label rows of [n, c] and [m, c] have a positive class in common, else 0; float32 [n, m].
 
     Equation: DSEH 3.1. Only entries equal to 1 count; -1 (unknown) is not a class.
     """
@@ -59,8 +58,8 @@ def pairwise_terms(
 
     Equation: DSEH Eqs. 5, 7, 12: softplus(theta) - w * s * theta; d/dtheta = sigmoid(theta) - w * s.
     Differs: `bce` is w * s * softplus(-theta) + (1 - s) * softplus(theta), bounded below for w > 1;
-        `hashnet` is `bce` without w, the two kinds of pair weighted by |S|/|S1| and |S|/|S0|, where |S1|/|S|
-        is `similar_share`, or the call's own mean similarity.
+        `hashnet` is `bce` without w, and weighs similar pairs by |S|/|S1| and other pairs by |S|/|S0|. |S1|/|S| is
+        `similar_share`, by default the mean similarity of this call.
     """
     theta = full_precision(theta)
     similarity = similarity.to(theta.dtype)
@@ -86,7 +85,7 @@ def pairwise_likelihood(
         scale: 1/2 as in the authors' code (theta = K/2 - Hamming distance for codes), 1 in the paper.
         positive_weight: w of METHODS 1.3; 0.999 (NUS-WIDE), 0.8 (COCO), 5 (ImageNet) in the authors' code.
 
-    Equation: DSEH Eqs. 5, 7, 12. softplus, not log(1 + exp): finite for any theta.
+    Equation: DSEH Eqs. 5, 7, 12. softplus instead of log(1 + exp) is finite for any theta.
     """
     left, right = full_precision(left), full_precision(right)
     return pairwise_terms(scale * left @ right.T, similarity, positive_weight).mean()
@@ -104,11 +103,11 @@ def weighted_pairwise_likelihood(
     mode: PosWeightMode = "linear",
     similar_share: Tensor | None = None,
 ) -> Tensor:
-    """`pairwise_likelihood` where row i stands for left_weight[i] rows and column j for right_weight[j].
+    """`pairwise_likelihood` in which row i counts left_weight[i] times and column j counts right_weight[j] times.
 
-    Equal to the plain mean over the repeated rows (METHODS 1.7); a weight of 0 leaves a padding row out.
-    `similar_share` is mode `hashnet`'s |S1|/|S|; unset, that of this call. A method whose global batch is split
-    over workers must give it, or it would differ with their number.
+    Equal to the plain mean over the repeated rows (METHODS 1.7). A padding row has weight 0.
+    `similar_share` is |S1|/|S| for mode `hashnet`, by default that of this call. If several workers share the global
+    batch, the method must give it. Else the loss would depend on their number.
     """
     left, right = full_precision(left), full_precision(right)
     left_weight, right_weight = left_weight.to(left.dtype), right_weight.to(left.dtype)
@@ -121,7 +120,7 @@ def weighted_pairwise_likelihood(
 
 @outside_autocast
 def weighted_mean(per_row: Tensor, weight: Tensor) -> Tensor:
-    """Mean of per-row values [n] under weights [n]; 0 where every weight is 0."""
+    """Weighted mean of the values [n] with weights [n]; 0 if every weight is 0."""
     per_row = full_precision(per_row)
     weight = weight.to(per_row.dtype)
     return (per_row * weight).sum() / weight.sum().clamp_min(1e-12)
@@ -129,25 +128,25 @@ def weighted_mean(per_row: Tensor, weight: Tensor) -> Tensor:
 
 @outside_autocast
 def quantization_l1(codes: Tensor) -> Tensor:
-    """Mean of | |h| - 1 | over relaxed codes [n, K]; 0 exactly when every |h| is 1.
+    """Mean of | |h| - 1 | over relaxed codes [n, K]; exactly 0 if every |h| is 1.
 
     Equation: DSEH Eq. 8.
-    Differs: a mean over rows and bits as in the authors' code, where the paper sums over pairs.
+    Differs: a mean over rows and bits as in the authors' code; the paper sums over pairs.
     """
     return quantization(codes, "l1").mean()
 
 
 def signs(values: Tensor) -> Tensor:
-    """The bits of logits or relaxed codes as -1 and +1 of the same dtype; 0 is +1, as in codes.py."""
+    """The bits of logits or relaxed codes as -1 and +1 in the same dtype. 0 becomes +1, as in codes.py."""
     return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
 
 
 @outside_autocast
 def quantization(codes: Tensor, kind: Quantization) -> Tensor:
-    """How far each relaxed code [n, K] is from its own signs, [n]; 0 exactly when every |u| is 1.
+    """Distance [n] of each relaxed code [n, K] from its signs; exactly 0 if every |u| is 1.
 
-    Equation: METHODS 6.4, a mean over bits of | |u| - 1 | (l1), of its square (l2) or of its log
-    cosh, or 1 - cos(u, sign u).
+    Equation: METHODS 6.4: the mean over bits of | |u| - 1 | (l1), of its square (l2) or of its log cosh, or
+    1 - cos(u, sign u).
     """
     codes = full_precision(codes)
     gap = codes.abs() - 1
@@ -155,7 +154,7 @@ def quantization(codes: Tensor, kind: Quantization) -> Tensor:
         return torch.zeros_like(gap[:, 0])
     if kind == "cosine":
         return 1 - codes.abs().sum(1) / (codes.norm(dim=1).clamp_min(1e-12) * codes.shape[1] ** 0.5)
-    if kind == "log_cosh":  # log cosh x = |x| + log(1 + exp(-2|x|)) - log 2: no overflow
+    if kind == "log_cosh":  # log cosh x = |x| + log(1 + exp(-2|x|)) - log 2 does not overflow
         return (gap.abs() + F.softplus(-2 * gap.abs()) - math.log(2)).mean(1)
     return gap.abs().mean(1) if kind == "l1" else gap.square().mean(1)
 
@@ -168,15 +167,15 @@ def adaptive_margin(
     margin: float = 1.0,
     negative_floor: Literal["zero", "strict"] = "zero",
 ) -> Tensor:
-    """Hinge between each positive class and the hardest negative class, sum / number of positives.
+    """Hinge between each positive class and the hardest negative class, averaged over the positive entries.
 
     Args:
         codes: [n, K] relaxed codes u.
         codewords: [c, K] relaxed class codewords v.
-        labels: [n, c] in {0, 1, -1}; -1 is missing: zero loss and zero gradient.
+        labels: [n, c] in {0, 1, -1}; -1 is unknown and has zero loss and zero gradient.
         margin: m; 1 in the paper.
-        negative_floor: `zero` is Eq. 1 as written and released (a masked class counts as inner product 0,
-            so the inner maximum is never below 0); `strict` masks with -inf.
+        negative_floor: `zero` is Eq. 1 as written and released: a masked class counts as inner product 0, so the inner
+            maximum is never below 0. `strict` masks with -inf.
 
     Equation: AdaLabelHash Eq. 1: sum_i sum_{j: s_ij=1} max(0, m - u_i.v_j + max_t(u_i.v_t [s_it != 1])).
     Differs: divided by the number of positive entries, as in the authors' code; the paper sums.
@@ -193,7 +192,7 @@ def adaptive_margin(
 
 @outside_autocast
 def label_margins(codes: Tensor, codewords: Tensor, labels: Tensor) -> Tensor:
-    """Signed label margin Delta_i [n], in [-2, 2]; +inf where a row has no positive or no negative class.
+    """Signed label margin Delta_i [n] in [-2, 2]; +inf for a row without a positive or without a negative class.
 
     Equation: METHODS 3.2: (min_{j: y_ij=1} u_i.v_j - max_{t: y_it=0} u_i.v_t) / K.
     """
@@ -205,14 +204,14 @@ def label_margins(codes: Tensor, codewords: Tensor, labels: Tensor) -> Tensor:
 
 @outside_autocast
 def label_margin(codes: Tensor, codewords: Tensor, labels: Tensor, margin: float = 0.5) -> Tensor:
-    """Mean over rows of max(0, margin - Delta_i): zero once a row is consistent by the margin.
+    """Mean over rows of max(0, margin - Delta_i), which is zero for a row that is consistent by the margin.
 
     Args:
         codes: [n, K] relaxed codes; codewords: [c, K]; labels: [n, c] in {0, 1, -1}.
         margin: m in (0, 1].
 
-    Equation: METHODS 3.2 (LCGH, reimplemented from the abstract). A row without a positive or without a
-    negative class (all missing, say) contributes 0.
+    Equation: METHODS 3.2 (LCGH, reimplemented from the abstract). A row without a positive or without a negative class
+    contributes 0, for example if all labels are unknown.
     """
     return torch.relu(margin - label_margins(codes, codewords, labels)).mean()
 
@@ -225,10 +224,12 @@ def reconstruction_rows(decoded: Tensor, target: Tensor, variance: Tensor | floa
 
 @outside_autocast
 def reconstruction(decoded: Tensor, target: Tensor, variance: Tensor | float) -> Tensor:
-    """Mean of (decoded - target)^2 / variance; 1.0 is what predicting the mean scores.
+    """Mean of (decoded - target)^2 / variance. A decoder that predicts the mean scores 1.0.
 
     Args:
-        decoded: [n, D]; target: [n, D], no gradient flows into it; variance: [D] or a scalar.
+        decoded: [n, D].
+        target: [n, D]; it gets no gradient.
+        variance: [D] or a scalar.
 
     Equation: METHODS 3.2.
     """

@@ -1,4 +1,4 @@
-"""AdaLabelHash: the margin, missing labels, its own learning-rate group, and codewords of classes never seen."""
+"""AdaLabelHash: the margin, unknown labels, the learning rate of the codewords, and classes without rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def method_of(**fields: object) -> AdaLabelHash:
     return built
 
 
-def test_the_papers_margin_is_one_whatever_the_code_length() -> None:
+def test_the_margin_of_the_paper_is_one_at_every_code_length() -> None:
     for bits in (16, 48):
         assert AdaLabelHashConfig(preset="paper", num_bits=bits).margin == 1
         assert AdaLabelHashConfig(margin_ratio=0.25, num_bits=bits).margin == bits / 4
@@ -42,7 +42,7 @@ def test_the_loss_is_eq_1_on_the_relaxed_codes_over_the_positive_entries() -> No
     assert float(terms["quantization"].total) == 0
 
 
-def test_missing_labels_and_padding_give_no_gradient() -> None:
+def test_unknown_labels_and_padding_give_no_gradient() -> None:
     method = method_of(quantization="none")
     features, labels, _ = make_rows(6)
     inputs = torch.as_tensor(features).requires_grad_(True)
@@ -55,7 +55,7 @@ def test_missing_labels_and_padding_give_no_gradient() -> None:
     assert moved.tolist() == [False, False, False, True, True, False]
 
 
-def test_classes_that_never_occur_are_nobodys_negative_and_score_nothing() -> None:
+def test_classes_without_rows_are_not_negatives_and_have_no_score() -> None:
     config = config_of(method=METHOD, epochs=1)
     method = run_loop(config, 40)[1].method
     assert isinstance(method, AdaLabelHash)
@@ -68,7 +68,7 @@ def test_classes_that_never_occur_are_nobodys_negative_and_score_nothing() -> No
     assert bool(torch.isneginf(method.class_scores(torch.as_tensor(features))[:, 3]).all())
 
 
-def test_codewords_learn_at_their_own_rate_without_decay() -> None:
+def test_codewords_have_a_separate_rate_without_decay() -> None:
     method = method_of(codeword_lr_factor=7.0)
     config = config_of(optim={"weight_decay": 0.5, "trunk_lr_factor": 0.1, "lr": 1e-3}).optim
     groups = {g["name"]: g for g in build_optimizer(config, method.trained(method.phases(1)[0])).param_groups}
@@ -88,7 +88,7 @@ def test_spread_codewords_are_sylvesters_matrix_in_random_order_then_its_complem
 
 
 @pytest.mark.parametrize("ratio", [1 / 16, 0.5])
-def test_separable_rows_are_given_their_own_class(ratio: float) -> None:
+def test_separable_rows_get_the_right_class(ratio: float) -> None:
     config = config_of(method=METHOD | {"margin_ratio": ratio}, epochs=60, optim={"lr": 3e-3})
     weights, loop = run_loop(config, 120)
     loop.method.load_state_dict(weights)

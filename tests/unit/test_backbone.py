@@ -1,4 +1,4 @@
-"""Trunks: torchvision by name, CNN-F, resnet9; weights by name, by file; what is refused and how."""
+"""Trunks: torchvision by name, CNN-F and resnet9; weights by name and by file; errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def images(n: int, size: int) -> torch.Tensor:
 def weights_file(name: str) -> str:
     path = WEIGHTS / name
     if not path.exists():
-        pytest.skip(f"{path} is not here; HASHRAY_WEIGHTS names the folder of the pretrained weights")
+        pytest.skip(f"{path} is missing; HASHRAY_WEIGHTS names the folder of the pretrained weights")
     return str(path)
 
 
@@ -43,7 +43,7 @@ def weights_file(name: str) -> str:
     ("name", "size", "dim"),
     [("resnet9", 32, 256), ("resnet9", 48, 256), ("mobilenet_v2", 32, 1280), (SMALL, 64, 512), ("resnet18", 32, 512)],
 )
-def test_features_have_the_width_that_the_trunk_says(name: str, size: int, dim: int) -> None:
+def test_features_have_the_width_that_the_trunk_reports(name: str, size: int, dim: int) -> None:
     trunk = build(name, image_size=size).eval()
     out = trunk(images(2, size))
     assert trunk.feature_dim == dim
@@ -55,7 +55,9 @@ def test_features_have_the_width_that_the_trunk_says(name: str, size: int, dim: 
 
 def test_resnet9_grows_with_its_width() -> None:
     assert build(width=8).feature_dim == 64
-    assert sum(isinstance(m, nn.Conv2d) for m in build(width=8).modules()) == 8  # and the head's linear layer
+    assert (
+        sum(isinstance(m, nn.Conv2d) for m in build(width=8).modules()) == 8
+    )  # the ninth layer is the linear one of the head
 
 
 def test_cnn_f_is_the_network_of_the_papers() -> None:
@@ -85,7 +87,7 @@ def test_pixels_are_normalised_inside() -> None:
     assert torch.allclose(seen[0], expected, atol=1e-6)
 
 
-def test_weights_trained_with_another_normalisation_bring_it() -> None:
+def test_weights_with_another_normalisation_set_it() -> None:
     config = BackboneConfig(name="efficientnet_v2_l", weights="IMAGENET1K_V1")
     from hashray.methods.backbone import _normalisation
 
@@ -127,7 +129,7 @@ def test_mirrored_features_are_the_same_for_an_image_and_its_mirror_image() -> N
     assert torch.equal(trunk.train()(pixels), plain.train()(pixels))
 
 
-def test_features_made_before_they_could_be_mirrored_are_found() -> None:
+def test_the_fingerprint_of_plain_features_does_not_depend_on_the_mirrored_setting() -> None:
     plain, mirrored = (build(frozen=True, mirrored=value) for value in (False, True))
     mirrored.load_state_dict(plain.state_dict())
     settings = plain.config.model_dump(mode="json", exclude={"weights", "frozen_norms", "mirrored"})
@@ -151,19 +153,19 @@ def test_an_unknown_trunk_gets_a_hint() -> None:
 
 
 def test_a_weights_name_is_used_only_when_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
 
     def offline(url: str, **options: object) -> None:
-        asked.append(url)
+        requested.append(url)
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     config = BackboneConfig(name=SMALL, weights="IMAGENET1K_V1", image_size=32)
     build_trunk(config, load_weights=False)
-    assert asked == []
-    with pytest.raises(InputError, match=r"could not be fetched from https://.*no network; .* weights = PATH"):
+    assert requested == []
+    with pytest.raises(InputError, match=r"could not be downloaded from https://.*no network; .* weights = PATH"):
         build_trunk(config)
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_a_missing_file_says_what_is_allowed(name: str, weights: str, allowed: s
         build(name, weights=weights)
 
 
-def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+def test_files_without_weights_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     path.write_bytes(b"hello")
     with pytest.raises(InputError, match=r"w\.pth is not a state dict of torch or safetensors"):
@@ -187,14 +189,14 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds a list; expected a state dict"):
         build(weights=str(path))
     torch.save({"state_dict": {}, "epoch": 3}, path)
-    with pytest.raises(InputError, match=r"does not fit resnet9: 2 keys unknown .*keys of the trunk not in it"):
+    with pytest.raises(InputError, match=r"does not fit resnet9: 2 keys are unknown .*keys of the trunk are missing"):
         build(weights=str(path))
     torch.save(build(width=8).net.state_dict(), path)
-    with pytest.raises(InputError, match=r"does not fit resnet9: \d+ keys unknown or of another shape"):
+    with pytest.raises(InputError, match=r"does not fit resnet9: \d+ keys are unknown or have another shape"):
         build(width=16, weights=str(path))
 
 
-def test_a_state_dict_file_is_what_the_trunk_then_holds(tmp_path: Path, s3_url: str) -> None:
+def test_a_trunk_holds_the_tensors_of_its_state_dict_file(tmp_path: Path, s3_url: str) -> None:
     source = build(width=8)
     path = tmp_path / "w.pth"
     torch.save(source.net.state_dict(), path)
@@ -206,28 +208,28 @@ def test_a_state_dict_file_is_what_the_trunk_then_holds(tmp_path: Path, s3_url: 
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", SMALL])
-def test_the_classifier_of_a_file_may_be_missing_or_another(name: str, tmp_path: Path) -> None:
+def test_the_classifier_of_a_file_may_be_missing_or_different(name: str, tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     net = torchvision.models.get_model(name, weights=None, num_classes=7)
     states = [net.state_dict(), {k: v for k, v in net.state_dict().items() if not k.startswith("classifier")}]
     for state in states:
         torch.save(state, path)
         trunk = build(name, weights=str(path))
-        own = trunk.net.state_dict()
-        assert all(torch.equal(own[k], v) for k, v in state.items() if k.startswith("features"))
-        assert not any(tuple(v.shape[:1]) == (7,) for v in own.values())
+        loaded = trunk.net.state_dict()
+        assert all(torch.equal(loaded[k], v) for k, v in state.items() if k.startswith("features"))
+        assert not any(tuple(v.shape[:1]) == (7,) for v in loaded.values())
     del state["features.0.weight" if name == SMALL else "features.0.0.weight"]
     torch.save(state, path)
-    with pytest.raises(InputError, match="1 keys of the trunk not in it"):
+    with pytest.raises(InputError, match="1 keys of the trunk are missing"):
         build(name, weights=str(path))
 
 
-def test_cnn_f_has_no_classifier_that_could_be_missing(tmp_path: Path) -> None:
+def test_cnn_f_needs_every_tensor_because_it_has_no_classifier(tmp_path: Path) -> None:
     state = build("cnn_f", image_size=64).net.state_dict()
     last = max((k for k in state if k.endswith("weight")), key=lambda k: int(k.split(".")[0]))
     del state[last]
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(InputError, match="1 keys of the trunk not in it"):
+    with pytest.raises(InputError, match="1 keys of the trunk are missing"):
         build("cnn_f", image_size=64, weights=str(tmp_path / "w.pth"))
 
 
@@ -237,7 +239,7 @@ def test_images_too_small_for_a_trunk_are_refused(name: str, size: int) -> None:
         build(name, image_size=size)
 
 
-def test_auxiliary_outputs_are_gone_in_training() -> None:
+def test_auxiliary_outputs_are_removed_for_training() -> None:
     trunk = build("googlenet", image_size=64).train()
     assert trunk(images(2, 64)).shape == (2, trunk.feature_dim)
     assert not any("aux" in name for name, _ in trunk.named_parameters())
@@ -281,21 +283,21 @@ def same(left: Trunk, right: Trunk) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_the_trunk_of_a_model_that_saw_other_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trunk_of_a_model_with_another_normalisation_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tiny_model(tmp_path / "model")
     fields = BACKBONE | {"weights": str(tmp_path / "model")}
     build_trunk(BackboneConfig.model_validate(fields))
     grey = ((0.5,) * 3, (0.5,) * 3)
     usual = backbone._normalisation
-    # As of weights of torchvision's that want other pixels; the nearest real ones are half a gigabyte.
+    # This imitates torchvision weights with another normalisation. The smallest real ones have half a gigabyte.
     monkeypatch.setattr(backbone, "_normalisation", lambda config: usual(config) if config.weights else grey)
-    with pytest.raises(InputError, match=r"was trained with the normalisation of weights = None.* go on .* --init"):
+    with pytest.raises(InputError, match=r"was trained with the normalisation of weights = None.* continue .* --init"):
         build_trunk(BackboneConfig.model_validate(fields))
 
 
-def test_a_model_with_settings_that_this_version_lacks_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_with_unknown_settings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
         fields = {**BACKBONE, "sharpen": True}
         newer.setattr("hashray.model.canonical", lambda value: canonical({**value, "backbone": fields}))

@@ -57,10 +57,10 @@ def test_terms_over_distinct_rows_equal_loops_over_all_rows() -> None:
     assert len(table.rows) < 60 and int(table.counts.sum()) == 60
     outputs = net(table.rows)
     weight = table.counts.double()
-    found = label_terms(config, outputs, (outputs[0], outputs[1]), table.rows, weight, table.rows, weight)
+    terms = label_terms(config, outputs, (outputs[0], outputs[1]), table.rows, weight, table.rows, weight)
     expected = naive_terms(config, *net(labels), labels)
     for name, value in expected.items():
-        assert float(found[name]) == pytest.approx(value, abs=1e-9), name
+        assert float(terms[name]) == pytest.approx(value, abs=1e-9), name
 
 
 def test_ablations_drop_their_terms() -> None:
@@ -81,7 +81,7 @@ def test_ablations_drop_their_terms() -> None:
     assert "image_j2" in history[0] and "image_j1" not in history[0]
 
 
-def test_presets_fill_what_is_unset_and_the_paper_s_numbers_stand() -> None:
+def test_presets_fill_unset_fields_with_the_numbers_of_the_paper() -> None:
     paper = DSEHConfig(preset="paper")
     assert (paper.pair_scale, paper.beta, paper.label_hidden, paper.label_head) == (1.0, 0.005, 4096, "linear")
     released = DSEHConfig(preset="released", beta=0.5)
@@ -90,7 +90,7 @@ def test_presets_fill_what_is_unset_and_the_paper_s_numbers_stand() -> None:
         DSEHConfig(num_bits=30)
 
 
-def test_one_hot_classes_get_a_code_each_and_retrieve_perfectly() -> None:
+def test_one_hot_classes_get_distinct_codes_and_retrieve_perfectly() -> None:
     labels = np.eye(100, dtype=np.uint8)[np.arange(1000) % 100]
     codes = fit_label_network(labels, DSEHConfig(num_bits=32, label_hidden=512, label_epochs=600)).codes(labels)
     assert len(np.unique(codes, axis=0)) == 100
@@ -110,7 +110,7 @@ def test_many_sparse_classes_do_not_collapse_to_one_code() -> None:
 
 
 @pytest.mark.parametrize("preset", ["hashray", "released", "paper"])
-def test_label_network_is_seeded_and_leaves_the_global_generator_alone(preset: str) -> None:
+def test_label_network_is_seeded_and_does_not_use_the_global_generator(preset: str) -> None:
     labels = make_rows(50)[1]
     config = small(preset=preset, label_epochs=5)
     state = torch.random.get_rng_state()
@@ -120,9 +120,9 @@ def test_label_network_is_seeded_and_leaves_the_global_generator_alone(preset: s
     assert other.shape == first.shape
 
 
-def test_label_matrices_that_cannot_be_used() -> None:
+def test_unusable_label_matrices_are_refused() -> None:
     for labels, text in (
-        (np.zeros((0, 4), np.uint8), "neither empty"),
+        (np.zeros((0, 4), np.uint8), "neither of them 0"),
         (np.full((3, 2), 2, np.uint8), "entries other than 0 and 1"),
         (np.ones((3, 2), np.uint8), "the same labels"),
     ):
@@ -132,7 +132,7 @@ def test_label_matrices_that_cannot_be_used() -> None:
 
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, LabelTable, Any]]:
-    """(round, table, banks) of every training of LabNet from here on."""
+    """(round, table, banks) of every later training of LabNet."""
     import hashray.methods.dseh as module
 
     seen: list[tuple[int, LabelTable, Any]] = []
@@ -146,14 +146,14 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, LabelTable, An
     return seen
 
 
-def test_per_sample_banks_hold_every_row_s_own_output(trainings: list[tuple[int, LabelTable, Any]]) -> None:
+def test_per_sample_banks_hold_the_output_of_every_row(trainings: list[tuple[int, LabelTable, Any]]) -> None:
     _, loop = run_loop(config_of(epochs=1, method={"rounds": 2, "bank": "per_sample", "label_epochs": 2}), 80)
     (_, first, none), (_, second, banks) = trainings
     assert none is None and len(first.rows) == len(second.rows) == 80 and bool((second.counts == 1).all())
     _, labels, _ = make_rows(80)
     assert sorted(map(tuple, second.rows.tolist())) == sorted(map(tuple, labels.tolist()))
     assert banks[0].shape == (80, 16) and set(banks[1].unique().tolist()) == {-1.0, 1.0}
-    assert len(torch.unique(banks[0], dim=0)) == 80  # not the mean of a label row
+    assert len(torch.unique(banks[0], dim=0)) == 80  # not means of label rows
     method = loop.method
     assert isinstance(method, DSEH)
     values, of = loop.workers.gather_rows(method.eval()._bank_outputs)
@@ -167,7 +167,7 @@ def test_rounds_after_the_first_start_from_imgnet_s_outputs(trainings: list[tupl
     saved: dict[str, Any] = {}
     config = config_of(epochs=1, method={"rounds": 2})
 
-    def keep(method: Any) -> float:  # called after the only epoch of each round
+    def keep(method: Any) -> float:  # runs after the only epoch of each round
         if not saved:
             saved.update({name: value.clone() for name, value in method.state_dict().items()})
         return 0.5
@@ -186,22 +186,22 @@ def test_rounds_after_the_first_start_from_imgnet_s_outputs(trainings: list[tupl
     table = LabelTable.of(torch.as_tensor(labels))
     index = table.index(torch.as_tensor(labels))
     for row in range(len(table.rows)):
-        mine = index == row
-        assert torch.allclose(banks[0][row], feature[mine].mean(0), atol=1e-9)
-        majority = torch.where(bits[mine].mean(0) >= 0, 1.0, -1.0).double()
+        same = index == row
+        assert torch.allclose(banks[0][row], feature[same].mean(0), atol=1e-9)
+        majority = torch.where(bits[same].mean(0) >= 0, 1.0, -1.0).double()
         assert torch.equal(banks[1][row], majority)
 
 
 @pytest.mark.parametrize(("label_batch", "comes_back"), [(4, True), (256, False)])
-def test_of_imgnet_s_outputs_comes_back_what_a_batch_does_not_overwrite(label_batch: int, comes_back: bool) -> None:
+def test_labnet_learns_from_imgnet_only_what_a_batch_does_not_overwrite(label_batch: int, comes_back: bool) -> None:
     table, config = LabelTable.of(torch.as_tensor(make_rows(60)[1])), small(label_batch=label_batch, label_epochs=4)
     assert 4 < len(table.rows) <= 256
-    found = []
+    states = []
     for seed in (1, 2):
         torch.manual_seed(0)
         net, generator = LabNet(config, 4), torch.Generator().manual_seed(seed)
         banks = [torch.randn(len(table.rows), width, generator=generator) for width in (16, 16)]
         train_label_network(net, table, config, 0, 1, (banks[0], banks[1]))
-        found.append(net.state_dict())
-    same = all(torch.equal(found[0][name], value) for name, value in found[1].items())
+        states.append(net.state_dict())
+    same = all(torch.equal(states[0][name], value) for name, value in states[1].items())
     assert same is not comes_back

@@ -1,4 +1,4 @@
-"""LCGH: labels first in every step, what each priority lets through, and the toy of METHODS 3.5."""
+"""LCGH: labels come first in every step, the effect of each priority, and the toy of METHODS 3.5."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def method_of(**fields: Any) -> LCGH:
 
 
 class Give(torch.nn.Module):
-    """In the place of a hash head: gives these logits, whatever comes in."""
+    """Replaces a hash head and returns fixed logits."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Give(torch.nn.Module):
 
 
 class OneRow(TorchWorkerGroup):
-    """A workers whose training images are one row."""
+    """A worker group with a single training row."""
 
     def __init__(self) -> None:
         pass
@@ -49,23 +49,23 @@ class OneRow(TorchWorkerGroup):
 
 
 def code_gradients(hidden: bool = False, **fields: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(label's, decoder's, combined) gradients on the codes of 20 rows, of the same weights."""
+    """(label's, decoder's, combined) gradients on the codes of 20 rows with the same weights."""
     features, labels, _ = make_rows(20)
     labels = np.full(labels.shape, -1, np.int8) if hidden else labels
-    found = []
+    gradients = []
     for change in ({"reconstruction_weight": 1e-30}, {"label_weight": 0.0, "quantization_weight": 0.0}, {}):
         method = method_of(**fields | change)
         inputs = torch.as_tensor(features)
         logits = method.hash(inputs).detach().requires_grad_(True)
         method.hash = Give(logits)
         terms = method.loss_terms(method.phases(1)[0], inputs, torch.as_tensor(labels), torch.ones(20))
-        # Means of different masses, as the loop takes them.
+        # The terms are means over different masses, as in the loop.
         torch.stack([t.total / t.mass for t in terms.values() if t.in_loss]).sum().backward()
-        found.append(logits.grad / (1 - torch.tanh(logits.detach()) ** 2))
-    return found[0], found[1], found[2]
+        gradients.append(logits.grad / (1 - torch.tanh(logits.detach()) ** 2))
+    return gradients[0], gradients[1], gradients[2]
 
 
-def test_project_takes_away_what_points_against_the_labels_row_by_row() -> None:
+def test_project_removes_the_part_that_opposes_the_labels_row_by_row() -> None:
     label, decoder, combined = code_gradients(priority="project", reconstruction_weight=3.0, quantization="none")
     expected = []
     for g, r in zip(label, decoder, strict=True):
@@ -75,7 +75,9 @@ def test_project_takes_away_what_points_against_the_labels_row_by_row() -> None:
     conflicts = (label * decoder).sum(1) < 0
     assert bool(conflicts.any())
     first_order = (label * combined).sum(1)[conflicts]
-    torch.testing.assert_close(first_order, label.square().sum(1)[conflicts])  # the label loss falls as without decoder
+    torch.testing.assert_close(
+        first_order, label.square().sum(1)[conflicts]
+    )  # the label loss falls as without a decoder
 
 
 def test_sum_adds_both_gradients() -> None:
@@ -85,12 +87,14 @@ def test_sum_adds_both_gradients() -> None:
 
 def test_without_labels_quantisation_does_not_come_first() -> None:
     def check(**fields: Any) -> None:
-        found = [code_gradients(priority=name, quantization_weight=1.0, **fields) for name in ("project", "sum")]
-        assert bool(((found[0][0] * found[0][1]).sum(1) < 0).any())
-        torch.testing.assert_close(found[0][2], found[1][2])
+        project, plain = (
+            code_gradients(priority=name, quantization_weight=1.0, **fields) for name in ("project", "sum")
+        )
+        assert bool(((project[0] * project[1]).sum(1) < 0).any())
+        torch.testing.assert_close(project[2], plain[2])
 
     check(label_weight=0.0)
-    check(hidden=True)  # of rows whose labels nobody knows
+    check(hidden=True)  # rows with unknown labels
 
 
 def test_the_fork_against_the_formula_of_the_specification() -> None:
@@ -101,7 +105,7 @@ def test_the_fork_against_the_formula_of_the_specification() -> None:
     c = (b * a).sum(1).clamp(max=0) / (a * a).sum(1)
     expected = a + 3.0 * (b - c[:, None] * a)
     torch.testing.assert_close(u.grad, expected)
-    # However small the gradients are, as in a large batch of consistent rows: the same direction.
+    # The direction is the same for very small gradients, as in a large batch of consistent rows.
     u.grad = None
     left, right = _Fork.apply(u, 3.0, True)
     ((left * a * 1e-12).sum() + (right * b * 1e-12).sum()).backward()
@@ -112,7 +116,7 @@ def test_the_fork_against_the_formula_of_the_specification() -> None:
     torch.testing.assert_close(u.grad, 3.0 * b)
 
 
-def test_a_warm_up_lets_codes_see_labels_only_and_the_decoder_learn() -> None:
+def test_in_a_warm_up_codes_see_only_labels_and_the_decoder_learns() -> None:
     method = method_of(warmup_share=0.5)
     warm, rest = method.phases(4)
     assert (warm.name, warm.epochs, rest.name, rest.epochs) == ("labels", 2, "codes", 2)
@@ -137,11 +141,11 @@ def test_the_weights_of_the_warm_up_are_never_chosen() -> None:
 
     config = config_of(method=METHOD | {"warmup_share": 0.5}, epochs=4, validation_every=1)
     _, loop = run_loop(config, 60, validate=validate)
-    assert len(seen) == 4  # a scan compares trials in their warm-up too
+    assert len(seen) == 4  # a sweep compares trials in their warm-up, too
     assert loop.position.best_at == "phase 1, epoch 1"
 
 
-def test_gate_rebuilds_consistent_rows_only() -> None:
+def test_gate_rebuilds_only_consistent_rows() -> None:
     method = method_of(priority="gate")
     features, labels, _ = make_rows(20)
     phase = method.phases(1)[0]
@@ -161,7 +165,7 @@ def test_gate_rebuilds_consistent_rows_only() -> None:
     assert consistent == pytest.approx(np.mean(wins))
 
 
-def test_split_keeps_the_labels_to_the_first_bits() -> None:
+def test_split_limits_the_labels_to_the_first_bits() -> None:
     method = method_of(priority="split", split_share=0.25, quantization="none")
     features, labels, _ = make_rows(20)
     logits = torch.as_tensor(features)[:, :16].clone().requires_grad_(True)
@@ -177,7 +181,7 @@ def test_split_keeps_the_labels_to_the_first_bits() -> None:
     torch.testing.assert_close(scores, expected)
 
 
-def test_split_leaves_the_decoder_a_bit_whatever_the_share() -> None:
+def test_split_leaves_the_decoder_a_bit_at_any_share() -> None:
     for share, seen in ((0.99, 7), (0.5, 4), (0.01, 1)):
         assert method_of(priority="split", split_share=share, num_bits=8)._label_bits == seen
 
@@ -200,36 +204,36 @@ def test_dual_raises_the_multiplier_while_the_label_loss_is_above_its_plateau() 
     for _ in range(400):
         method.after_step(rest, {"label_hinge": 0.0})
     assert float(method.dual[0]) < 1
-    assert "dual" in method.state_dict()  # a resumed run goes on with it
+    assert "dual" in method.state_dict()  # a resumed run continues with it
     before = method.dual.clone()
-    method.after_step(rest, {"reconstruction": 1.0})  # a step without any labelled row says nothing of their loss
+    method.after_step(rest, {"reconstruction": 1.0})  # a step without labelled rows changes nothing
     assert torch.equal(method.dual, before)
     method.begin_phase(warm, table, 0, OneRow())
-    assert method.dual.tolist() == [1.0, 0.0, 0.0]  # a training that goes on from this one has its own plateau
+    assert method.dual.tolist() == [1.0, 0.0, 0.0]  # a training that starts from this model finds a new plateau
 
 
-def test_a_warm_up_is_a_pass_at_least() -> None:
+def test_a_warm_up_has_at_least_one_epoch() -> None:
     assert [phase.epochs for phase in method_of(priority="dual", warmup_share=0.01).phases(4)] == [1, 3]
     assert [phase.epochs for phase in method_of(warmup_share=0.01).phases(1)] == [1]
-    with pytest.raises(ConfigError, match="a warm-up and a pass after it"):
+    with pytest.raises(ConfigError, match="a warm-up and an epoch after it"):
         method_of(priority="dual", warmup_share=0.5).phases(1)
 
 
-def test_without_labels_no_codeword_is_shown_or_scored() -> None:
+def test_without_labels_there_are_no_codewords_and_no_scores() -> None:
     method = method_of(label_weight=0.0)
     assert method.class_codes() is None
     with pytest.raises(InputError, match="label_weight = 0 trains no codewords"):
         method.class_scores(torch.zeros(1, 4))
 
 
-def test_settings_that_leave_nothing_to_learn_are_refused() -> None:
+def test_settings_with_nothing_to_learn_are_refused() -> None:
     with pytest.raises(ValueError, match="label_weight = 0 and reconstruction_weight = 0 leave nothing to learn"):
         method_of(label_weight=0.0, reconstruction_weight=0.0)
-    with pytest.raises(InputError, match=r"would rebuild random numbers: name backbone\.weights"):
+    with pytest.raises(InputError, match=r"would rebuild random features; set backbone\.weights"):
         LCGH(LCGHConfig(target="feature"), build_trunk(BackboneConfig(name="resnet9", width=4)), 4)
 
 
-def test_rows_without_labels_teach_the_decoder_and_nothing_else() -> None:
+def test_only_the_decoder_learns_from_rows_without_labels() -> None:
     method = method_of(quantization="none")
     features, _, _ = make_rows(10)
     hidden = torch.full((10, 4), -1, dtype=torch.int8)
@@ -238,7 +242,7 @@ def test_rows_without_labels_teach_the_decoder_and_nothing_else() -> None:
     assert float(terms["reconstruction"].mass) == 10 and float(terms["reconstruction"].total) > 0
 
 
-def test_the_target_is_standardised_over_all_training_rows_dead_dimensions_included() -> None:
+def test_the_target_is_standardised_over_all_training_rows_even_in_dead_dimensions() -> None:
     weights, loop = run_loop(config_of(method=METHOD, epochs=1), 100)
     features, _, _ = make_rows(100)
     torch.testing.assert_close(weights["target_mean"].double(), torch.as_tensor(features.mean(0)), atol=1e-6, rtol=0)
@@ -249,7 +253,7 @@ def test_the_target_is_standardised_over_all_training_rows_dead_dimensions_inclu
     assert bool(torch.isfinite(method._target(torch.as_tensor(features))).all())
 
 
-def test_one_scale_for_all_dimensions_keeps_their_proportions() -> None:
+def test_a_common_scale_keeps_the_proportions_of_the_dimensions() -> None:
     weights, _ = run_loop(config_of(method={**METHOD, "target_scale": "common"}, epochs=1), 100)
     features, _, _ = make_rows(100)
     expected = np.full(features.shape[1], np.sqrt(features.var(0).mean()))
@@ -274,7 +278,7 @@ def test_a_trained_trunk_rebuilds_pixels_or_the_features_it_started_from(tmp_pat
 
 
 def toy(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """METHODS 3.5: 40 Gaussian classes, means in a 40-d subspace of 256 d; 10 seen, 30 never trained on."""
+    """METHODS 3.5: 40 Gaussian classes with means in a 40-d subspace of 256 d; 10 are seen, 30 unseen."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.standard_normal((256, 40)))[0]
     means = rng.standard_normal((40, 40)) @ basis.T
@@ -292,7 +296,7 @@ def toy(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def train_toy(data: dict[str, tuple[np.ndarray, np.ndarray]], epochs: int = 100, **fields: Any) -> tuple[float, float]:
-    """(within, cross) mAP of a short run on the toy."""
+    """(within, cross) mAP of a short training on the toy."""
     from hashray.data.images import AugmentConfig
     from hashray.methods import parse_method_config
     from hashray.train.batches import EpochPlan, MemorySlices

@@ -1,4 +1,4 @@
-"""The papers' losses against loops over single pairs, rows and classes."""
+"""The losses of the papers against loops over single pairs, rows and classes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_weighted_pairwise_is_the_plain_one_over_repeated_rows(mode: str, seed: 
     similarity[0, 0], similarity[0, 1] = 0, 1
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (torch.randint(0, 4, (k,), generator=generator) for k in (4, 5))
-    rows[0] = columns[0] = columns[1] = 1  # a weight of 0 elsewhere leaves a row out
+    rows[0] = columns[0] = columns[1] = 1  # the other weights may be 0, which leaves a row out
     repeated = similarity.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     expected = naive_pairwise(
         left.repeat_interleave(rows, 0), right.repeat_interleave(columns, 0), repeated, 0.5, 0.9, mode
@@ -171,7 +171,7 @@ def test_the_two_floors_differ_where_every_negative_is_far_below_zero() -> None:
     assert float(adaptive_margin(codes, words, labels, 1.0, "strict")) == 0.0  # 1 - 0.5 - 2 < 0
     words.requires_grad_()
     (gradient,) = torch.autograd.grad(adaptive_margin(codes, words, labels, 4.0, "zero"), words)
-    assert gradient.tolist() == [[-1.0, -1.0], [0.0, 0.0]]  # METHODS 2.2: below 0 a negative is not pushed
+    assert gradient.tolist() == [[-1.0, -1.0], [0.0, 0.0]]  # METHODS 2.2: a negative below 0 gets no gradient
     (gradient,) = torch.autograd.grad(adaptive_margin(codes, words, labels, 4.0, "strict"), words)
     assert gradient.tolist() == [[-1.0, -1.0], [1.0, 1.0]]
 
@@ -270,7 +270,7 @@ def test_gradient_of_the_reconstruction() -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("terms", "mean")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_costs_no_bits(name: str, dtype: torch.dtype) -> None:
-    # Near 64 a bfloat16 has steps of 0.5: a product done in it shows.
+    # Near 64, bfloat16 has steps of 0.5, so a product in bfloat16 would show.
     codes, words = (normal(8, 64).to(dtype), normal(8, 64, seed=1).to(dtype))
     plain = CASES[name](codes.float(), words.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):

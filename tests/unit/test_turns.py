@@ -1,4 +1,4 @@
-"""The order of reports: the same whichever trial is ready first, and nobody waits for ever."""
+"""The order of reports does not depend on which trial is ready first, and no trial waits forever."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from hypothesis import strategies as st
 from hashray.tune.turns import Turns
 
 
-def told(seed: int, at_once: int, lengths: list[list[int]], fails: set[int]) -> list[tuple[str, int]]:
-    """Run trials that report after these many epochs, at random speeds; return who reported what, in order.
+def reports(seed: int, at_once: int, lengths: list[list[int]], fails: set[int]) -> list[tuple[str, int]]:
+    """Run trials at random speeds; return the reports (trial, epochs) in order.
 
-    A trial in `fails` dies once on the way to a report and once when its turn has come, and sets out again for both.
+    Args:
+        lengths: epochs between the reports of each trial.
+        fails: trials that die once before a report and once after their turn has come, and then enter again.
     """
     rng = random.Random(seed)
     turns = Turns(at_once, len(lengths))
     waiting = [str(i) for i in range(len(lengths))]
-    left = {str(i): list(accumulate(own)) for i, own in enumerate(lengths)}
-    running: dict[str, bool] = {}  # in flight: whether it stands at the gate
+    left = {str(i): list(accumulate(steps)) for i, steps in enumerate(lengths)}
+    running: dict[str, bool] = {}  # trials in flight, True while they wait for their turn
     to_fail, to_fail_late = {str(i) for i in fails}, {str(i) for i in fails}
-    found: list[tuple[str, int]] = []
+    order: list[tuple[str, int]] = []
 
     def begin(trial: str) -> None:
         turns.enter(trial, int(trial), left[trial][0])
@@ -30,9 +32,9 @@ def told(seed: int, at_once: int, lengths: list[list[int]], fails: set[int]) -> 
 
     while waiting or running:
         fresh = [waiting.pop(0) for _ in range(min(len(waiting), at_once - len(running)))]
-        for trial in rng.sample(fresh, len(fresh)):  # whichever process is up first
+        for trial in rng.sample(fresh, len(fresh)):  # processes start in any order
             begin(trial)
-        on_the_way = sorted(trial for trial, there in running.items() if not there)
+        on_the_way = sorted(trial for trial, ready in running.items() if not ready)
         if on_the_way and rng.random() < 0.7:
             trial = rng.choice(on_the_way)
             if trial in to_fail:
@@ -43,19 +45,19 @@ def told(seed: int, at_once: int, lengths: list[list[int]], fails: set[int]) -> 
                 running[trial] = True
         released = turns.next()
         if released is None:
-            assert on_the_way, "everyone stands at the gate and nobody may pass"
+            assert on_the_way, "all trials wait and none may report"
             continue
         if released in to_fail_late and rng.random() < 0.5:
             to_fail_late.discard(released)
             begin(released)
             continue
-        found.append((released, left[released].pop(0)))
+        order.append((released, left[released].pop(0)))
         if left[released]:
             begin(released)
         else:
             del running[released]
             turns.end(released)
-    return found
+    return order
 
 
 @given(
@@ -63,14 +65,14 @@ def told(seed: int, at_once: int, lengths: list[list[int]], fails: set[int]) -> 
     st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=9),
     st.sets(st.integers(0, 8)),
 )
-def test_reports_come_in_one_order_at_any_speed(at_once: int, lengths: list[list[int]], fails: set[int]) -> None:
-    first = told(0, at_once, lengths, set())
-    assert sorted(first) == sorted((str(i), n) for i, own in enumerate(lengths) for n in accumulate(own))
+def test_reports_have_one_order_at_any_speed(at_once: int, lengths: list[list[int]], fails: set[int]) -> None:
+    first = reports(0, at_once, lengths, set())
+    assert sorted(first) == sorted((str(i), n) for i, steps in enumerate(lengths) for n in accumulate(steps))
     for seed in range(1, 6):
-        assert told(seed, at_once, lengths, {i for i in fails if i < len(lengths)}) == first
+        assert reports(seed, at_once, lengths, {i for i in fails if i < len(lengths)}) == first
 
 
-def test_of_two_that_are_due_together_the_one_that_was_drawn_first_reports_first() -> None:
+def test_of_two_reports_due_together_the_lower_number_comes_first() -> None:
     turns = Turns(2, 2)
     turns.enter("b", 1, 3)
     turns.enter("a", 0, 3)
@@ -82,14 +84,14 @@ def test_of_two_that_are_due_together_the_one_that_was_drawn_first_reports_first
     assert turns.next() == "b"
 
 
-def test_a_new_trial_begins_where_the_one_before_it_ended() -> None:
+def test_a_new_trial_starts_at_the_end_of_the_previous_one() -> None:
     turns = Turns(2, 3)
     turns.enter("a", 0, 2)
     turns.enter("b", 1, 10)
     turns.arrive("a")
     assert turns.next() == "a"
     turns.end("a")
-    assert turns.next() is None  # a third is to come
+    assert turns.next() is None  # a third trial is still to come
     turns.enter("c", 2, 4)
     turns.arrive("b")
     assert turns.next() is None  # due at 10, c at 6
@@ -99,7 +101,7 @@ def test_a_new_trial_begins_where_the_one_before_it_ended() -> None:
     assert turns.next() == "b"
 
 
-def test_a_population_is_released_as_it_comes() -> None:
+def test_members_of_a_population_report_at_once() -> None:
     turns = Turns(0, 2)
     turns.enter("a", 0, 2)
     turns.enter("b", 1, 2)

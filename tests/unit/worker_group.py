@@ -1,4 +1,4 @@
-"""A tiny training set in memory and a runner of the loop, on one process or on several over gloo."""
+"""A tiny training set in memory, and a runner of the loop on one process or on several over gloo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hashray.train.config import TrainConfig
 from hashray.train.loop import Loop
 
 DIM, CLASSES = 24, 4
-# Fields that keep a method's own networks small.
+# Fields that keep the networks of a method small.
 SMALL: dict[str, dict[str, Any]] = {
     "dseh": {"label_hidden": 32, "semantic_dim": 16, "label_epochs": 30},
     "lcgh": {"hidden": 32, "decoder_hidden": 32},
@@ -31,11 +31,11 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 class Stop(Exception):
-    """Raised by a test to stop a run at a place, as a kill would."""
+    """Raised by a test to stop a run at a given step, as a kill would."""
 
 
 def make_rows(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Clustered features float64 [n, 24], labels [n, 4] with one or two classes a row, ids."""
+    """Clustered features float64 [n, 24], labels [n, 4] with one or two classes in each row, and ids."""
     rng = np.random.default_rng(seed)
     labels = np.zeros((count, CLASSES), dtype=np.uint8)
     labels[np.arange(count), rng.integers(0, CLASSES, count)] = 1
@@ -46,7 +46,7 @@ def make_rows(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[s
 
 
 def config_of(**changes: Any) -> TrainConfig:
-    """A small run; `method` may be given as a dict of its fields."""
+    """The config of a small run. `method` is a dict of fields."""
     method = {"kind": "dseh", "num_bits": 16, **changes.pop("method", {})}
     method = SMALL.get(method["kind"], {}) | method
     base: dict[str, Any] = {"epochs": 3, "batch_size": 32, "validation_rows": 0, "optim": {"lr": 1e-3}}
@@ -54,7 +54,7 @@ def config_of(**changes: Any) -> TrainConfig:
 
 
 def build(config: TrainConfig, dtype: torch.dtype) -> Method:
-    """A method on cached features: the trunk is never run."""
+    """A method on cached features, so its trunk never runs."""
     torch.manual_seed(config.seed)
     trunk = build_trunk(BackboneConfig(name="resnet9", width=4, frozen=True))
     trunk.feature_dim = DIM
@@ -66,9 +66,9 @@ def run_loop(
     checkpoint: Checkpoint | None = None, stop_at: tuple[int, int, int] | None = None,
     folder: Path | None = None, validate: Callable[[Method], float] | None = None,
 ) -> tuple[dict[str, Tensor], Loop]:  # fmt: skip
-    """Train; with `stop_at` (phase, epoch, step) raise Stop after the checkpoint at that place lies in `folder`.
+    """Train. With `stop_at` (phase, epoch, step), raise Stop after the checkpoint of that step is in `folder`.
 
-    With `unlabelled` the labels of all rows but the first eighth are hidden.
+    With `unlabelled`, only the first eighth of the rows has labels.
     """
     features, labels, ids = make_rows(count)
     table = LabelTable.of(torch.as_tensor(labels))
@@ -98,7 +98,7 @@ def _worker(rank: int, world: int, port_file: str, runs: dict[str, tuple[TrainCo
 
 
 def run_processes(runs: dict[str, tuple[TrainConfig, int]], world: int) -> list[dict[str, dict[str, Tensor]]]:
-    """Runs of (config, rows) on `world` processes (spawned: FAISS and torch do not survive a fork); their weights."""
+    """Train each (config, rows) on `world` processes and return the weights. FAISS and torch do not survive a fork."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, f"{folder}/store", runs, folder)
@@ -112,5 +112,5 @@ def run_processes(runs: dict[str, tuple[TrainConfig, int]], world: int) -> list[
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint that a stopped run left."""
+    """Read the checkpoint of a stopped run."""
     return load_checkpoint(folder)

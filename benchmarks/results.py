@@ -109,8 +109,8 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     ]
     for column in columns:
         seeds = {row: set(cells[row, column]) for row in (*ours, *BASELINES) if (row, column) in cells}
-        _require_same_seeds(column, {row: found for row, found in seeds.items() if row in ours})
-        _require_same_seeds(column, {row: {(split, 0) for split, _ in found} for row, found in seeds.items()})
+        _require_same_seeds(column, {row: pairs for row, pairs in seeds.items() if row in ours})
+        _require_same_seeds(column, {row: {(split, 0) for split, _ in pairs} for row, pairs in seeds.items()})
     rows = ours + [name for name in BASELINES if any((name, column) in cells for column in columns)]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:
@@ -193,7 +193,7 @@ def _told(values: dict[Seeds, float] | None, ours: bool) -> list[float]:
     by_split: dict[int, set[float]] = {}
     for (split, _), value in values.items():
         by_split.setdefault(split, set()).add(value)
-    return [value for found in by_split.values() for value in found]
+    return [value for values in by_split.values() for value in values]
 
 
 def _cell(values: list[float], paper: float | None, ours: bool, reached: bool) -> str:

@@ -24,9 +24,9 @@ from hashray.train.rounds import train_model
 
 
 class PipelineConfig(SplitConfig):
-    """Ingest, train, encode, index and evaluate; everything lands below one folder.
+    """Ingest, train, encode, index and evaluate, all below one folder.
 
-    The workers given here are those of every stage but training, whose own are the TOML's.
+    These workers run every stage but training, which has the TOML's.
     """
 
     config: Annotated[str, tyro.conf.Positional] = Field(description="Training config, TOML")

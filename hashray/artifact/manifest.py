@@ -1,4 +1,4 @@
-"""What a manifest holds, its one serialisation, and what must add up in it. Knows no store.
+"""A manifest: its fields, its one serialisation, and the counts that must add up. Knows no store.
 
 The stored bytes are the canonical JSON of `Manifest` plus its own "id", the sha256 of that JSON: a
 changed byte anywhere in the file is found on reading.
@@ -52,7 +52,7 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is. `parents` holds the manifest ids of what it was made from, by kind."""
+    """A finished artifact. `parents` holds the manifest ids of its inputs, by kind."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -89,12 +89,12 @@ def sha256_hex(data: bytes) -> str:
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """Return what is stored."""
+    """Return the bytes that are stored."""
     return canonical({**manifest.model_dump(mode="json"), "id": manifest.id})
 
 
 def from_bytes(data: bytes, name: str) -> Manifest:
-    """Read back what `to_bytes` made; `name` is for the texts of errors.
+    """Parse the bytes of `to_bytes`; `name` is for the texts of errors.
 
     Raises:
         CorruptArtifact: a byte is not what it was.
@@ -128,7 +128,7 @@ def from_bytes(data: bytes, name: str) -> Manifest:
 
 
 def audit(manifest: Manifest) -> list[str]:
-    """Return what does not add up: rows in, out and in quarantine, rows of the files, names of files."""
+    """Return the faults: rows in, out and in quarantine, rows of the files, names of files."""
     faults = []
     rows_in, rows_out, bad = manifest.rows_in, manifest.rows_out, manifest.rows_quarantined
     if rows_in is not None and rows_out is not None and bad is not None and rows_in != rows_out + bad:

@@ -63,7 +63,7 @@ def publish(store: Store, manifest: Manifest, key: str = MANIFEST) -> Manifest:
 
 @lru_cache(maxsize=64)
 def _honours_create(store: Store) -> None:
-    """Once a process and store: a store that ignores the condition would let a second publisher overwrite a first."""
+    """Check a store once in each process: one that ignores the condition lets a second publisher overwrite."""
     if store.local_path(MANIFEST) is None:
         check_conditional_put(store)
 
@@ -77,7 +77,7 @@ def _whose(data: bytes) -> str:
 
 
 def missing(store: Store, record: FileRecord) -> str:
-    """What to say of a file that is not there."""
+    """The error text of a file that is missing."""
     return f"{join(store.url, record.name)} is missing: its manifest lists it with {record.bytes} bytes"
 
 

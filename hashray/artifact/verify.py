@@ -28,7 +28,7 @@ LISTED_DUPLICATES = 5
 
 
 def describe(url: str | Path | Store) -> dict[str, Any]:
-    """Return what an artifact is, from what, how big, and whether all files are there in the right size."""
+    """Return an artifact's kind, parents, size, and whether all files are there in the right size."""
     store = url if isinstance(url, Store) else open_store(url)
     manifest = load_manifest(store)
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
@@ -84,7 +84,7 @@ def verify(url: str | Path | Store) -> list[str]:
 
 
 def _verify_versions(store: Store) -> list[str]:
-    """Check every version up to the highest one a listing shows: one that is lost would hide all after it."""
+    """Check every version up to the highest in a listing: a lost one would hide all that follow."""
     listed = [int(key[9:-5]) for key, _ in store.list("versions/") if re.fullmatch(r"versions/\d{8}\.json", key)]
     problems = []
     for number in range(1, max(listed, default=0) + 1):
@@ -151,7 +151,7 @@ def _duplicate_ids(store: Store, names: list[str]) -> list[str]:
 
 
 def find_duplicates(read: Callable[[], Iterable[tuple[str, Sequence[Any]]]]) -> dict[Any, list[str]]:
-    """Return each id that stands in more than one row, with where each of its rows is.
+    """Return each id of more than one row, with the place of each row.
 
     The first pass keeps 8 bytes a row: the process's own hash of each id, sorted. Only when two hashes
     are equal there is a second pass, which keeps the ids of those hashes alone.

@@ -11,7 +11,7 @@ from hashray.storage import Store, join, open_store
 
 
 def load_manifest(url_or_store: str | Path | Store, kind: str | None = None, key: str = MANIFEST) -> Manifest:
-    """Open an artifact by its manifest; of an index, by its newest version.
+    """Open an artifact by its manifest, an index by its newest version.
 
     Raises:
         InputError: there is no manifest: the stage did not finish, or the path is another.
@@ -45,7 +45,7 @@ def version_key(number: int) -> str:
 
 
 def newest_version(store: Store) -> tuple[int, Manifest]:
-    """Find an index's newest version by asking for numbers, doubling and then halving: never by a listing.
+    """Search for the newest version by number, doubling and then halving, never by a listing.
 
     Raises:
         InputError: there is no version at all.

@@ -114,7 +114,7 @@ class Corpus:
         return multi_hot(table.column("labels"), self.num_classes)
 
     def inputs(self, table: pa.Table, size: int, resize: Resize) -> NDArray[Any]:
-        """What a trunk takes, for rows of this corpus: cached features float32 [n, d], or pixels uint8 [n, 3, s, s].
+        """The input of a trunk, for rows of this corpus: cached features float32 [n, d], or pixels uint8 [n, 3, s, s].
 
         Raises:
             CorruptArtifact: a row cannot be decoded; ingest decoded it, so it has changed since.
@@ -146,7 +146,7 @@ class Corpus:
 
 
 def iterate_bytes(table: pa.Table) -> Iterator[tuple[str, bytes | BadImage]]:
-    """(id, bytes) of every row of a part, following references; BadImage where a reference leads nowhere."""
+    """(id, bytes) of every row of a part, following references; BadImage where a reference cannot be read."""
     for row_id, image, uri in zip(*(table.column(n).to_pylist() for n in ("id", "image", "uri")), strict=True):
         if image is not None:
             yield row_id, image

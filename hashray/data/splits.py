@@ -70,7 +70,7 @@ class SplitConfig(Config):
 
 
 def order_key(seed: int, row_id: str) -> bytes:
-    """Where a row stands in the seeded order: sha256 of seed and id."""
+    """The sort key of a row in the seeded order: sha256 of seed and id."""
     return hashlib.sha256(f"{seed}\0{row_id}".encode()).digest()
 
 
@@ -138,7 +138,7 @@ def _as_given(given: Sequence[str | None]) -> list[str]:
 
 
 def _train_wins(split: str) -> str:
-    """A labelled row that a list of the unlabelled pool names too is labelled."""
+    """A row of both the train and the unlabelled list is a train row."""
     parts = set(split.split("+"))
     return "+".join(sorted(parts - {"unlabelled"})) if {"train", "unlabelled"} <= parts else split
 

@@ -1,4 +1,4 @@
-"""The rows every result is read against: codes from the same features without a learned hash (METHODS.md 6.8).
+"""Baselines that stand beside every result: codes from the same features without a learned hash (METHODS 6.8).
 
 Random codes must score the class prior; a method that does not beat ITQ, or only equals the class code (the
 predicted class as the code), has learned nothing that a classifier or PCA does not give. Each baseline is fitted by
@@ -36,7 +36,7 @@ _FLAT = 1e-6  # a principal direction this much narrower than the widest is roun
 
 
 class Baseline(Protocol):
-    """Anything fitted that turns features into codes."""
+    """A fitted baseline, which turns features into codes."""
 
     def codes(self, features: Any) -> Codes:
         """Encode features float [n, d] into packed uint8 [n, num_bits // 8]."""

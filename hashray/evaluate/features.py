@@ -1,4 +1,4 @@
-"""[Ray] The features that baselines are fitted on: the same rows, seen without what training learned."""
+"""[Ray] The features that baselines are fitted on: the same rows, without what training learned."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def evaluate_on(config: EvaluateConfig, model: Model, corpus: Corpus, features: 
 def _measured(
     config: EvaluateConfig, model: Model, corpus: Corpus, features: Corpus | None, scenarios: tuple[Scenario, ...]
 ) -> dict[str, Any]:
-    """All that metrics.json holds."""
+    """The content of metrics.json."""
     if features is None:
         features = features_of_model(model, corpus, config.pool, config.max_bad, config.features)
     name = str(model.method.config.kind)
@@ -176,7 +176,7 @@ def _measured(
 
 
 def _training(model: Model) -> dict[str, Any]:
-    """What a reader must know of how the model was made."""
+    """The training of the model, as far as a reader needs it."""
     kept = {key: model.manifest.info[key] for key in TRAINING if key in model.manifest.info}
     return kept | {"config": model.manifest.config, "trunk": trunk_fingerprint(model.method.trunk)}
 
@@ -195,7 +195,7 @@ def _codewords(config: EvaluateConfig, model: Model, corpus: Corpus) -> dict[str
 
 
 def _show(config: EvaluateConfig, results: list[dict[str, Any]]) -> None:
-    """The tables of the results, and where the page is."""
+    """Print the tables of results and the place of the page."""
     depth = f"mAP@{config.top_k}" if config.top_k else "mAP"
     for scenario in dict.fromkeys(row.get("scenario", "") for row in results):
         rows = [row for row in results if row.get("scenario", "") == scenario]
@@ -208,7 +208,7 @@ def _show(config: EvaluateConfig, results: list[dict[str, Any]]) -> None:
 
 
 def _scenarios(config: EvaluateConfig, corpus: Corpus) -> tuple[Scenario, ...]:
-    """Who is ranked against whom, after checking that the corpus has the rows and labels for it."""
+    """The scenarios to score, after checking that the corpus has rows and labels for them."""
     if not corpus.num_classes:
         raise InputError(f"{config.corpus} has no labels, and without them no row is relevant to any; ingest them too")
     if config.baselines and not corpus.count("train"):
@@ -226,7 +226,7 @@ def _scenarios(config: EvaluateConfig, corpus: Corpus) -> tuple[Scenario, ...]:
 def _score_all(
     config: EvaluateConfig, num_bits: int, scenario: Scenario, query: Side, database: Side
 ) -> tuple[list[dict[str, Any]], Ranking]:
-    """Results of every method whose codes or features are in both sides, ours first, and the ranking of ours."""
+    """Results of every method that both sides have, ours first, and our ranking."""
     results: list[dict[str, Any]] = []
     first: Ranking | None = None
     where: dict[str, Any] = {"queries": len(query.ids), "database": len(database.ids)}
@@ -252,7 +252,7 @@ def _score_all(
 def _encoded(
     config: EvaluateConfig, model: Model, corpus: Corpus, features: Corpus | None, split: str, given: str | None
 ) -> Side:
-    """The rows of a split that have a code, in the codes' order; without those whose labels nobody knows."""
+    """The rows of a split that have a code and a known label, in the codes' order."""
     store = open_store(given or join(config.out, "codes", split))
     if given is None:
         manifest = encode_split(
@@ -285,7 +285,7 @@ def _encoded(
 def _add_baselines(
     config: EvaluateConfig, model: Model, corpus: Corpus, frozen: Corpus | None, query: Side, database: Side
 ) -> dict[str, Any]:
-    """Fit the baselines on the train rows, put their codes into both sides; return what they were fitted on."""
+    """Fit the baselines on train rows, add their codes to both sides; return the features' name and row count."""
     from hashray.evaluate.baselines import CODE_BASELINES, fit_baselines  # a second of scikit-learn's imports
 
     features = BaselineFeatures(model, corpus, frozen, config.pool, config.max_bad)

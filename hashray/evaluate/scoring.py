@@ -1,4 +1,4 @@
-"""What an evaluation says about codes: scores by scenario, distances, a gallery. Arrays in, JSON-able out. No Ray."""
+"""The numbers of an evaluation: scores by scenario, distances, a gallery. Arrays in, JSON-able out. No Ray."""
 
 from __future__ import annotations
 

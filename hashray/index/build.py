@@ -76,7 +76,7 @@ def build_index(config: IndexConfig) -> Manifest:
     codes = artifact.load_manifest(source, "codes")
     rows, parts = int(codes.rows_out or 0), [r for r in codes.files if r.name.startswith("parts/")]
     if not rows:
-        raise InputError(f"{config.codes} holds no codes: there is nothing to build an index of")
+        raise InputError(f"{config.codes} holds no codes: there is nothing to index")
     settings = config.model_dump(mode="json", exclude={"codes", "out", "pool"})
     plan = sha256_hex(canonical({"codes": codes.id, "config": settings, "format": artifact.FORMAT_VERSION}))[:16]
 
@@ -111,7 +111,7 @@ class _Survey:
 
 @dataclass(frozen=True)
 class _Build:
-    """One build: what its tasks need, and where the records of finished work are."""
+    """One build: the input of its tasks and the place of its records."""
 
     source: Store
     store: Store
@@ -237,7 +237,7 @@ def _build_shard(
     record_key: str,
     quantizer: bytes | None,
 ) -> str:
-    """Build the shard of the ids from the lower bound up to, not including, the upper; write it, then its record."""
+    """Build and write the shard of the ids from the lower bound to below the upper one, then its record."""
     low, high = bounds
     ids, codes = [], []
     for part in parts:

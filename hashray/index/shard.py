@@ -50,7 +50,7 @@ IDS_ROW_GROUP = 1 << 17
 
 
 class ShardInfo(BaseModel):
-    """What a version says about one shard: its two files, rows, and the first and last id."""
+    """One shard of a version: its two files, its rows, its first and last id."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -94,7 +94,7 @@ def shard_bits(num_bits: int) -> int:
 
 
 def default_nlist(rows: int) -> int:
-    """Return how many lists an IVF shard of `rows` rows gets: sqrt(rows), so that each has 39 rows to train on.
+    """Return the number of lists of an IVF shard: sqrt(rows), at most one for 39 rows.
 
     >>> default_nlist(1_000_000), default_nlist(100), default_nlist(1)
     (1000, 2, 1)
@@ -104,7 +104,7 @@ def default_nlist(rows: int) -> int:
 
 @contextmanager
 def omp_threads(count: int) -> Iterator[None]:
-    """Let FAISS use `count` OpenMP threads in here. The setting is the calling thread's own: no other is touched."""
+    """Let FAISS use `count` OpenMP threads in here. The setting is of the calling thread alone."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(count)
     try:
@@ -242,7 +242,7 @@ def read_ids(path: str | Path) -> pa.Array:
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column of text as one array, with 64-bit offsets where 32 would not do."""
+    """Return a column of text as one array, with 64-bit offsets where 32 bits are too few."""
     if column.nbytes >= 1 << 31:
         column = column.cast(pa.large_string())
     array = column.combine_chunks()

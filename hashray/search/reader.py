@@ -36,7 +36,7 @@ FEWEST_QUERIES = 32  # FAISS shares one scan of the codes among these
 
 
 class Ranks(NamedTuple):
-    """Where each row stands among all rows of the index in ascending order of ids.
+    """The rank of each row among all rows of the index, in ascending order of ids.
 
     Shards of disjoint ranges of ids follow each other; those that overlap form one group with a table.
     """
@@ -98,7 +98,7 @@ class Index:
 
     @property
     def rows(self) -> int:
-        """How many rows can be found."""
+        """The number of rows."""
         return sum(shard.rows for shard in self._shards)
 
     @property
@@ -189,7 +189,7 @@ def open_index(
     cache_dir: str | Path | None = None,
     threads: int | None = None,
 ) -> Index:
-    """Open an index, its newest version or the one asked for; every byte is verified first.
+    """Open an index at its newest version, or at `version`; every byte is verified first.
 
     Args:
         url: a local folder or s3://bucket/prefix.

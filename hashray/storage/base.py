@@ -42,7 +42,7 @@ class Store(ABC):
     def create(self, key: str, data: bytes) -> None:
         """Write the object only if there is none: of any number of racing writers exactly one returns.
 
-        A writer whose answer was lost and who asks again may meet its own object, and gets AlreadyExists
+        A writer that lost the answer and asks again may meet its own object, and gets AlreadyExists
         too: a stranger that wrote the same bytes looks the same from here, and calling both
         winners would break the promise above. Whoever is content with "these bytes stand there" compares
         them, as `artifact.publish` does.

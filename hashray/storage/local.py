@@ -135,7 +135,7 @@ def _link(temp: Path, target: Path) -> None:
     try:
         os.link(temp, target)
     except FileExistsError as error:
-        # NFS may lose the answer of a link that was made and then say "exists": our own file is ours.
+        # NFS may lose the answer to a link and then say "exists": the file is ours all the same.
         if not target.exists() or not temp.samefile(target):
             raise AlreadyExists(f"{target} already exists") from error
 

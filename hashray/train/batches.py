@@ -108,7 +108,7 @@ class EpochPlan:
 
 
 def slice_rows(batch_size: int, world: int) -> int:
-    """Rows of one worker's slice of a global batch: the same for all, so that a split by rows stays in step."""
+    """Rows of one worker's slice of a global batch: equal for all workers, so that a split by rows stays in step."""
     return -(-batch_size // world)
 
 
@@ -152,7 +152,7 @@ class SliceSource(ABC):
 
     @abstractmethod
     def epoch(self, number: int, first_step: int) -> Iterator[Slice]:
-        """This worker's slice of every global batch of a epoch, from a step on."""
+        """This worker's slice of every global batch of an epoch, from a step on."""
 
     @abstractmethod
     def scan(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int8]]]:

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to resume as if it had never stopped.
 
 A checkpoint is a folder: tensors.safetensors (network, best weights, moving average, optimiser moments) and
 state.json (phase, epoch, step, best score, optimiser scalars, history, the other file's hash). Random numbers and
@@ -29,7 +29,7 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 @dataclass
 class Position:
-    """Where a run is: the next step to take. `phase_begun` says that `begin_phase` is behind it."""
+    """The next step of a run. `phase_begun` says that `begin_phase` is done."""
 
     phase: int = 0
     epoch: int = 0
@@ -40,13 +40,13 @@ class Position:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def epochs_done(self, phases: Sequence[Phase]) -> int:
-        """Whole epochs that are behind it."""
+        """Epochs that are done, over all phases."""
         return sum(phase.epochs for phase in phases[: self.phase]) + self.epoch
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back."""
+    """A checkpoint, as it was saved."""
 
     position: Position
     tensors: dict[str, Tensor]
@@ -69,7 +69,7 @@ class Checkpoint:
         (folder / STATE).write_text(json.dumps(state))
 
     def moments(self) -> dict[int, dict[str, Any]] | None:
-        """What the optimiser remembers of each parameter, or None where there was no optimiser yet."""
+        """The optimiser's state of each parameter, or None where there was no optimiser yet."""
         if self.optimizer is None:
             return None
         entries: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in self.optimizer.items()}
@@ -101,7 +101,7 @@ def save_checkpoint(
 
 
 def keep_checkpoint(url: str, folder: Path) -> None:
-    """Upload a checkpoint folder, over an older one; state.json goes last, and says that all of it is there."""
+    """Upload a checkpoint folder over an older one; state.json goes last and says that it is whole."""
     store = open_store(url)
     store.delete(STATE)
     for name in (TENSORS, STATE):
@@ -109,7 +109,7 @@ def keep_checkpoint(url: str, folder: Path) -> None:
 
 
 def read_checkpoint(url: str) -> Checkpoint:
-    """Read a checkpoint that `keep_checkpoint` put somewhere.
+    """Read a checkpoint that `keep_checkpoint` uploaded.
 
     Raises:
         InputError: there is none. CorruptArtifact: its files do not belong together.

@@ -89,9 +89,9 @@ class SelfTrainingConfig(Config):
 
 
 class ChangeConfig(Config):
-    """Values that take the place of others from some pass on, such as after = 4 and optim.lr = 1e-3.
+    """Values that replace others after some epoch, such as after = 4 and optim.lr = 1e-3.
 
-    A schedule that population-based training has found is a list of these (Jaderberg et al. 2017).
+    A schedule of population-based training is a list of these (Jaderberg et al. 2017).
     """
 
     after: int = Field(ge=1, description="Epochs after which the values change, counted over all phases")
@@ -105,7 +105,7 @@ class ChangeConfig(Config):
     def _something_that_can_change(self) -> ChangeConfig:
         for name in (f"{table}.{key}" for table in CHANGEABLE for key in getattr(self, table)):
             if not can_change(name):
-                raise ValueError(f"{name} is settled when a training begins")
+                raise ValueError(f"{name} cannot change while a model trains")
         return self
 
 
@@ -209,7 +209,7 @@ class TrainConfig(Config):
         return self
 
     def segments(self) -> list[tuple[int, TrainConfig]]:
-        """The config of each segment between two changes, and after how many epochs it begins.
+        """The config of each segment between two changes, and the epoch after which it starts.
 
         Raises:
             ConfigError: with its changes this is not a config.

@@ -86,7 +86,7 @@ class TorchWorkerGroup(WorkerGroup):
         return box[0]
 
     def agree(self, tensor: Tensor, operation: Any) -> Tensor:
-        """The tensor reduced over all workers, on the CPU."""
+        """Reduce the tensor over all workers; the result is on the CPU."""
         if self.world == 1:
             return tensor
         moved = tensor.to(self.device)
@@ -112,7 +112,7 @@ def learning_rate(config: OptimConfig, phase: Phase, step: int, steps_per_epoch:
 
 
 def build_optimizer(config: OptimConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
-    """One optimiser over the groups that have parameters; `trunk` learns at `trunk_lr_factor` besides its own."""
+    """One optimiser over the groups that have parameters; `trunk` learns at its factor times `trunk_lr_factor`."""
     lists = [
         {
             "params": group.parameters,
@@ -149,7 +149,7 @@ class Loop:
         method.trunk.amp = config.precision == "bf16"
 
     def run(self, checkpoint: Checkpoint | None = None, until: int | None = None) -> dict[str, Tensor]:
-        """Train from a checkpoint or from the start, to the end or for `until` epochs in all.
+        """Train from a checkpoint or from the start, to the end or until `until` epochs are done.
 
         Returns the chosen weights, the same on every worker. The checkpoint that is reported with the last pass is
         one that a later call goes on from.
@@ -281,7 +281,7 @@ class Loop:
         return means | {"loss": loss, "rows": float(piece.rows)}
 
     def _agree(self, terms: dict[str, Term], count: int, rows: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Means and masses of the terms over all workers: the same on every one, before any steps."""
+        """Means and masses of the terms over all workers. Every worker has them before any of them steps."""
         local = [value.detach().double().cpu() for term in terms.values() for value in (term.total, term.mass)]
         *sums, seen = self.workers.agree(
             torch.stack([*local, torch.tensor(float(count), dtype=torch.float64)]), dist.ReduceOp.SUM
@@ -315,7 +315,7 @@ class Loop:
         return {name: tensor.detach().clone() for name, tensor in source.items()}
 
     def _select(self, place: str | None) -> float:
-        """Validate on the first worker; keep the weights when they are the best so far and have a `place`."""
+        """Validate on the first worker; keep the weights if they are the best so far and `place` is given."""
         chosen = self._current()
         box: list[Any] = [None]
         if self.workers.rank == 0:

@@ -1,4 +1,4 @@
-"""Which rows of a corpus are trained on, and what is known of their labels. No Ray.
+"""The training rows of a corpus, and their labels as far as they are known. No Ray.
 
 pseudo-labels/  parts/part-00000-<plan>.parquet … (id, labels int8 [c], confidence, hidden)
                 accepted.parquet (accepted, labels) · quarantine.parquet · manifest.json
@@ -36,7 +36,7 @@ def _read_pseudo_labels(url: str, manifest_id: str) -> dict[str, NDArray[np.int8
 
 @dataclass(frozen=True)
 class Selection:
-    """The training rows: the train split without the rows `left_out`, and what is added from the unlabelled split.
+    """The training rows: the train split without `left_out`, and rows added from the unlabelled split.
 
     Attributes:
         left_out: ids of train rows held out for validation.
@@ -50,7 +50,7 @@ class Selection:
     unlabelled: bool = False
 
     def take(self, table: pa.Table) -> pa.Table:
-        """Those rows of a part, with at least the columns id and split, that are trained on."""
+        """The training rows of a part that has at least the columns id and split."""
         splits, ids = table.column("split"), table.column("id").to_pylist()
         wanted = in_split(splits, "train")
         if self.unlabelled or self._pseudo:
@@ -59,7 +59,7 @@ class Selection:
         return table.filter(pa.array(wanted & np.array([i not in self.left_out for i in ids], dtype=bool)))
 
     def labels(self, corpus: Corpus, table: pa.Table) -> NDArray[np.int8]:
-        """Labels int8 [n, c] in {0, 1, -1} of rows that `take` gave."""
+        """Labels int8 [n, c] in {0, 1, -1} of rows that `take` returned."""
         labels = corpus.label_matrix(table).astype(np.int8)
         hidden = in_split(table.column("split"), "unlabelled") & ~in_split(table.column("split"), "train")
         labels[hidden] = -1

@@ -5,7 +5,7 @@ A dataset holds every window of every epoch, in order. One task reads a window's
 slice padded to the same number of rows; blocks are then cut to exactly one slice, decoded, augmented, and
 dealt out by Ray's stream split. That split promises no order. With equal blocks, their number a
 multiple of the workers, and `preserve_order` it deals them round in turn (read in its source, 2.60), so the
-k-th block of a worker is its slice of batch k; every row carries its pass and step, and the training
+k-th block of a worker is its slice of batch k; every row carries its epoch and step, and the training
 loop refuses a slice that is not the one due, so a Ray that deals otherwise is an error, not a wrong
 gradient. Nothing is dropped: padding makes the rows divide evenly.
 """
@@ -34,7 +34,7 @@ POSITION_FILE = "position.json"
 
 
 class StreamSpec:
-    """What the tasks need to know; plain data, sent to every worker."""
+    """Plain data that every task of a stream gets."""
 
     def __init__(
         self, corpus: str, plan: EpochPlan, parts: list[str], selection: Selection, size: int, resize: Resize,
@@ -46,7 +46,7 @@ class StreamSpec:
 
 
 def training_dataset(spec: StreamSpec, epochs: int) -> ray.data.Dataset:
-    """Every window of `epochs` epochs; windows behind the place where workers began give nothing when they run."""
+    """Every window of `epochs` epochs. Windows before the place where the worker group starts give no rows."""
     items = [
         {"item": json.dumps({"epoch": number, "window": window.index})}
         for number in range(epochs)
@@ -56,7 +56,7 @@ def training_dataset(spec: StreamSpec, epochs: int) -> ray.data.Dataset:
 
 
 def scan_dataset(spec: StreamSpec) -> ray.data.Dataset:
-    """All training rows once, in pass order 0, not augmented."""
+    """All training rows once, in the order of epoch 0, not augmented."""
     items = [{"item": json.dumps({"epoch": 0, "window": window.index})} for window in spec.plan.windows(0)]
     return _dataset(items, spec, scan=True)
 
@@ -82,7 +82,7 @@ def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, scan: bool
 
 
 def _is_past(spec: StreamSpec, number: int, window: Window) -> bool:
-    """Whether this window lies behind the place where the worker group began. Read when the task runs: a group that
+    """Whether this window lies before the place where the worker group starts. Read when the task runs: a group that
     restarts begins the dataset again, and does not read the batches up to its checkpoint."""
     store = open_store(spec.position_url)
     if not store.exists(POSITION_FILE):
@@ -127,7 +127,7 @@ def _corpus(url: str) -> Corpus:
 
 
 def training_rows(corpus: Corpus, part: str, selection: Selection) -> pa.Table:
-    """The rows of a part that are trained on; `labels` becomes one fixed-size binary of int8 [c] in {0, 1, -1}."""
+    """The training rows of a part; `labels` becomes one fixed-size binary of int8 [c] in {0, 1, -1}."""
     table = selection.take(corpus.read_part(corpus.manifest.record(part)))
     column = bytes_column(selection.labels(corpus, table))
     return table.set_column(table.column_names.index("labels"), "labels", column)

@@ -205,7 +205,7 @@ def test_codes_that_cannot_be_indexed(tmp_path, monkeypatch):
         build_index(config)
     assert not (tmp_path / "index" / "versions").exists()
     write_codes(tmp_path / "empty", [], codes[:0], num_parts=1)
-    with pytest.raises(InputError, match="holds no codes: there is nothing to build an index of"):
+    with pytest.raises(InputError, match="holds no codes: there is nothing to index"):
         build_index(IndexConfig(codes=str(tmp_path / "empty"), out=out))
     write_codes(tmp_path / "whole", ids, codes)
     part = tmp_path / "whole" / "parts" / "part-00002.parquet"

@@ -46,8 +46,8 @@ def test_each_change_adds_to_those_before_it() -> None:
         ({"after": 2, "optim": {"lrr": 1.0}}, "optim.lrr: unknown key, perhaps you meant 'lr'?"),
         ({"after": 2, "optim": {"lr": -1.0}}, "after 2 epochs: 1 fault\n  optim.lr: Input should be greater than 0"),
         ({"after": 0, "optim": {"lr": 1.0}}, "changes.0.after: Input should be greater than or equal to 1"),
-        ({"after": 2, "method": {"kind": "dseh"}}, "method.kind is settled when a training begins"),
-        ({"after": 2, "optim": {"name": "sgd"}}, "optim.name is settled when a training begins"),
+        ({"after": 2, "method": {"kind": "dseh"}}, "method.kind cannot change while a model trains"),
+        ({"after": 2, "optim": {"name": "sgd"}}, "optim.name cannot change while a model trains"),
         ({"after": 2, "epochs": 3}, "changes.0.epochs: unknown key"),
     ],
 )

@@ -98,23 +98,23 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
         for row, column, value in _numbers(entry):
             cells.setdefault((row, column), {}).setdefault(_seeds(entry), value)
     paper = about.get("paper", {})
-    columns = sorted({column for _, column in cells} | {c for ours in paper.values() for c in ours}, key=_column_order)
-    ours = [row for row in about["rows"] if any((row, column) in cells for column in columns)]
+    columns = sorted({column for _, column in cells} | {c for scores in paper.values() for c in scores}, key=_column_order)
+    learned = [row for row in about["rows"] if any((row, column) in cells for column in columns)]
     # LabNet's scores compare rows that all have one; beside methods without, two columns of gaps say nothing.
     columns = [
         column
         for column in columns
         if column.rpartition(" ")[2] not in LABEL_NET.values()
-        or all((row, column) in cells for row in ours if (row, column.rpartition(" ")[0]) in cells)
+        or all((row, column) in cells for row in learned if (row, column.rpartition(" ")[0]) in cells)
     ]
     for column in columns:
-        seeds = {row: set(cells[row, column]) for row in (*ours, *BASELINES) if (row, column) in cells}
-        _require_same_seeds(column, {row: pairs for row, pairs in seeds.items() if row in ours})
+        seeds = {row: set(cells[row, column]) for row in (*learned, *BASELINES) if (row, column) in cells}
+        _require_same_seeds(column, {row: pairs for row, pairs in seeds.items() if row in learned})
         _require_same_seeds(column, {row: {(split, 0) for split, _ in pairs} for row, pairs in seeds.items()})
-    rows = ours + [name for name in BASELINES if any((name, column) in cells for column in columns)]
+    rows = learned + [name for name in BASELINES if any((name, column) in cells for column in columns)]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:
-        ours = row in ours
+        ours = row in learned
         texts = [
             _cell(_told(cells.get((row, c)), ours), paper.get(row, {}).get(c), ours, ours and _reached(cells, row, c))
             for c in columns

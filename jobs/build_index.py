@@ -1,8 +1,8 @@
-"""Codes -> sharded FAISS index, published as a version.
+"""Build a sharded FAISS index from codes and publish it as a version.
 
     ray job submit --working-dir . -- python jobs/build_index.py …
 
-takes the arguments of `hashray index build`, and is that command.
+This runs `hashray index build` with the same arguments.
 """
 
 import sys

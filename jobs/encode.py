@@ -1,8 +1,8 @@
-"""Model and corpus -> packed codes.
+"""Encode a corpus with a model to packed codes.
 
     ray job submit --working-dir . -- python jobs/encode.py …
 
-takes the arguments of `hashray encode`, and is that command.
+This runs `hashray encode` with the same arguments.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Model and corpus -> metrics.json, figures and report.html.
+"""Score a model on a corpus: metrics.json, figures and report.html.
 
     ray job submit --working-dir . -- python jobs/evaluate.py …
 
-takes the arguments of `hashray evaluate`, and is that command.
+This runs `hashray evaluate` with the same arguments.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Images -> corpus.
+"""Turn images into a corpus.
 
     ray job submit --working-dir . -- python jobs/ingest.py …
 
-takes the arguments of `hashray ingest`, and is that command.
+This runs `hashray ingest` with the same arguments.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Ingest, train, encode, index and evaluate in a row.
+"""Ingest, train, encode, index and evaluate in one run.
 
     ray job submit --working-dir . -- python jobs/pipeline.py …
 
-takes the arguments of `hashray pipeline`, and is that command.
+This runs `hashray pipeline` with the same arguments.
 """
 
 import sys

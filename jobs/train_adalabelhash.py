@@ -1,8 +1,8 @@
-"""Train AdaLabelHash (Yang et al., CVPR Workshops 2019), self-training included, on Ray Train.
+"""Train AdaLabelHash (Yang et al., CVPR Workshops 2019) on Ray Train, with or without self-training.
 
     ray job submit --working-dir . -- python jobs/train_adalabelhash.py jobs/configs/adalabelhash_cifar10.toml …
 
-takes the arguments of `hashray train`, and is that command.
+This runs `hashray train` with the same arguments.
 """
 
 import sys

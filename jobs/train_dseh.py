@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python jobs/train_dseh.py jobs/configs/dseh_cifar10.toml --corpus … --out …
 
-takes the arguments of `hashray train`, and is that command.
+This runs `hashray train` with the same arguments.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python jobs/train_lcgh.py jobs/configs/lcgh_cifar100_split.toml --corpus … --out …
 
-takes the arguments of `hashray train`, and is that command.
+This runs `hashray train` with the same arguments.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Search for a better config than the defaults: Ray Tune with Optuna over a training config and its [space] table.
+"""Search for better settings with Ray Tune and Optuna, over a training config with a [space] table.
 
     ray job submit --working-dir . -- python jobs/tune.py jobs/sweeps/dseh.toml --corpus … --out …
 
-takes the arguments of `hashray tune`, and is that command.
+This runs `hashray tune` with the same arguments.
 """
 
 import sys

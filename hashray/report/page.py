@@ -68,7 +68,8 @@ def _tiles(results: Sequence[Mapping[str, Any]], depth: str) -> Iterator[tuple[s
     """Name and value of the numbers at the top of the page, ours first."""
     ours = results[0]
     by_name = {row["name"]: row for row in results if row.get("scenario") == ours.get("scenario")}
-    for name in (ours["name"], "itq", "float-cosine"):
+    yield f"{depth} of {ours['name']}", f"{ours['mAP']:.4f}"
+    for name in ("itq", "float-cosine"):
         if name in by_name:
             yield f"{depth} of {name}", f"{by_name[name]['mAP']:.4f}"
     near = ours.get("precision_at", {}).get("10")

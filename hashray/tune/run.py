@@ -84,16 +84,7 @@ def _tune(config: SweepConfig, corpus: Corpus, store: Store, settings: dict[str,
     note = "is not among the trials" if default is None else _score(default)
     say(f"best of {len(trials)}: trial {best.number}, validation {best.score:.4f}; the default {note}")
     compared = _compare(config, corpus, best, default, out, of_search)
-    judgement = verdict(compared)
-    spent, full = sum(trial.epochs for trial in trials), sum(trial.total for trial in trials)
-    summary = {
-        "trials": len(trials), "at_once": at_once, "best_trial": best.number, "best_score": best.score,
-        "default_score": default and default.score,
-        "stopped": sum(trial.state == "stopped" for trial in trials),
-        "failed": [trial.number for trial in trials if trial.state == "failed"],
-        "epochs": spent, "epochs_of_full_grid": full, "importance": importance(trials, config, config.search.seed),
-        "compared": compared, "verdict": judgement,
-    }  # fmt: skip
+    summary = _summary(config, trials, at_once, default, compared)
     require_free(store, plan)
     store.write("environment.json", canonical(environment()))
     files = _write(store, trials, best, summary)
@@ -105,8 +96,9 @@ def _tune(config: SweepConfig, corpus: Corpus, store: Store, settings: dict[str,
         ),
     )  # fmt: skip
     store.clear("progress/")
-    if judgement:
-        say(judgement)
+    if summary["verdict"]:
+        say(summary["verdict"])
+    spent, full = summary["epochs"], summary["epochs_of_full_grid"]
     say(f"{out}: {spent:,} of {full:,} epochs trained ({spent / full:.0%}); hashray train {join(out, 'best.toml')}")
     return manifest
 
@@ -119,6 +111,22 @@ def _default(config: SweepConfig, trials: list[Trial]) -> Trial | None:
 
 def _score(trial: Trial) -> str:
     return f"{trial.score:.4f}" if trial.score is not None else " ".join([trial.state, trial.reason]).strip()
+
+
+def _summary(
+    config: SweepConfig, trials: list[Trial], at_once: int, default: Trial | None, compared: dict[str, Any]
+) -> dict[str, Any]:
+    """The results of a sweep as numbers, for its manifest and its page."""
+    best = ranked(trials)[0]
+    return {
+        "trials": len(trials), "at_once": at_once, "best_trial": best.number, "best_score": best.score,
+        "default_score": default and default.score,
+        "stopped": sum(trial.state == "stopped" for trial in trials),
+        "failed": [trial.number for trial in trials if trial.state == "failed"],
+        "epochs": sum(trial.epochs for trial in trials), "epochs_of_full_grid": sum(trial.total for trial in trials),
+        "importance": importance(trials, config, config.search.seed), "compared": compared,
+        "verdict": verdict(compared),
+    }  # fmt: skip
 
 
 def _compare(

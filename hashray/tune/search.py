@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,7 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[li
              "source": source.store.url, "trials": trials_at, "most": most}  # fmt: skip
     at_once = _at_once(config, corpus, source, store, plan)
 
-    def keep(point: dict[str, Any], reason: str) -> None:
-        """Store the failure of a trial after its process died too often. The trial itself stores a failed segment."""
-        folder = _folder(config, corpus, trials_at, point)
-        if folder is not None and failure_of(folder) is None:
-            keep_failure(folder, reason)
-
-    callbacks = _fit(config, sweep, at_once, keep)
+    callbacks = _fit(config, sweep, at_once, partial(_keep_failure, config, corpus, trials_at))
     if len(callbacks.ended) < config.search.trials:
         raise RunError(
             f"the search was interrupted after {len(callbacks.ended)} of {config.search.trials} trials; "
@@ -136,12 +131,14 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[li
     return trials, at_once
 
 
-def _folder(config: SweepConfig, corpus: Corpus, trials_at: str, point: dict[str, Any]) -> str | None:
-    """Folder of a trial's segments; None for a point that is not a valid training config."""
+def _keep_failure(config: SweepConfig, corpus: Corpus, trials_at: str, point: dict[str, Any], reason: str) -> None:
+    """Store the failure of a trial after its process died too often. The trial itself stores a failed segment."""
     try:
-        return folder_of(trials_at, point, config.at(point), corpus)
+        folder = folder_of(trials_at, point, config.at(point), corpus)
     except HashrayError:
-        return None
+        return  # the point is not a valid training config, so the trial has no folder
+    if failure_of(folder) is None:
+        keep_failure(folder, reason)
 
 
 def _fit(

@@ -151,7 +151,7 @@ class SearchConfig(Config):
 
 
 class SweepConfig(TrainConfig):
-    """A training config with a space of values to try around it."""
+    """Search a space of values around a training config."""
 
     search: SearchConfig = SearchConfig()
     space: Annotated[dict[str, Dimension], tyro.conf.Suppress] = Field(default_factory=dict)

@@ -55,9 +55,7 @@ def test_features_have_the_width_that_the_trunk_reports(name: str, size: int, di
 
 def test_resnet9_grows_with_its_width() -> None:
     assert build(width=8).feature_dim == 64
-    assert (
-        sum(isinstance(m, nn.Conv2d) for m in build(width=8).modules()) == 8
-    )  # the ninth layer is the linear one of the head
+    assert sum(isinstance(m, nn.Conv2d) for m in build(width=8).modules()) == 8  # the ninth layer is in the head
 
 
 def test_cnn_f_is_the_network_of_the_papers() -> None:

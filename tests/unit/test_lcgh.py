@@ -75,9 +75,8 @@ def test_project_removes_the_part_that_opposes_the_labels_row_by_row() -> None:
     conflicts = (label * decoder).sum(1) < 0
     assert bool(conflicts.any())
     first_order = (label * combined).sum(1)[conflicts]
-    torch.testing.assert_close(
-        first_order, label.square().sum(1)[conflicts]
-    )  # the label loss falls as without a decoder
+    # To first order, the label loss falls as it does without a decoder.
+    torch.testing.assert_close(first_order, label.square().sum(1)[conflicts])
 
 
 def test_sum_adds_both_gradients() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from hashray.evaluate.codewords import analyse
 from hashray.report import figures
 from hashray.report import page as report
 
+ROOT = Path(__file__).parents[2]
 CURVE = {"precision": [0.9, 0.5, 0.1], "recall": [0.0, 0.6, 1.0]}
 
 
@@ -75,6 +78,20 @@ def test_scenarios_have_a_table_each_and_their_harmonic_means(metrics: dict[str,
     assert {"codeword_distances", "codeword_graph"} < set(pictures)
     page = report.page(split, pictures, {})
     assert page.count("<table>") == 4 and "0.4321" in page and "0.5757" in page and "never saw" in page
+
+
+def test_all_html_is_in_templates_and_every_value_is_escaped() -> None:
+    for path in [*(ROOT / "hashray/report").glob("*.py"), *(ROOT / "hashray/tune").glob("*.py")]:
+        assert not re.search(r"</\w+>", path.read_text()), path
+    hostile = report.Table(["<i>"], [["<script>"]])
+    for template in ("evaluation.html", "sweep.html"):
+        with pytest.raises(UndefinedError):
+            report.render(template)
+    summary = {"trials": 1, "stopped": 0, "failed": [], "epochs": 1, "epochs_of_full_grid": 3, "importance": {}}
+    values = {"summary": summary, "trials": 1, "figures": {"<x>": b"png"}, "schedule": None, "compared": None}
+    page = report.render("sweep.html", **values, leaderboard=hostile, failed=hostile)
+    assert "<script>" not in page and "<i>" not in page and "<x>" not in page and page.count("&lt;script&gt;") == 2
+    assert "1 of 3 epochs trained (33%)" in page
 
 
 def test_the_page_is_one_file_with_every_number_and_picture(metrics: dict[str, Any]) -> None:

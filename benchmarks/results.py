@@ -98,7 +98,8 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
         for row, column, value in _numbers(entry):
             cells.setdefault((row, column), {}).setdefault(_seeds(entry), value)
     paper = about.get("paper", {})
-    columns = sorted({column for _, column in cells} | {c for scores in paper.values() for c in scores}, key=_column_order)
+    printed = {column for scores in paper.values() for column in scores}
+    columns = sorted({column for _, column in cells} | printed, key=_column_order)
     learned = [row for row in about["rows"] if any((row, column) in cells for column in columns)]
     # LabNet's scores compare rows that all have one; beside methods without, two columns of gaps say nothing.
     columns = [

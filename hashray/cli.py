@@ -9,7 +9,6 @@ import errno
 import importlib
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
-from hashray import __version__
+from hashray import __version__, interrupt
 from hashray.config import Config, merge, parse, validate, with_tables
 from hashray.errors import HashrayError, InputError, perhaps
 from hashray.progress import say
@@ -156,8 +155,9 @@ def entry(arguments: Sequence[str] | None = None) -> NoReturn:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # never None in a command
+    interrupt.never_lose()
     code = main(arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is over: one more Ctrl-C changes nothing
+    interrupt.ignore()  # the work is over: one more Ctrl-C changes nothing
     if code == 130:
         # Not sys.exit: threads that still decode would be waited for. Ray's processes end with this one.
         if (ray := sys.modules.get("ray")) is not None and hasattr(ray, "shutdown"):

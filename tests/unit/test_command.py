@@ -112,11 +112,15 @@ def interrupted(words: list[str], ready: Callable[[str], bool], log: Path) -> tu
         process = subprocess.Popen(
             [sys.executable, "-m", "hashray", *words], env=env, stdout=sink, stderr=sink, start_new_session=True
         )
-        wait_until(lambda: ready(log.read_text()) or process.poll() is not None, "the command to be half way")
-        assert process.poll() is None, log.read_text()[-2000:]
-        below = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the command and to all that it started
-        code = process.wait(timeout=120)
+        try:
+            wait_until(lambda: ready(log.read_text()) or process.poll() is not None, "the command to be half way")
+            assert process.poll() is None, log.read_text()[-2000:]
+            below = psutil.Process(process.pid).children(recursive=True)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the command and to all that it started
+            code = process.wait(timeout=120)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(below, timeout=60)
     assert not alive
     return code, log.read_text()

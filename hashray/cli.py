@@ -153,8 +153,10 @@ def entry(arguments: Sequence[str] | None = None) -> NoReturn:
     if sys.getfilesystemencoding().lower() != "utf-8":  # file names would depend on the locale
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # never None in a command
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whatever started this command, as in `hashray … >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123  # for as long as the process
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     interrupt.never_lose()
     code = main(arguments)
     interrupt.ignore()  # the work is over: one more Ctrl-C changes nothing
@@ -184,7 +186,8 @@ def _run(words: list[str]) -> int:
     path, command = _chosen(words)
     if command is None:
         try:
-            parse(_subcommands(COMMANDS, path, None), words or ["--help"], "hashray", ABOUT)
+            asked = [*path, "--help"] if "help" in words or not words else words
+            parse(_subcommands(COMMANDS, path, None), asked, "hashray", ABOUT)
         except SystemExit as stopped:  # tyro has printed the help, or what is wrong
             return int(stopped.code or 0) if words else 2
         return 2
@@ -220,7 +223,7 @@ def _chosen(words: Sequence[str]) -> tuple[list[str], Command | None]:
     """
     table, path = COMMANDS, list[str]()
     for word in words:
-        if word.startswith("-"):
+        if word.startswith("-") or word == "help":
             break
         if word not in table:
             name = " ".join([*path, word])

@@ -12,6 +12,7 @@ HashrayError
     ├── AlreadyExists       somebody published this name first
     ├── StoreUnavailable    the object store stopped answering
     ├── Diverged            the loss of a training is not finite
+    ├── WorkersLost         a training lost its workers more often than max_failures
     └── AuditError          rows in are not rows out plus rows quarantined
 
 The text of an error says what was found, where, what is allowed and what to do next.
@@ -73,6 +74,10 @@ class StoreUnavailable(RunError):
 
 class Diverged(RunError):
     """The loss of a training is not finite."""
+
+
+class WorkersLost(RunError):
+    """A training lost its workers more often than `max_failures` allows."""
 
 
 class AuditError(RunError):

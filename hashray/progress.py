@@ -109,7 +109,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A closing table on standard output."""
     table = Table(title=title)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,14 +24,15 @@ from typing import Any, ClassVar, NamedTuple
 import pyarrow as pa
 import ray
 from pydantic import BaseModel, ConfigDict, Field
+from ray.exceptions import RayActorError
 
 from hashray import artifact, errors
 from hashray.artifact import FileRecord, table_bytes
-from hashray.engine.reports import Reports, listening
+from hashray.engine.reports import MAX_RETRIES, Meter, listening, start_reports
 from hashray.engine.session import WorkersConfig, connect, memory_environment, require_room, unwrap
 from hashray.engine.stage import require_free
 from hashray.errors import AuditError, HashrayError, InputError, RunError, TooManyBadRows
-from hashray.progress import Bar, say
+from hashray.progress import Bar
 from hashray.storage import Store
 
 RECORD_THREADS = 16
@@ -118,51 +118,13 @@ class _Actor:
         unit = json.loads(text)
         ray.get(self.reports.put.remote({"start": unit["index"]}))  # arrives even where this process dies at once
         try:
-            part = self.runner.run(unit, lambda rows: self.reports.put.remote({"part": unit["index"], "rows": rows}))
+            part = self.runner.run(unit, lambda rows: self.reports.put.remote({"index": unit["index"], "rows": rows}))
         except HashrayError as error:
             return {"part": [""], "error": [json.dumps([type(error).__name__, str(error)])]}
         except Exception as error:  # no lost worker: the same part would fail again, so it ends the stage
             text = f"part {unit['index']}: {type(error).__name__}: {error}"
             return {"part": [""], "error": [json.dumps([RunError.__name__, text])]}
         return {"part": [part.model_dump_json()], "error": [""]}
-
-
-class _Meter:
-    """Rows done, finished parts and parts in flight together, on the driver's bar."""
-
-    def __init__(self, bar: Bar, title: str) -> None:
-        self.bar, self.title, self.finished, self.in_flight = bar, title, bar.done, dict[int, int]()
-        self.started: set[int] = set()
-        self.stopped = False
-        self.lock = threading.Lock()
-
-    def hear(self, line: Mapping[str, Any]) -> None:
-        """Take a worker's report: it started a part, or got on with one."""
-        if "rows" in line:
-            self.advance(line["part"], line["rows"])
-        elif line["start"] in self.started:
-            with self.lock:
-                self.in_flight.pop(line["start"], None)
-            say(f"note: {self.title}: part {line['start']} runs again, its worker was lost")
-        else:
-            self.started.add(line["start"])
-            self.bar.started()
-
-    def advance(self, index: int, rows: int) -> None:
-        if self.stopped:
-            raise RunError(f"{self.title}: stopped")  # in a thread whose result nobody waits for
-        with self.lock:
-            self.in_flight[index] = self.in_flight.get(index, 0) + rows
-            self._show()
-
-    def finish(self, part: Part) -> None:
-        with self.lock:
-            self.finished += part.rows_in
-            self.in_flight[part.index] = 0
-            self._show()
-
-    def _show(self) -> None:
-        self.bar.at(min(self.bar.total, self.finished + sum(self.in_flight.values())))
 
 
 def run_parts(
@@ -200,14 +162,14 @@ def run_parts(
     todo = [unit for unit in units if int(unit["index"]) not in parts]
     with Bar(title, total, "rows", done=len(lost) + sum(part.rows_in for part in parts.values())) as bar:
         if todo:
-            meter = _Meter(bar, title)
+            meter = Meter(bar, "part")
             bad = len(lost) + sum(len(part.bad) for part in parts.values())
             execute = _in_this_process if workers.runs_here(short) else _on_ray
             runner = _Runner(worker, arguments, store, plan)
             with closing(execute(todo, runner, workers, meter)) as results:
                 for part in results:
                     parts[part.index] = part
-                    meter.finish(part)
+                    meter.finish(part.index, part.rows_in)
                     bad += len(part.bad)
                     if bad > max_bad * total:
                         _too_many_bad(store, parts, lost, total, max_bad, title)
@@ -219,7 +181,7 @@ def run_parts(
 
 
 def _in_this_process(
-    todo: Sequence[Mapping[str, Any]], runner: _Runner, workers: WorkersConfig, meter: _Meter
+    todo: Sequence[Mapping[str, Any]], runner: _Runner, workers: WorkersConfig, meter: Meter
 ) -> Generator[Part]:
     """Yield the parts as threads finish them. Decoding and torch release Python's lock, so cores are busy."""
     runner.worker = runner.make()
@@ -233,7 +195,7 @@ def _in_this_process(
     except Exception as error:
         if isinstance(error, HashrayError):
             raise
-        raise RunError(f"{meter.title}: {type(error).__name__}: {error}") from error
+        raise RunError(f"{meter.bar.title}: {type(error).__name__}: {error}") from error
     finally:
         meter.stopped = True
         pool.shutdown(wait=False, cancel_futures=True)
@@ -241,7 +203,7 @@ def _in_this_process(
 
 
 def _on_ray(
-    todo: Sequence[Mapping[str, Any]], runner: _Runner, workers: WorkersConfig, meter: _Meter
+    todo: Sequence[Mapping[str, Any]], runner: _Runner, workers: WorkersConfig, meter: Meter
 ) -> Generator[Part]:
     """Yield the parts as a pool of actors finishes them."""
     meter.bar.waiting("workers to start")
@@ -250,7 +212,7 @@ def _on_ray(
     items = [{"unit": json.dumps(dict(unit))} for unit in todo]
     # By the environment: a pool's actors compute in a thread of their own, which mallopt would not reach.
     keeps = runner.make.func.runs_trunk and not workers.gpus_per_worker  # type: ignore[attr-defined]
-    reports = Reports.remote()  # type: ignore[attr-defined]
+    reports = start_reports()
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _Actor,
         fn_constructor_args=(runner, reports),
@@ -258,23 +220,26 @@ def _on_ray(
         compute=ray.data.ActorPoolStrategy(size=min(len(todo), workers.most())),
         num_cpus=workers.cpus_per_worker,
         num_gpus=workers.gpus_per_worker or None,
+        max_task_retries=MAX_RETRIES,  # by default without end, also for a part that kills each worker
         runtime_env={"env_vars": memory_environment()} if keeps else None,
     )
-    with listening(reports, meter.hear, meter.bar.tick), _plain_errors():
+    with listening(reports, meter.hear, meter.bar.tick), _plain_errors(meter):
         for row in dataset.iter_rows():
             if row["error"]:
                 name, text = json.loads(row["error"])
-                raise getattr(errors, name)(text if name != RunError.__name__ else f"{meter.title}: {text}")
+                raise getattr(errors, name)(text if name != RunError.__name__ else f"{meter.bar.title}: {text}")
             yield Part.model_validate_json(row["part"])
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raise the hashray error inside what Ray raises; anything else as it is."""
+def _plain_errors(meter: Meter) -> Iterator[None]:
+    """Raise the hashray error inside what Ray raises, and a plain one for workers that were lost too often."""
     try:
         yield
     except Exception as error:
         plain = unwrap(error)
+        if isinstance(plain, RayActorError):
+            raise meter.lost() from error
         if plain is error:
             raise
         raise plain from error

@@ -1,16 +1,22 @@
-"""[Ray] What workers tell the driver while they work: lines in a queue, heard by a thread of the driver."""
+"""[Ray] What workers report to the driver while they work: lines in a queue that a thread of the driver reads."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hashray.errors import RunError
+from hashray.progress import Bar, say
 
 POLL_S = 0.5
+MAX_RETRIES = 3  # of one piece of work after a lost worker: what kills a worker each time is not retried without end
 
 
 @ray.remote(num_cpus=0)
@@ -34,6 +40,68 @@ class Reports:
         """Remove and return all lines."""
         taken, self.lines = self.lines, []
         return taken
+
+
+def start_reports() -> Any:
+    """A queue on the driver's node: no other node takes it away when it is lost."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Reports.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+class Meter:
+    """Rows of finished and of running work together, on the driver's bar.
+
+    Each piece of work (a part, a shard) has an index. Its rows count as it advances; `finish` gives the final number.
+    """
+
+    def __init__(self, bar: Bar, piece: str) -> None:
+        self.bar, self.piece, self.finished = bar, piece, bar.done
+        self.running, self.done = dict[int, int](), set[int]()
+        self.starts = Counter[int]()
+        self.stopped = False
+        self.lock = threading.Lock()
+
+    def hear(self, line: Mapping[str, Any]) -> None:
+        """Take a worker's report: it started a piece of work, or advanced in one."""
+        if "rows" in line:
+            self.advance(line["index"], line["rows"])
+            return
+        index = line["start"]
+        self.starts[index] += 1
+        self.bar.started()
+        if self.starts[index] > 1:
+            with self.lock:
+                self.running.pop(index, None)
+            say(f"note: {self.bar.title}: {self.piece} {index} runs again, its worker was lost")
+
+    def advance(self, index: int, rows: int) -> None:
+        """Count rows of a running piece; late reports of a finished one are ignored."""
+        if self.stopped:
+            raise RunError(f"{self.bar.title}: stopped")  # in a thread whose result nobody waits for
+        with self.lock:
+            if index not in self.done:
+                self.running[index] = self.running.get(index, 0) + rows
+                self._show()
+
+    def finish(self, index: int, rows: int) -> None:
+        """Count a finished piece, which had `rows` rows."""
+        with self.lock:
+            self.done.add(index)
+            self.running.pop(index, None)
+            self.finished += rows
+            self._show()
+
+    def lost(self, index: int | None = None) -> RunError:
+        """The error of a piece that lost its worker each time; unset: the piece with the most starts."""
+        if index is None:
+            index = max(self.starts, key=self.starts.__getitem__)
+        return RunError(
+            f"{self.bar.title}: {self.piece} {index} lost its worker {MAX_RETRIES + 1} times. Its rows may need "
+            "more memory than a worker has, or crash a decoder: look at Ray's logs, then run the same command again"
+        )
+
+    def _show(self) -> None:
+        self.bar.at(min(self.bar.total, self.finished + sum(self.running.values())))
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def connect() -> None:
             ray.init(runtime_env={"env_vars": forwarded}, log_to_driver=False, logging_level=logging.WARNING)
         except Exception as error:  # Ray raises its own, gRPC's and built-in errors, by the state of the cluster
             raise RunError(
-                f"no Ray cluster answers at RAY_ADDRESS={address} ({_first_line(error)}). Start it, or unset the name"
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({_first_line(error)}). Start it, or unset it"
             ) from error
     else:
         try:
@@ -125,7 +125,7 @@ def _require_listener(address: str) -> None:
                 grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
     except (OSError, grpc.FutureTimeoutError) as error:
         why = str(error) or "something listens there, but it does not answer"
-        text = f"no Ray cluster answers at RAY_ADDRESS={address} ({why}). Start it, or unset the name"
+        text = f"no Ray cluster answers at RAY_ADDRESS={address} ({why}). Start it, or unset RAY_ADDRESS"
         raise RunError(text) from error
 
 
@@ -138,7 +138,7 @@ def _why_ray_did_not_start(error: Exception) -> str:
         )
     return (
         f"Ray does not start on this machine ({_first_line(error)}). Another Ray may be starting at the same time, or "
-        f"memory or {folder} may be full: look, then run the same command again"
+        f"memory or {folder} may be full: check both, then run the same command again"
     )
 
 

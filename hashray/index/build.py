@@ -12,7 +12,7 @@ its shard (ids and codes) and one part; the driver, the sample and two ids a par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -28,6 +28,7 @@ from hashray.artifact import FileRecord, Manifest, canonical, read_table, sha256
 from hashray.codes import Codes
 from hashray.config import Config
 from hashray.data.columns import code_matrix
+from hashray.engine.reports import Meter
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import require_free, run_stage
 from hashray.engine.tasks import run_tasks
@@ -133,9 +134,10 @@ class _Build:
                 quantizer = self._train(survey.codes, nlist)
             rows = [sum(part.rows or 0 for part in self.parts), sum(written.info.rows for written in done.values())]
             with Bar("build shards", rows[0], "rows", done=rows[1]) as bar:
-                for number, written in self._build(survey, num_shards, done, quantizer):
+                meter = Meter(bar, "shard")
+                for number, written in self._build(survey, num_shards, done, quantizer, meter):
                     done[number] = written
-                    bar.add(written.info.rows)
+                    meter.finish(number, written.info.rows)
         return [done[n] for n in range(num_shards)], quantizer
 
     def _survey(self, num_shards: int, nlist: int) -> _Survey:
@@ -147,10 +149,11 @@ class _Build:
         width = self.num_bits if nlist else None
         jobs = [(self.source, part, width, mine[n] - starts[n]) for n, part in enumerate(self.parts)]
         parts: dict[int, Any] = {}
-        with Bar("read ids", len(jobs), "parts") as bar:
-            for number, surveyed in self._calls(_survey_part, dict(enumerate(jobs))):
+        with Bar("read ids", int(starts[-1]), "rows") as bar:
+            meter = Meter(bar, "part")
+            for number, surveyed in self._calls(_survey_part, dict(enumerate(jobs)), meter):
                 parts[number] = surveyed
-                bar.add(1)
+                meter.finish(number, self.parts[number].rows or 0)
         order = range(len(jobs))
         ids = shard.one_array(pa.chunked_array([parts[n][1] for n in order], pa.large_string()))
         ids = ids.take(pc.sort_indices(ids))
@@ -160,13 +163,16 @@ class _Build:
     def _train(self, codes: Codes, nlist: int) -> FileRecord:
         rng = np.random.default_rng(self.config.seed)
         sample = codes[np.sort(rng.choice(len(codes), min(len(codes), SAMPLE_PER_LIST * nlist), replace=False))]
-        ((_, trained),) = self._calls(_train, {0: (sample, nlist, self.config.seed)})
+        with Bar("train lists", len(sample), "rows") as bar:
+            meter = Meter(bar, "quantizer")
+            ((_, trained),) = self._calls(_train, {0: (sample, nlist, self.config.seed)}, meter)
+            meter.finish(0, len(sample))
         record = artifact.write_file(self.store, f"quantizers/{sha256_hex(trained)}.faiss", trained)
         self.store.write(self._key("quantizer"), record.model_dump_json().encode())
         return record
 
     def _build(
-        self, survey: _Survey, num_shards: int, done: Mapping[int, Any], quantizer: FileRecord | None
+        self, survey: _Survey, num_shards: int, done: Mapping[int, Any], quantizer: FileRecord | None, meter: Meter
     ) -> Iterator[tuple[int, WrittenShard]]:
         bounds = [None, *(survey.ids[len(survey.ids) * n // num_shards].as_py() for n in range(1, num_shards)), None]
         trained = artifact.read_file(self.store, quantizer) if quantizer else None
@@ -177,12 +183,15 @@ class _Build:
                      if (low is None or last >= low) and (high is None or first < high)]  # fmt: skip
             key = self._key(_name(number, quantizer))
             jobs[number] = (self.source, self.store, parts, (low, high), self.num_bits, self.config.kind, key)
-        for number, text in self._calls(_build_shard, {n: job for n, job in jobs.items() if n not in done}, trained):
+        todo = {n: job for n, job in jobs.items() if n not in done}
+        for number, text in self._calls(_build_shard, todo, meter, trained):
             yield number, WrittenShard.model_validate_json(text)
 
-    def _calls(self, function: Any, jobs: Mapping[int, tuple[Any, ...]], *shared: Any) -> Iterator[tuple[int, Any]]:
+    def _calls(
+        self, function: Any, jobs: Mapping[int, tuple[Any, ...]], meter: Meter, *shared: Any
+    ) -> Iterator[tuple[int, Any]]:
         rows = sum(part.rows or 0 for part in self.parts)
-        return run_tasks(function, jobs, self.config.pool, rows <= SHORT_ROWS, shared)
+        return run_tasks(function, jobs, self.config.pool, rows <= SHORT_ROWS, meter, shared)
 
     def _read(self, name: str, model: type[RecordT]) -> RecordT | None:
         try:
@@ -210,7 +219,7 @@ def _ids(table: pa.Table, where: str) -> pa.ChunkedArray:
 
 
 def _survey_part(
-    source: Store, part: FileRecord, num_bits: int | None, picks: NDArray[np.int64]
+    source: Store, part: FileRecord, num_bits: int | None, picks: NDArray[np.int64], advance: Callable[[int], None]
 ) -> tuple[tuple[str, str], pa.Array, Codes]:
     """First and last id of a part, and the ids (and, given `num_bits`, the codes) of the picked rows."""
     table = read_table(source, part, ["id", "code"] if num_bits else ["id"])
@@ -223,7 +232,7 @@ def _survey_part(
     return ends_text, shard.one_array(ids.take(pa.array(picks))), codes
 
 
-def _train(sample: Codes, nlist: int, seed: int) -> bytes:
+def _train(sample: Codes, nlist: int, seed: int, advance: Callable[[int], None]) -> bytes:
     return shard.train_quantizer(sample, nlist, seed)
 
 
@@ -236,6 +245,7 @@ def _build_shard(
     kind: str,
     record_key: str,
     quantizer: bytes | None,
+    advance: Callable[[int], None],
 ) -> str:
     """Build and write the shard of the ids from the lower bound to below the upper one, then its record."""
     low, high = bounds
@@ -250,6 +260,7 @@ def _build_shard(
             mine &= pc.less(names, high).to_numpy()
         ids += names.filter(pa.array(mine)).chunks
         codes.append(code_matrix(table.column("code"), num_bits)[mine])
+        advance(len(codes[-1]))
     texts = shard.one_array(pa.chunked_array(ids, pa.large_string()))
     written = shard.write_shard(store, texts, np.concatenate(codes), kind, quantizer)
     text = written.model_dump_json()

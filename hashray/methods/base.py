@@ -161,7 +161,7 @@ class WorkerGroup(ABC):
         """
 
     @abstractmethod
-    def lead(self, module: nn.Module, action: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def run_on_first(self, module: nn.Module, action: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Run `action` on the first worker, then give every worker its result and the state of `module`."""
 
 

@@ -328,7 +328,7 @@ class DSEH(Method):
                 self.label_net.requires_grad_(False)
             return terms | label_scores(self.label_net, table)
 
-        notes = workers.lead(self.label_net, train)
+        notes = workers.run_on_first(self.label_net, train)
         self.bind(table)
         return notes
 

@@ -180,6 +180,16 @@ def untrained(config: TrainConfig, num_classes: int) -> Method:
     return build_method(config.method, build_trunk(config.backbone, load_weights=False), num_classes)
 
 
+def require_phases(config: TrainConfig, num_classes: int) -> None:
+    """Refuse what the method cannot train with these epochs, trunk and changes, before anything is computed.
+
+    Raises:
+        ConfigError: as the method's phases raise it, or `require_one_network`.
+    """
+    total_epochs(config, num_classes)
+    require_one_network(config, num_classes)
+
+
 def require_one_network(config: TrainConfig, num_classes: int) -> None:
     """Refuse changes after which the weights so far would not fit.
 

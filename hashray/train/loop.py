@@ -77,7 +77,7 @@ class TorchWorkerGroup(WorkerGroup):
         order = torch.as_tensor(np.lexsort([*rows.numpy().T[::-1], *of.numpy().T[::-1]]))
         return rows[order], of[order]
 
-    def lead(self, module: nn.Module, action: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def run_on_first(self, module: nn.Module, action: Callable[[], dict[str, float]]) -> dict[str, float]:
         box: list[Any] = [action() if self.rank == 0 else None]
         if self.world > 1:
             dist.broadcast_object_list(box, src=0)

@@ -40,6 +40,8 @@ def with_precision(config: AnyTrainConfig, store: Store, run: str, ask: Callable
         ask: says whether the workers' processors multiply bfloat16 natively.
     """
     if config.backbone.frozen:  # cached features are fp32, and nothing else goes through the trunk
+        if config.precision == "bf16":
+            say('note: precision = "bf16" changes nothing with a frozen trunk: its features are fp32')
         return config.model_copy(update={"precision": "fp32"})
     key = f"progress/precision-{run}.json"
     if not store.exists(key):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -20,17 +21,18 @@ from hashray.artifact import Manifest
 from hashray.config import require_path
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.encode.features import TrunkRecipe, compute_features, trunk_fingerprint
+from hashray.engine.reports import Meter
 from hashray.engine.session import WorkersConfig, keep_memory, runs_here
 from hashray.engine.stage import require_free, run_stage
 from hashray.engine.tasks import run_tasks
 from hashray.errors import InputError
 from hashray.methods.backbone import with_absolute_weights
 from hashray.model import Model, load_model, write_model
-from hashray.progress import say
+from hashray.progress import Bar, say
 from hashray.storage import join, open_store
 from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.job import TrainJob, plan_job, require_labels, run_of, untrained
+from hashray.train.job import TrainJob, plan_job, require_labels, require_phases, run_of, untrained
 from hashray.train.local import fit_here, local_checkpoint
 from hashray.train.precision import multiplies_bf16, with_precision
 from hashray.train.watch import Watch
@@ -59,6 +61,7 @@ def train_on(config: TrainConfig, corpus: Corpus) -> Manifest:
 
     def work() -> Manifest:
         require_labels(config, corpus)
+        require_phases(config, corpus.num_classes)
         data = training_data(config, corpus, init)
         if config.workers > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
             say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
@@ -96,8 +99,13 @@ def workers_multiply_bf16(config: TrainConfig) -> bool:
     if not os.environ.get("RAY_ADDRESS") or config.ray == "never":
         return multiplies_bf16(config.gpu)
     pool = WorkersConfig(cpus_per_worker=config.cpus_per_worker, gpus_per_worker=float(config.gpu), ray="always")
-    ((_, answer),) = run_tasks(multiplies_bf16, {0: (config.gpu,)}, pool, short=False)
+    with Bar("ask a worker what its processor multiplies", 1, "workers") as bar:
+        ((_, answer),) = run_tasks(_multiplies_bf16, {0: (config.gpu,)}, pool, False, Meter(bar, "worker"))
     return bool(answer)
+
+
+def _multiplies_bf16(gpu: bool, advance: Callable[[int], None]) -> bool:
+    return multiplies_bf16(gpu)
 
 
 def open_init(config: TrainConfig) -> Model | None:

@@ -25,9 +25,9 @@ from ray.train.torch import TorchTrainer, get_device
 
 from hashray import errors
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.engine.reports import Reports, listening
+from hashray.engine.reports import listening, start_reports
 from hashray.engine.session import connect, memory_environment, quicken_on_one_machine, require_room, unwrap
-from hashray.errors import HashrayError, RunError
+from hashray.errors import HashrayError, RunError, WorkersLost
 from hashray.storage import join, open_store
 from hashray.storage.s3 import arrow_filesystem
 from hashray.train.assembly import build_loop
@@ -143,7 +143,7 @@ def fit_on_ray(job: TrainJob) -> Checkpoint:
         connect()
         require_room(config.cpus_per_worker, float(config.gpu), config.workers)
         quicken_on_one_machine()
-        reports = Reports.remote()  # type: ignore[attr-defined]
+        reports = start_reports()
         failure: queue.SimpleQueue[HashrayError | None] = queue.SimpleQueue()
 
         def hear(line: dict[str, Any]) -> None:
@@ -194,10 +194,10 @@ def _until_done(trainer: TorchTrainer, failure: queue.SimpleQueue[HashrayError |
             raise plain from outcome["error"]
         lost = isinstance(plain, RayActorError) or getattr(plain, "worker_failures", None)
         why = f"{type(plain).__name__}: {str(plain).strip().partition(os.linesep)[0]}"
-        raise RunError(
-            f"the training lost its workers once too often ({why}). Run the same command again to go on"
-            if lost else f"the training ended with {why}"
-        ) from outcome["error"]  # fmt: skip
+        if lost:
+            text = f"the training lost its workers more than max_failures times ({why}). Run the same command again"
+            raise WorkersLost(f"{text} to go on from the last checkpoint") from outcome["error"]
+        raise RunError(f"the training ended with {why}") from outcome["error"]
     return outcome["result"]
 
 
@@ -208,8 +208,8 @@ class _Retries(rt.UserCallback):
         self.reports = reports
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        for rank, error in sorted(worker_exceptions.items()):
-            self.reports.put.remote({"lost": _text_of(unwrap(error)), "rank": rank})
+        for _, error in sorted(worker_exceptions.items()):
+            self.reports.put.remote({"lost": _text_of(unwrap(error))})
 
 
 def _trainer(job: TrainJob, reports: Any) -> TorchTrainer:

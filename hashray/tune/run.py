@@ -18,7 +18,6 @@ from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical, sha256_hex, table_bytes
 from hashray.config import require_path
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.engine.session import connect
 from hashray.engine.stage import require_free, run_stage
 from hashray.errors import Diverged, RunError
 from hashray.evaluate.environment import environment
@@ -72,7 +71,6 @@ def _tune(config: SweepConfig, corpus: Corpus, store: Store, settings: dict[str,
     # This hash names the folders of trials, models and evaluations. No trial depends on the report seeds.
     searched = settings | {"search": config.search.model_dump(mode="json", exclude={"report_seeds"})}
     of_search = sha256_hex(canonical(searched))[:16]
-    connect()
     trials, at_once = search(config, corpus, out, of_search)
     best = ranked(trials)[0]
     if best.score is None:

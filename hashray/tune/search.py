@@ -27,7 +27,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hashray.artifact import canonical
 from hashray.data.corpus import Corpus
-from hashray.engine.session import WorkersConfig, require_room
+from hashray.engine.reports import listening, start_reports
+from hashray.engine.session import WorkersConfig, connect, require_room
 from hashray.errors import ConfigError, HashrayError, RunError
 from hashray.storage import Store, join, open_store
 from hashray.train.checkpoint import TENSORS
@@ -102,6 +103,7 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[li
             "lower it, or raise epochs"
         )
     require_labels(config.base, corpus)
+    connect()
     source = training_data(config.base, corpus, open_init(config.base))
     store, trials_at = open_store(out), join(out, "trials", plan)
     trials_store = open_store(trials_at)
@@ -162,7 +164,8 @@ def _fit(
             "num_samples": config.search.trials, "max_concurrent_trials": at_once, "search_alg": _searcher(config),
         }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, Watch(config.search.trials, sweep["most"], population) as watch:
-        trainable = tune.with_parameters(run_trial, sweep=sweep, turns=turns)
+        reports = start_reports()
+        trainable = tune.with_parameters(run_trial, sweep=sweep, turns=turns, reports=reports)
         callbacks = _Callbacks(turns, watch, population, keep)
         tuner = tune.Tuner(
             tune.with_resources(trainable, on_this_node),
@@ -177,7 +180,8 @@ def _fit(
             ),
         )  # fmt: skip
         try:
-            tuner.fit()
+            with listening(reports, watch.hear, watch.tick):
+                tuner.fit()
         except TuneError as error:
             if isinstance(error.__context__, HashrayError):  # raised by a callback
                 raise error.__context__ from None

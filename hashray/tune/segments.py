@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 
@@ -76,15 +77,20 @@ def _seconds_counted(segment: Segment) -> Iterator[None]:
         store.write(SECONDS, canonical(earlier + time.monotonic() - begin))
 
 
-def train_here(job: TrainJob, segment: Segment) -> None:
-    """Train a segment in this process, from its start or from the point of its interruption.
+def train_here(job: TrainJob, segment: Segment, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Train a segment in this process, from its start or from the point of its interruption; `tell` each step.
 
     Raises:
         Diverged: the loss is not finite.
     """
+
+    def hear(line: dict[str, Any]) -> None:
+        if line["event"] == "progress":
+            tell({"epoch": line["epoch"], "step": line["step"], "steps": job.plan.steps})
+
     with _seconds_counted(segment):
-        job = replace(job, start=segment.start, until=segment.until)
-        fit_here(job, f"{segment.end}-partial", lambda line: None, segment.end)
+        part = replace(job, start=segment.start, until=segment.until)
+        fit_here(part, f"{segment.end}-partial", hear, segment.end)
 
 
 def train_by_ray_train(job: TrainJob, segment: Segment) -> None:

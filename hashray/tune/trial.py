@@ -10,7 +10,9 @@ import asyncio
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,12 @@ from ray.exceptions import RayTaskError
 from hashray.artifact import canonical
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.engine.session import unwrap
-from hashray.errors import HashrayError, RunError
+from hashray.errors import HashrayError, RunError, WorkersLost
 from hashray.storage import join, open_store
 from hashray.train.config import TrainConfig
 from hashray.train.job import TrainJob, plan_job, run_of, total_epochs
 from hashray.train.run import open_init
-from hashray.train.worker import environment_of
+from hashray.train.worker import environment_of, is_of_lost_worker
 from hashray.tune.population import WORST
 from hashray.tune.segments import (
     Segment,
@@ -95,11 +97,12 @@ class _Prepared:
     start: str | None
 
 
-def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
+def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any, reports: Any) -> None:
     """Run one trial of the sweep under Ray Tune: segment after segment, each followed by a report.
 
-    A failed segment is retried here, up to `max_failures` times. Only a final failure is reported. It is reported in
-    turn and stored only then, because the points that are drawn later depend on when it is known.
+    A segment that loses its workers is retried here, up to `max_failures` times; any other error is final at once.
+    Only a final failure is reported. It is reported in turn and stored only then, because the points that are drawn
+    later depend on when it is known. `reports` passes retries and steps on to the driver.
     """
     # Tune reuses this process. It gives the previous trial two seconds to leave, else it drops the new one silently.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
@@ -119,7 +122,8 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any) -> None:
         segment = Segment(prepared.folder, start, until)
         ray.get(turns.enter.remote(trial, point[NUMBER], until))
         trained = ended_at(segment.end) is None
-        reason = _train(config, prepared, segment) if trained else None
+        tell = partial(_put, reports, point[NUMBER])
+        reason = _train(config, prepared, segment, tell) if trained else None
         if reason is None:
             forget_before(segment, start_too=not population)
         ray.get(turns.turn.remote(trial))
@@ -188,8 +192,14 @@ def keep_failure(trial: str, reason: str) -> None:
     open_store(trial).write(FAILED, canonical({"reason": reason}))
 
 
-def _train(config: SweepConfig, prepared: _Prepared, segment: Segment) -> str | None:
-    """Train a segment, with retries; return the reason of a final failure."""
+def _put(reports: Any, number: int, line: dict[str, Any]) -> None:
+    reports.put.remote({"trial": number, **line})
+
+
+def _train(
+    config: SweepConfig, prepared: _Prepared, segment: Segment, tell: Callable[[dict[str, Any]], None]
+) -> str | None:
+    """Train a segment, again where its workers were lost; return the reason of a final failure."""
     before = failure_of(segment.trial)
     if before is not None:
         return before
@@ -202,9 +212,12 @@ def _train(config: SweepConfig, prepared: _Prepared, segment: Segment) -> str | 
                 # Outside the trial's placement group, which reserves almost nothing.
                 options: dict[str, Any] = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
                 options |= {"runtime_env": environment_of(chosen), "scheduling_strategy": "DEFAULT", "max_retries": 0}
-                ray.get(train_segment.options(**options).remote(prepared.job, segment))
+                ray.get(train_segment.options(**options).remote(prepared.job, segment, tell))
         except Exception as error:  # any error becomes the trial's reason, and the sweep goes on
             reason = reason_of(error)
+            if not (isinstance(error, WorkersLost) or is_of_lost_worker(error, world=1)):
+                return reason
+            tell({"lost": reason})
         else:
             return None
     return reason

@@ -142,7 +142,7 @@ def mtime(store: Any, part: Part) -> int:
 
 
 class Dies(PartWorker):
-    """Kills its process in the middle of unit 2, once."""
+    """Kills its process in the middle of unit 2, once, and at each try of unit 11."""
 
     def __init__(self, marker: str) -> None:
         self.marker = Path(marker)
@@ -152,6 +152,8 @@ class Dies(PartWorker):
             log.write("x")
         if unit["index"] == 2 and not self.marker.exists():
             self.marker.touch()
+            os._exit(9)
+        if unit["index"] == 11:
             os._exit(9)
         if unit["index"] == 9:
             raise InputError("a fault of the request, found by a worker")
@@ -186,7 +188,11 @@ def test_a_worker_that_dies_loses_no_part(ray_session: Any, tmp_path: Path, caps
     # An error that would come again is final at once, and is no bare traceback.
     with pytest.raises(RunError, match="t: part 10: KeyError: 'a fault of the code'"):
         run(range(10, 11))
-    assert sorted(finished_parts(store, "plan", 10)) == list(range(6))
+    # What kills each worker is not retried without end.
+    with pytest.raises(RunError, match=r"t: part 11 lost its worker 4 times\. Its rows may need more memory"):
+        run(range(11, 12))
+    assert (tmp_path / "attempt-11").read_text() == "xxxx"
+    assert sorted(finished_parts(store, "plan", 12)) == list(range(6))
 
 
 @pytest.mark.parametrize(("place", "rows_per_part"), [("local", 1), ("local", 13), ("local", 100), ("s3", 13)])

@@ -164,14 +164,14 @@ def test_a_segment_goes_on_from_where_it_was_interrupted(corpus: str, tmp_path: 
     opened = open_corpus(corpus)
     job = plan_job(config, training_data(config, opened, None))
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    ray.get(train_segment.remote(job, Segment(whole, None, 3)))
-    ray.get(train_segment.remote(job, Segment(broken, None, 2)))
+    ray.get(train_segment.remote(job, Segment(whole, None, 3), print))
+    ray.get(train_segment.remote(job, Segment(broken, None, 2), print))
     partial = Path(broken) / "3-partial"
     (Path(broken) / "2").rename(partial)
     state = json.loads((partial / "state.json").read_text())
     state["position"]["notes"]["history"][0]["loss"] = 123.0  # so that it shows from where it went on
     (partial / "state.json").write_text(json.dumps(state))
-    ray.get(train_segment.remote(job, Segment(broken, None, 3)))
+    ray.get(train_segment.remote(job, Segment(broken, None, 3), print))
     ours, theirs = read_checkpoint(f"{broken}/3"), read_checkpoint(f"{whole}/3")
     assert ours.position.notes["history"][0]["loss"] == 123.0
     assert ours.position.notes["history"][1:] == theirs.position.notes["history"][1:]
@@ -183,14 +183,14 @@ def test_a_segment_goes_on_from_where_it_was_interrupted(corpus: str, tmp_path: 
         read_checkpoint(str(partial))
     # Nothing to go on from, so the segment is trained from its beginning.
     (Path(broken) / "3/state.json").unlink()
-    ray.get(train_segment.remote(job, Segment(broken, None, 3)))
+    ray.get(train_segment.remote(job, Segment(broken, None, 3), print))
     assert read_checkpoint(f"{broken}/3").position.notes["history"] == theirs.position.notes["history"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", ["ImplicitFunc", "train_here"])
 def test_a_trial_whose_process_is_killed_goes_on_and_nothing_comes_out_differently(
-    corpus: str, tmp_path: Path, title: str
+    corpus: str, tmp_path: Path, title: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = written(tmp_path)
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
@@ -198,6 +198,8 @@ def test_a_trial_whose_process_is_killed_goes_on_and_nothing_comes_out_different
     with killing_worker_when(lambda: len(ends(hurt)) >= 3, title) as killed:
         assert main(["tune", path, "--corpus", corpus, "--out", str(hurt)]) == 0
     assert killed and board(hurt) == board(whole)
+    if title == "train_here":  # the process of a trial is Ray Tune's, which starts it again
+        assert "goes on from its last checkpoint, after a loss: " in capfd.readouterr().err
     assert artifact.load_manifest(hurt, "sweep").id == artifact.load_manifest(whole, "sweep").id
 
 

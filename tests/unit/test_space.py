@@ -323,6 +323,25 @@ def test_a_terminal_shows_a_live_table_that_ray_can_pickle(monkeypatch: pytest.M
     assert "finished" in shown and "lr 0.002" in shown
 
 
+def test_a_sweep_says_where_its_trials_are_before_they_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Watch(trials=3, epochs=4) as watch:
+        watch.hear({"trial": 1, "epoch": 2, "step": 5, "steps": 14})
+        watch.tick()  # too soon after the line before
+        now[0] += 10
+        watch.tick()
+        watch.hear({"trial": 1, "lost": "ActorDiedError: gone"})
+        watch.reported({NUMBER: 1}, 2, 4, 0.5, trained=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert '"waiting_for": "trials to start"' in lines[0]
+    assert '"trials": {"1": "epoch 2, step 5/14"}' in lines[1]
+    assert lines[2] == "note: trial 1 goes on from its last checkpoint, after a loss: ActorDiedError: gone"
+    assert '"score": 0.5' in lines[3] and not watch.inside
+
+
 def test_the_page_of_a_sweep_shows_stopped_and_failed_trials(tmp_path: Path) -> None:
     config = sweep(tmp_path, {"optim.lr": {"log": [1e-4, 1e-2]}})
     scores = [[0.3, 0.4, 0.5, 0.6], [0.2], [], [0.3, 0.9, 0.7, 0.8]]

@@ -140,10 +140,10 @@ def files_of(folder: str | Path) -> dict[str, bytes]:
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
     """Ask until the answer is true; fail when the deadline has passed."""
     end = time.monotonic() + DEADLINE_S
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.005)
-    return found
+    return value
 
 
 def command(*words: str) -> list[str]:

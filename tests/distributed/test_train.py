@@ -146,10 +146,10 @@ def test_frozen_features_are_made_once_and_two_workers_equal_one(corpus: str, tm
     torch.save(build_trunk(BackboneConfig.model_validate(BACKBONE)).net.state_dict(), weights)
     frozen = {"backbone": {**BACKBONE, "frozen": True, "weights": str(weights)}, "features": str(tmp_path / "features")}
     one = train(config_of(corpus=corpus, out=str(tmp_path / "one"), **frozen))
-    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()}
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()}
     assert artifact.verify(tmp_path / "features") == []
     two = train(config_of(corpus=corpus, out=str(tmp_path / "two"), workers=2, **frozen))
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()} == made
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()} == written
     assert one.parents == two.parents and set(one.parents) == {"corpus", "features"}
     assert_same(tmp_path / "one", tmp_path / "two", 1e-4)
     with pytest.raises(AlreadyExists, match="holds a finished model"):
@@ -201,16 +201,16 @@ def read_all(spec: StreamSpec, first_epoch: int, first_step: int) -> list[list[S
     def read(shard: Any) -> list[Slice]:
         source = StreamSlices(spec, shard, None, 3)
         epochs = [source.epoch(n, first_step if n == first_epoch else 0) for n in range(first_epoch, EPOCHS)]
-        found = [piece for one in epochs for piece in one]
+        slices = [piece for one in epochs for piece in one]
         assert source._running is not None and next(source._running, None) is None  # nothing is left over
-        return found
+        return slices
 
     with ThreadPoolExecutor(spec.world) as pool:
         return list(pool.map(read, split(training_dataset(spec, EPOCHS), spec.world)))
 
 
-def assert_slices(found: list[Slice], expected: list[Slice]) -> None:
-    assert [(piece.step, piece.rows) for piece in found] == [(piece.step, piece.rows) for piece in expected]
-    for one, other in zip(found, expected, strict=True):
+def assert_slices(slices: list[Slice], expected: list[Slice]) -> None:
+    assert [(piece.step, piece.rows) for piece in slices] == [(piece.step, piece.rows) for piece in expected]
+    for one, other in zip(slices, expected, strict=True):
         np.testing.assert_array_equal(one.inputs, other.inputs)
         np.testing.assert_array_equal(one.labels, other.labels)

@@ -102,7 +102,7 @@ def write_corpus(
 
 
 def write_tiny_model(url: str | Path, seed: int = 0, **method: Any) -> Manifest:
-    """A model that nobody trained."""
+    """An untrained model."""
     torch.manual_seed(seed)
     trunk = build_trunk(BackboneConfig.model_validate(BACKBONE))
     fields = {**METHOD, **method} if method.get("kind", "dseh") == "dseh" else {"num_bits": 16, **method}

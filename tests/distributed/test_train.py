@@ -58,7 +58,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def unbroken(corpus: str, ray_session: Any) -> Path:
-    """A model trained from memory by one worker that nobody disturbs."""
+    """A model trained from memory by one worker without interruption."""
     out = Path(corpus).parent / "unbroken"
     train(config_of(corpus=corpus, out=str(out), input="memory"))
     return out
@@ -87,7 +87,7 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
 
 
 def second_epoch_begun(out: Path) -> bool:
-    """Whether a checkpoint of the second pass or later lies there, whole."""
+    """Whether there is a complete checkpoint of the second epoch or later."""
     for state in (out / "checkpoints").glob("*/checkpoint_*/state.json"):
         try:
             at = json.loads(state.read_text())["position"]
@@ -158,7 +158,7 @@ def test_frozen_features_are_made_once_and_two_workers_equal_one(corpus: str, tm
 
 @pytest.mark.slow
 def test_two_workers_on_the_stream_train_on_every_row(corpus: str, tmp_path: Path) -> None:
-    """The loop itself counts the rows of every pass; what it saw is in the slices test below."""
+    """The loop itself counts the rows of every epoch; the slices test below checks which rows they are."""
     out = tmp_path / "two"
     train(config_of(corpus=corpus, out=str(out), input="stream", workers=2))
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
@@ -179,7 +179,7 @@ def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(corpu
             assert_slices(slices, [piece for number in range(EPOCHS) for piece in source.epoch(number, 0)])
         if world == 1:
             continue
-        # After a checkpoint in the second pass the windows behind it are not read; what comes is the same.
+        # After a checkpoint in the second epoch, earlier windows are not read; later slices stay the same.
         open_store(url).write(POSITION_FILE, json.dumps({"epoch": 1, "step": 5}).encode())
         for source, slices in zip(memory, read_all(spec, 1, 5), strict=True):
             assert_slices(slices, [*source.epoch(1, 5), *source.epoch(2, 0)])

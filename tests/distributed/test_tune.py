@@ -338,7 +338,7 @@ def test_kill_9_at_three_points_leaves_the_sweep_that_an_unbroken_one_makes(
         lambda share=share: len(ends(broken)) >= total * share  # type: ignore[misc]
         for share in (0.1, 0.5, 0.8)
     ]
-    if "report_seeds" in search:  # and while the winner is trained anew
+    if "report_seeds" in search:  # and while the winner is trained again
         points.append(lambda: list(broken.glob("models/*/*/checkpoints/**/state.json")))
     for point in points:
         kill_command_when(words, point, tmp_path / "log")

@@ -108,7 +108,7 @@ def test_images_on_s3_become_a_searchable_index_on_s3(
             opens(url)
         open_store(url).write(file, before)
 
-    # Two publishers with different content race for version 1: one wins, the other is told.
+    # Two publishers with different content race for version 1: one wins, the other raises.
     ends: dict[str, BaseException | None] = {}
     barrier = threading.Barrier(2)
 

@@ -1,4 +1,4 @@
-"""Values that change while a model trains: what may, from which pass on, and what stays as it was."""
+"""Values that change while a model trains: which may, from which epoch on, and which stay the same."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_codes_are_read_in_one_way_all_along() -> None:
         require_one_network(config, 3)
 
 
-def test_a_weight_may_change_before_the_last_pass() -> None:
+def test_a_weight_may_change_before_the_last_epoch() -> None:
     require_one_network(changing({"after": 19, "method": {"margin": 0.2}}, backbone={"width": 4}), 3)
 
 
 def in_two(tmp_path: Path, **later: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """A run whose second pass has another config."""
+    """A run whose second epoch has another config."""
     with pytest.raises(Stop):
         run_loop(config_of(**HALF), 100, stop_at=(0, 1, 0), folder=tmp_path)
     return run_loop(config_of(**{**HALF, **later}), 100, checkpoint=read(tmp_path))
@@ -102,7 +102,7 @@ def test_a_change_to_the_same_values_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], weights[name]) for name in whole)
 
 
-def test_rates_and_decays_are_those_of_the_stretch_and_moments_go_on(tmp_path: Path) -> None:
+def test_rates_and_decays_are_those_of_the_segment_and_moments_go_on(tmp_path: Path) -> None:
     whole, unbroken = run_loop(config_of(**HALF), 100)
     method = {"kind": "adalabelhash", "codeword_lr_factor": 7.0}
     weights, loop = in_two(tmp_path, optim={"lr": 1e-4, "weight_decay": 0.5}, method=method)

@@ -53,24 +53,6 @@ def validate(config_class: type[ConfigT], data: Mapping[str, Any], where: str) -
         raise ConfigError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
-def override(config: ConfigT, arguments: list[str], program: str) -> ConfigT:
-    """Apply `--method.num-bits 32`-style flags over a config, by tyro; exits 2 on an unknown flag.
-
-    What neither the config nor a flag sets is filled in afresh, so that a field that others follow (a preset)
-    works on the command line as it does in a file. A flag of an optional table that the config lacks adds the table.
-
-    Raises:
-        ConfigError: each flag is allowed, all together are not.
-    """
-    default = with_tables(config, arguments)
-    return merge(default, parse(type(config), arguments, program, default=default), arguments)
-
-
-def parse_flags(config_class: type[ConfigT], arguments: list[str], program: str) -> ConfigT:
-    """Build a config from flags alone; as `override`."""
-    return parse(config_class, arguments, program)
-
-
 def parse(kind: Any, arguments: Sequence[str], program: str, description: str | None = None, **default: Any) -> Any:
     """Parse arguments by tyro into a config class or a union of subcommands; exits 2 on an unknown flag.
 
@@ -91,7 +73,7 @@ def _names(arguments: Sequence[str]) -> set[str]:
 
 
 def with_tables(config: ConfigT, arguments: Sequence[str]) -> ConfigT:
-    """The config with the optional tables that it lacks and that flags are about, each at its defaults."""
+    """The config plus each optional table that it lacks and that a flag names, at its defaults."""
     flags = _names(arguments)
     about = {flag.removeprefix("--").partition(".")[0] for flag in flags if "." in flag}
     added = {}
@@ -103,7 +85,14 @@ def with_tables(config: ConfigT, arguments: Sequence[str]) -> ConfigT:
 
 
 def merge(before: ConfigT, after: ConfigT, arguments: Sequence[str]) -> ConfigT:
-    """The config that flags made of `before`, its unset values filled in afresh and all of it validated."""
+    """The config `after`, which flags made of `before`, validated as a whole.
+
+    A value that neither `before` nor a flag sets is computed again. A field that sets others (a preset) therefore
+    works on the command line as it does in a file.
+
+    Raises:
+        ConfigError: each flag is allowed, but not all of them together.
+    """
     return validate(type(before), _given(before, after, _names(arguments), "--"), "the command line")
 
 

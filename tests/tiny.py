@@ -102,7 +102,7 @@ def write_corpus(
 
 
 def write_tiny_model(url: str | Path, seed: int = 0, **method: Any) -> Manifest:
-    """A model that nobody trained."""
+    """An untrained model."""
     torch.manual_seed(seed)
     trunk = build_trunk(BackboneConfig.model_validate(BACKBONE))
     fields = {**METHOD, **method} if method.get("kind", "dseh") == "dseh" else {"num_bits": 16, **method}
@@ -140,10 +140,10 @@ def files_of(folder: str | Path) -> dict[str, bytes]:
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
     """Ask until the answer is true; fail when the deadline has passed."""
     end = time.monotonic() + DEADLINE_S
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.005)
-    return found
+    return value
 
 
 def command(*words: str) -> list[str]:

@@ -21,8 +21,6 @@ from hashray.errors import CorruptArtifact, InputError, MismatchError
 from hashray.progress import Bar
 from hashray.storage import Store, join, open_store
 
-TOMBSTONES = "tombstones/"
-HASH_BLOCK_BYTES = 8 << 20
 CHECK_THREADS = 4
 LISTED_DUPLICATES = 5
 
@@ -111,12 +109,10 @@ def _check_size(store: Store, record: FileRecord) -> str | None:
 def _check_bytes(store: Store, record: FileRecord) -> str | None:
     problem = _check_size(store, record)
     if problem is None:
-        digest = hashlib.sha256()
         with store.open(record.name) as file:
-            while block := file.read(HASH_BLOCK_BYTES):
-                digest.update(block)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed: no readinto
         try:
-            check(store, record, record.bytes, digest.hexdigest())
+            check(store, record, record.bytes, sha256)
         except CorruptArtifact as error:
             return str(error)
     return problem
@@ -138,12 +134,9 @@ def _duplicate_ids(store: Store, names: list[str]) -> list[str]:
                     yield name, batch.column(0).to_pylist()
 
     problems = []
-    for value, places in find_duplicates(read).items():
-        files = [name for name in places if not name.startswith(TOMBSTONES)]
-        # An id that was deleted may be there once more, appended again.
-        if len(files) - (len(places) - len(files)) > 1:
-            among = ", ".join(sorted(set(files)))
-            problems.append(f"{join(store.url, files[-1])}: duplicate id {value!r}, in {len(files)} rows of {among}")
+    for value, files in find_duplicates(read).items():
+        among = ", ".join(sorted(set(files)))
+        problems.append(f"{join(store.url, files[-1])}: duplicate id {value!r}, in {len(files)} rows of {among}")
     if len(problems) > LISTED_DUPLICATES:
         more = f"{store.url}: {len(problems) - LISTED_DUPLICATES} more ids are duplicated"
         problems = [*problems[:LISTED_DUPLICATES], more]
@@ -153,11 +146,11 @@ def _duplicate_ids(store: Store, names: list[str]) -> list[str]:
 def find_duplicates(read: Callable[[], Iterable[tuple[str, Sequence[Any]]]]) -> dict[Any, list[str]]:
     """Return each id of more than one row, with the place of each row.
 
-    The first pass keeps 8 bytes a row: the process's own hash of each id, sorted. Only when two hashes
-    are equal there is a second pass, which keeps the ids of those hashes alone.
+    The first scan keeps 8 bytes a row: the sorted hashes of the ids, by this process's `hash`. Only if two hashes are
+    equal, a second scan keeps the ids with those hashes.
 
     Args:
-        read: Starts one pass: yields (where, ids) blocks. Called once or twice, and must yield the same.
+        read: Starts one scan and yields (where, ids) blocks. It is called once or twice and must yield the same.
 
     >>> find_duplicates(lambda: [("part-0", ["a", "b"]), ("part-1", ["c", "a"])])
     {'a': ['part-0', 'part-1']}

@@ -39,7 +39,7 @@ SHORT_PIXELS = 100_000_000  # a minute or two of MobileNetV2 on two cores, less 
 
 
 class TrunkWorker(PartWorker):
-    """A worker whose parts go through a trunk, on a GPU or on one core; other cores have other parts."""
+    """A worker that runs a trunk on a GPU or on one CPU core."""
 
     runs_trunk = True
 

@@ -276,7 +276,7 @@ def _encoded(
     unknown = {row_id for row_id, labels in zip(hidden.ids, hidden.labels, strict=True) if not labels.any()}
     known = set(ids) - unknown
     if len(known) < len(ids):
-        say(f"{len(ids) - len(known):,} {split} rows are not scored: they are unlabelled, so relevant to nothing known")
+        say(f"{len(ids) - len(known):,} {split} rows are not scored, because their labels are unknown")
     if not known:
         raise InputError(f"{config.corpus} has no {split} row whose labels are known")
     return side.among(known)

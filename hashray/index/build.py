@@ -2,12 +2,12 @@
 
 index/  versions/00000001.json · shards/<sha256>.faiss · ids/<sha256>.parquet · quantizers/<sha256>.faiss (ivf)
 
-Shards are ranges of ids, so that a row's place over all shards is its place in the order of ids. Two rounds
-of tasks: the first reads every part and draws a sample of its rows, from which the driver takes the bounds of
-the ranges (exact up to 262,144 rows) and the training rows of the quantizer; in the second, one task a shard
-reads the parts whose ids reach into its range, keeps its rows, sorts, builds and writes. Codes whose parts do not
-follow the ids are thus read once a shard; nobody but the owner of a shard holds its rows. Memory: a task, three times
-its shard (ids and codes) and one part; the driver, the sample and two ids a part.
+Shards are ranges of ids, so that a row's place over all shards is its place in the order of ids. Tasks run in two
+rounds. The first reads every part and draws a sample of its rows. From the sample, the driver takes the bounds of the
+ranges (exact up to 262,144 rows) and the training rows of the quantizer. In the second round, the task of a shard
+reads the parts whose ids reach into its range, keeps its rows, sorts, builds and writes. If parts do not follow the
+order of ids, each part is read once for every shard. Only a shard's own task holds its rows. Memory: a task needs
+three times its shard (ids and codes) and one part; the driver needs the sample and two ids a part.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def build_index(config: IndexConfig) -> Manifest:
         manifest = shard.index_manifest(codes, shards, config.kind, settings, quantizer, info)
         artifact.publish(store, manifest, version_key(1))
         store.clear(f"progress/{plan}/")
-        say(f"{config.out}: {rows:,} rows in {len(shards)} {config.kind} shards, version 1")
+        noun = "shard" if len(shards) == 1 else "shards"
+        say(f"{config.out}: {rows:,} rows in {len(shards)} {config.kind} {noun}, version 1")
         return manifest
 
     return run_stage(store, "index", plan, work, key=version_key(1))

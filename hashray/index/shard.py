@@ -113,7 +113,7 @@ def omp_threads(count: int) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def train_quantizer(sample: Codes, nlist: int, seed: int = 0, threads: int = 1) -> bytes:
+def train_quantizer(sample: Codes, nlist: int, seed: int = 0) -> bytes:
     """Train the coarse quantizer that all IVF shards of an index share.
 
     Args:
@@ -137,12 +137,12 @@ def train_quantizer(sample: Codes, nlist: int, seed: int = 0, threads: int = 1) 
     index = faiss.IndexBinaryIVF(faiss.IndexBinaryFlat(width), width, nlist)
     index.cp.seed = seed
     index.cp.min_points_per_centroid = 1
-    with omp_threads(threads):
+    with omp_threads(1):
         index.train(pad_width(codes, width // 8))
     return faiss.serialize_index_binary(index).tobytes()
 
 
-def build_shard(codes: Codes, kind: str, quantizer: bytes | None = None, threads: int = 1) -> bytes:
+def build_shard(codes: Codes, kind: str, quantizer: bytes | None = None) -> bytes:
     """Serialise the FAISS index of packed codes uint8 [n, num_bits // 8], n >= 1; row i gets the number i.
 
     Args:
@@ -157,7 +157,7 @@ def build_shard(codes: Codes, kind: str, quantizer: bytes | None = None, threads
     else:
         assert quantizer is not None, "an IVF shard needs the quantizer that all shards share"
         index = faiss.deserialize_index_binary(np.frombuffer(quantizer, np.uint8))
-    with omp_threads(threads):
+    with omp_threads(1):
         index.add(pad_width(codes, width // 8))
     return faiss.serialize_index_binary(index).tobytes()
 
@@ -260,9 +260,7 @@ def check_unique(ids: pa.Array) -> None:
         )
 
 
-def write_shard(
-    store: Store, ids: pa.Array, codes: Codes, kind: str, quantizer: bytes | None = None, threads: int = 1
-) -> WrittenShard:
+def write_shard(store: Store, ids: pa.Array, codes: Codes, kind: str, quantizer: bytes | None = None) -> WrittenShard:
     """Sort rows by id and write a shard's two files under the names of their content.
 
     Args:
@@ -275,7 +273,7 @@ def write_shard(
     order = pc.sort_indices(ids)
     ids = ids.take(order)
     check_unique(ids)
-    data, names = build_shard(codes[order.to_numpy()], kind, quantizer, threads), ids_bytes(ids)
+    data, names = build_shard(codes[order.to_numpy()], kind, quantizer), ids_bytes(ids)
     rows = len(ids)
     files = (
         artifact.write_file(store, f"shards/{sha256_hex(data)}.faiss", data, rows=rows),

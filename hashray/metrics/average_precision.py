@@ -18,8 +18,6 @@ from hashray.metrics.ranking import (
     AveragePrecisions,
     Ints,
     LabelRows,
-    PrecisionRecall,
-    Ranking,
     check_classes,
     check_top_k,
     divide,
@@ -28,17 +26,6 @@ from hashray.metrics.ranking import (
     rank,
     walk,
 )
-
-__all__ = [
-    "TIES",
-    "AveragePrecisions",
-    "PrecisionRecall",
-    "Ranking",
-    "average_precisions",
-    "mean_average_precision",
-    "mean_average_precision_float",
-    "rank",
-]
 
 
 class _Convention(NamedTuple):
@@ -115,7 +102,8 @@ def mean_average_precision(
 
     Differs: within a distance all five walk the database in the order given; the originals leave it to an unstable
         argsort or topk (adalabel: MATLAB's sort, stable as here).
-    Differs: a cut beyond the database ends with the database; dseh and adalabel take a cut, though dseh has none.
+    Differs: a cut beyond the database ends with the database; dseh and adalabel accept a cut here,
+        although DSEH's code has none.
 
     Args:
         query_codes: packed uint8 [q, b]; query_labels: multi-hot [q, c], integers or booleans.

@@ -17,8 +17,8 @@ def code_health(codes: Codes, logits: Any = None, labels: Any = None) -> dict[st
     Always: `bit_bias` mean over bits of |E b| (0 is balanced); `bit_entropy_mean`, `bit_entropy_min` in bits;
     `bit_corr_mean`, `bit_corr_max` of |correlation| between two bits (constant bits left out); `distinct_codes`.
     With `logits` float [n, K]: `near_zero` share of |u| < 0.1; `quantization` mean ||u| - 1|; `exact_zeros`, a count.
-    With `labels` multi-hot [n, c]: `collision_rate`, share of labelled items whose code an item sharing no class
-    with them has too; `within_class_variance`, mean over classes and bits of the variance of b (0 is one code a class).
+    With `labels` multi-hot [n, c]: `collision_rate`, share of labelled items whose code also belongs to a labelled item
+    with no class in common; `within_class_variance`, mean over classes and bits of b's variance (0: one code a class).
 
     Raises:
         ValueError, InputError, MismatchError: shapes or rows do not fit, as in `rank`.

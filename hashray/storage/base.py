@@ -1,7 +1,7 @@
 """What a store is: objects under keys, in a local folder or in a bucket.
 
-A key is a path relative to the store. A reader never sees half an object. `create` has exactly one
-winner, which is what every published manifest rests on.
+A key is a path relative to the store. A reader never sees half an object. `create` has at most one winner, and every
+published manifest relies on that.
 """
 
 from __future__ import annotations
@@ -40,12 +40,11 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, key: str, data: bytes) -> None:
-        """Write the object only if there is none: of any number of racing writers exactly one returns.
+        """Write the object only if there is none: of any number of racing writers at most one returns.
 
-        A writer that lost the answer and asks again may meet its own object, and gets AlreadyExists
-        too: a stranger that wrote the same bytes looks the same from here, and calling both
-        winners would break the promise above. Whoever is content with "these bytes stand there" compares
-        them, as `artifact.publish` does.
+        A writer that lost the answer and asks again may meet its own object. It gets AlreadyExists too, because equal
+        bytes from another writer look the same. A caller that only needs these bytes compares them, as
+        `artifact.publish` does.
 
         Raises:
             AlreadyExists: the key is taken.

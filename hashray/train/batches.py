@@ -10,6 +10,7 @@ of every batch, the last ones padded with rows of weight 0.
 from __future__ import annotations
 
 import hashlib
+import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,8 +121,7 @@ def row_seeds(seed: int, epoch: int, ids: Sequence[str]) -> NDArray[np.int64]:
 
 def held_out(ids: Sequence[str], count: int, seed: int) -> set[str]:
     """The `count` ids that come first in the seeded order: the validation rows."""
-    ordered = sorted(ids, key=lambda name: order_key(seed, f"validation\0{name}"))
-    return set(ordered[:count])
+    return set(heapq.nsmallest(count, ids, key=lambda name: order_key(seed, f"validation\0{name}")))
 
 
 def _rng(seed: int, epoch: int, window: int) -> np.random.Generator:

@@ -139,7 +139,8 @@ class TrainConfig(Config):
     batch_size: int = Field(128, ge=1, description="Rows of a global batch, for any number of workers")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, order, augmentation and held-out rows")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Numbers of the trunk; auto: bf16 where the processor multiplies it natively, else fp32"
+        "auto",
+        description="Number format of the trunk; auto: bf16 if the processor multiplies it natively, else fp32",
     )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Decay of the moving average of the weights; the average is saved"

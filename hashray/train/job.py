@@ -167,7 +167,7 @@ def _fits_memory(config: TrainConfig, rows: int) -> bool:
 
 
 def total_epochs(config: TrainConfig, num_classes: int) -> int:
-    """Passes over the images of a whole training."""
+    """Epochs of a whole training, over all phases."""
     return _epochs(untrained(config, num_classes), config)
 
 

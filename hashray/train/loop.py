@@ -151,8 +151,8 @@ class Loop:
     def run(self, checkpoint: Checkpoint | None = None, until: int | None = None) -> dict[str, Tensor]:
         """Train from a checkpoint or from the start, to the end or until `until` epochs are done.
 
-        Returns the chosen weights, the same on every worker. The checkpoint that is reported with the last pass is
-        one that a later call goes on from.
+        Returns the chosen weights, the same on every worker. A later call can continue from the checkpoint reported
+        with the last epoch.
         """
         if checkpoint is not None:
             self._resume(checkpoint)

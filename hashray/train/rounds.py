@@ -1,8 +1,8 @@
-"""[Ray] Self-training: train, label the unlabelled split with the model, train on, round by round (METHODS 2.5).
+"""[Ray] Self-training: train a model, label the unlabelled split with it, train again, in rounds (METHODS 2.5).
 
-<out>/rounds/0/model is trained on the labelled rows; <out>/rounds/r/pseudo-labels are made by the model before
-it, all of them again, and <out>/rounds/r/model goes on from that model's weights. Each is an artifact, so a run
-that was killed goes on with what is finished. The model of the best validation mAP is the one published.
+Round 0 trains <out>/rounds/0/model on the labelled rows. In round r, the model of round r - 1 labels every unlabelled
+row again (<out>/rounds/r/pseudo-labels), and a new model (<out>/rounds/r/model) continues from its weights. Each is an
+artifact, so a rerun keeps what a killed run finished. The model with the best validation mAP is published.
 """
 
 from __future__ import annotations

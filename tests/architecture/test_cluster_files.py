@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hashray.cli import COMMANDS, Command
-from hashray.config import parse_flags
+from hashray.config import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,8 +29,8 @@ def test_the_rayjob_runs_a_job_that_exists_with_arguments_that_parse() -> None:
     command = COMMANDS[job.stem]
     assert isinstance(command, Command)
     module, _, name = command.config.partition(":")
-    parsed = parse_flags(getattr(importlib.import_module(module), name), words[2:], "rayjob")
-    assert (ROOT / Path(parsed.config).relative_to("/app")).exists()  # type: ignore[attr-defined]
+    parsed = parse(getattr(importlib.import_module(module), name), words[2:], "rayjob")
+    assert (ROOT / Path(parsed.config).relative_to("/app")).exists()
     pins = (ROOT / "constraints.txt").read_text()
     assert f"ray=={spec['rayClusterSpec']['rayVersion']}" in pins
     for group in [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]:

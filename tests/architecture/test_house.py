@@ -27,9 +27,9 @@ MODULES = [info.name for info in pkgutil.walk_packages(hashray.__path__, "hashra
 
 
 def test_layers_and_the_pure_files_hold() -> None:
-    found = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"],
+    completed = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"],
                            cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
-    assert found.returncode == 0, found.stdout
+    assert completed.returncode == 0, completed.stdout
 
 
 def test_no_file_is_long_and_none_is_called_after_nothing() -> None:
@@ -104,14 +104,14 @@ def test_readme_commands_exist() -> None:
 
 
 def public_objects() -> list[tuple[str, object]]:
-    found = []
+    objects = []
     for name in MODULES:
         module = importlib.import_module(name)
         for key, value in vars(module).items():
-            own = getattr(value, "__module__", None) == name
-            if own and not key.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
-                found.append((f"{name}.{key}", value))
-    return found
+            defined_here = getattr(value, "__module__", None) == name
+            if defined_here and not key.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+                objects.append((f"{name}.{key}", value))
+    return objects
 
 
 def test_public_names_are_documented_and_documented_arguments_exist() -> None:

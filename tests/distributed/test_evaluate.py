@@ -65,11 +65,11 @@ def test_a_class_split_is_scored_within_across_and_generalised(tmp_path: Path) -
         ("cross", "query-unseen", "database-unseen"),
         ("generalised", "query-unseen", "database"),
     ):
-        own = [row for row in metrics["results"] if row["scenario"] == name]
-        assert own[0]["name"] == "adalabelhash"
-        assert own[0]["mAP"] == pytest.approx(mean_average_precision(*rows(query), *rows(database)))
-        assert (own[0]["queries"], own[0]["database"]) == (len(rows(query)[0]), len(rows(database)[0]))
-        baselines = {row["name"] for row in own[1:]}
+        results = [row for row in metrics["results"] if row["scenario"] == name]
+        assert results[0]["name"] == "adalabelhash"
+        assert results[0]["mAP"] == pytest.approx(mean_average_precision(*rows(query), *rows(database)))
+        assert (results[0]["queries"], results[0]["database"]) == (len(rows(query)[0]), len(rows(database)[0]))
+        baselines = {row["name"] for row in results[1:]}
         assert baselines == {"random", "lsh", "pca-sign", "itq", "itq-linear", "class-code", "float-cosine"}
     within, cross = (
         row["mAP"] for row in metrics["results"] if row["name"] == "itq" and row["scenario"] != "generalised"

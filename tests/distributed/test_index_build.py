@@ -53,10 +53,10 @@ def write_codes(url, ids, codes, num_parts=5, rows_out=None):
 
 def check_answers(url, ids, codes, k=30):
     queries = codes[:8]
-    found, distances = open_index(url, threads=1).search(queries, k)
+    answers, distances = open_index(url, threads=1).search(queries, k)
     for row, near in enumerate(hamming(queries, codes)):
         expected = sorted(zip(near.tolist(), ids, strict=True))[:k]
-        assert list(zip(distances[row].tolist(), found[row].tolist(), strict=True)) == expected
+        assert list(zip(distances[row].tolist(), answers[row].tolist(), strict=True)) == expected
 
 
 def stored(url):
@@ -96,11 +96,11 @@ def test_ivf_shards_share_one_quantizer(tmp_path):
     assert (info["nlist"], info["nprobe"]) == (25, 16) and info["quantizer"].startswith("quantizers/")
     assert artifact.verify(config.out) == []
     queries, k = codes[:50], 20
-    found, distances = open_index(config.out).search(queries, k)
+    answers, distances = open_index(config.out).search(queries, k)
     near = hamming(queries, codes)
     place = {name: row for row, name in enumerate(ids)}
     for row in range(50):
-        assert [near[row, place[name]] for name in found[row]] == distances[row].tolist()
+        assert [near[row, place[name]] for name in answers[row]] == distances[row].tolist()
     assert (distances <= np.sort(near, axis=1)[:, k - 1 : k]).mean() >= 0.99
     wrong = config.model_copy(update={"out": str(tmp_path / "wrong"), "nlist": 100})
     with pytest.raises(ConfigError, match="nlist = 100 needs 39 rows a list"):

@@ -142,10 +142,10 @@ def test_pseudo_labels_of_images_count_every_row_and_go_on_from_the_parts_that_a
     parts = {path: path.stat().st_mtime_ns for path in sorted((out / "parts").iterdir())}
     lost = next(iter(parts))
     lost.unlink()
-    made = label()
+    manifest = label()
     assert {path for path in parts if path.stat().st_mtime_ns != parts[path]} == {lost} and len(parts) == 3
-    assert (made.rows_in, made.rows_out, made.rows_quarantined) == (24, 23, 1)
-    assert artifact.verify(str(out)) == [] and made.info["summary"]["accepted"] == 23
+    assert (manifest.rows_in, manifest.rows_out, manifest.rows_quarantined) == (24, 23, 1)
+    assert artifact.verify(str(out)) == [] and manifest.info["summary"]["accepted"] == 23
     assert pq.read_table(out / "quarantine.parquet").column("id").to_pylist() == ["0020"]
     # Labelled rows have two classes each: the two likeliest are set, and of the third nothing is known.
     labels = pq.read_table(out / "accepted.parquet").column("labels").to_pylist()

@@ -58,7 +58,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def unbroken(corpus: str, ray_session: Any) -> Path:
-    """A model trained from memory by one worker that nobody disturbs."""
+    """A model trained from memory by one worker without interruption."""
     out = Path(corpus).parent / "unbroken"
     train(config_of(corpus=corpus, out=str(out), input="memory"))
     return out
@@ -87,7 +87,7 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
 
 
 def second_epoch_begun(out: Path) -> bool:
-    """Whether a checkpoint of the second pass or later lies there, whole."""
+    """Whether there is a complete checkpoint of the second epoch or later."""
     for state in (out / "checkpoints").glob("*/checkpoint_*/state.json"):
         try:
             at = json.loads(state.read_text())["position"]
@@ -146,10 +146,10 @@ def test_frozen_features_are_made_once_and_two_workers_equal_one(corpus: str, tm
     torch.save(build_trunk(BackboneConfig.model_validate(BACKBONE)).net.state_dict(), weights)
     frozen = {"backbone": {**BACKBONE, "frozen": True, "weights": str(weights)}, "features": str(tmp_path / "features")}
     one = train(config_of(corpus=corpus, out=str(tmp_path / "one"), **frozen))
-    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()}
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()}
     assert artifact.verify(tmp_path / "features") == []
     two = train(config_of(corpus=corpus, out=str(tmp_path / "two"), workers=2, **frozen))
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()} == made
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()} == written
     assert one.parents == two.parents and set(one.parents) == {"corpus", "features"}
     assert_same(tmp_path / "one", tmp_path / "two", 1e-4)
     with pytest.raises(AlreadyExists, match="holds a finished model"):
@@ -158,7 +158,7 @@ def test_frozen_features_are_made_once_and_two_workers_equal_one(corpus: str, tm
 
 @pytest.mark.slow
 def test_two_workers_on_the_stream_train_on_every_row(corpus: str, tmp_path: Path) -> None:
-    """The loop itself counts the rows of every pass; what it saw is in the slices test below."""
+    """The loop itself counts the rows of every epoch; the slices test below checks which rows they are."""
     out = tmp_path / "two"
     train(config_of(corpus=corpus, out=str(out), input="stream", workers=2))
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
@@ -179,7 +179,7 @@ def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(corpu
             assert_slices(slices, [piece for number in range(EPOCHS) for piece in source.epoch(number, 0)])
         if world == 1:
             continue
-        # After a checkpoint in the second pass the windows behind it are not read; what comes is the same.
+        # After a checkpoint in the second epoch, earlier windows are not read; later slices stay the same.
         open_store(url).write(POSITION_FILE, json.dumps({"epoch": 1, "step": 5}).encode())
         for source, slices in zip(memory, read_all(spec, 1, 5), strict=True):
             assert_slices(slices, [*source.epoch(1, 5), *source.epoch(2, 0)])
@@ -201,16 +201,16 @@ def read_all(spec: StreamSpec, first_epoch: int, first_step: int) -> list[list[S
     def read(shard: Any) -> list[Slice]:
         source = StreamSlices(spec, shard, None, 3)
         epochs = [source.epoch(n, first_step if n == first_epoch else 0) for n in range(first_epoch, EPOCHS)]
-        found = [piece for one in epochs for piece in one]
+        slices = [piece for one in epochs for piece in one]
         assert source._running is not None and next(source._running, None) is None  # nothing is left over
-        return found
+        return slices
 
     with ThreadPoolExecutor(spec.world) as pool:
         return list(pool.map(read, split(training_dataset(spec, EPOCHS), spec.world)))
 
 
-def assert_slices(found: list[Slice], expected: list[Slice]) -> None:
-    assert [(piece.step, piece.rows) for piece in found] == [(piece.step, piece.rows) for piece in expected]
-    for one, other in zip(found, expected, strict=True):
+def assert_slices(slices: list[Slice], expected: list[Slice]) -> None:
+    assert [(piece.step, piece.rows) for piece in slices] == [(piece.step, piece.rows) for piece in expected]
+    for one, other in zip(slices, expected, strict=True):
         np.testing.assert_array_equal(one.inputs, other.inputs)
         np.testing.assert_array_equal(one.labels, other.labels)

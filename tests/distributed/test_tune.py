@@ -56,14 +56,14 @@ def written(folder: Path, **changes: Any) -> str:
 
 
 def board(out: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = pq.read_table(out / "leaderboard.parquet").to_pylist()
-    return found
+    rows: list[dict[str, Any]] = pq.read_table(out / "leaderboard.parquet").to_pylist()
+    return rows
 
 
 def ends(out: Path) -> dict[str, int]:
     """Every segment that has ended, and when its file was written."""
-    found = out.glob("trials/*/*/*/state.json")
-    return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in found if p.parent.name.isdigit()}
+    states = out.glob("trials/*/*/*/state.json")
+    return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in states if p.parent.name.isdigit()}
 
 
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_leaderboard_and_trains_nothing_twice(
@@ -81,7 +81,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_leaderboard_and_trains_not
     assert {row["state"] for row in rows} == {"finished", "stopped"}
     assert first.info["epochs"] == sum(row["epochs"] for row in rows) < first.info["epochs_of_full_grid"] == 24
     assert json.loads(next(row["point"] for row in rows if row["trial"] == 0))["optim.lr"] == 3e-3
-    told = (out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()
+    tables = (out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()
     # As if it had been killed: a trial has lost its last segment, another never began, and nothing was published.
     (out / "manifest.json").unlink()
     (out / "leaderboard.parquet").unlink()
@@ -98,7 +98,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_leaderboard_and_trains_not
         (out / key).unlink(missing_ok=True)
         gone.add(key)
     assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
-    assert ((out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()) == told
+    assert ((out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()) == tables
     after = ends(out)
     assert after.keys() == kept.keys()
     assert {key for key in kept if after[key] != kept[key]} == gone
@@ -115,11 +115,11 @@ def test_the_labels_of_the_queries_are_no_part_of_the_search(corpus: str, tmp_pa
         labels_of=lambda i: [(i + (i % 5 == 4)) % 3],
     )  # fmt: skip
     path = written(tmp_path, search={**CONFIG["search"], "trials": 3, "scheduler": "none"}, epochs=1)
-    found = []
+    leaderboards = []
     for name, url in (("a", corpus), ("b", other)):
         assert main(["tune", path, "--corpus", url, "--out", str(tmp_path / name)]) == 0
-        found.append([(row["trial"], row["point"], row["score"]) for row in board(tmp_path / name)])
-    assert found[0] == found[1]
+        leaderboards.append([(row["trial"], row["point"], row["score"]) for row in board(tmp_path / name)])
+    assert leaderboards[0] == leaderboards[1]
 
 
 def test_rungs_beyond_the_last_epoch_are_refused(
@@ -247,8 +247,8 @@ def test_a_seed_with_which_the_winner_diverges_is_reported_and_the_sweep_is_publ
     search = {**CONFIG["search"], "trials": 2, "scheduler": "none", "report_seeds": [1, 2]}
     out = tmp_path / "sweep"
     assert main(["tune", written(tmp_path, search=search), "--corpus", corpus, "--out", str(out)]) == 0
-    found = artifact.load_manifest(out, "sweep").info
-    winner = found["compared"]["winner"]
+    info = artifact.load_manifest(out, "sweep").info
+    winner = info["compared"]["winner"]
     assert [line["seed"] for line in winner["seeds"]] == [1]
     assert winner["failed"] == [{"seed": 2, "reason": "the loss is not finite at phase 0"}]
     assert "The loss of the winner is not finite with seed 2." in (out / "report.html").read_text()
@@ -259,15 +259,15 @@ def test_the_winner_trains_to_its_score_and_is_scored_beside_the_default(corpus:
     search = {**CONFIG["search"], "scheduler": "median", "report_seeds": [1, 2]}
     out = tmp_path / "sweep"
     assert main(["tune", written(tmp_path, search=search), "--corpus", corpus, "--out", str(out)]) == 0
-    rows, found = board(out), artifact.load_manifest(out, "sweep").info
+    rows, info = board(out), artifact.load_manifest(out, "sweep").info
     model = tmp_path / "model"
     assert main(["train", str(out / "best.toml"), "--corpus", corpus, "--out", str(model)]) == 0
     assert rows[0]["state"] == "finished" and rows[0]["epochs"] == 4  # of the seed; a stopped winner trains on
     assert artifact.load_manifest(model, "model").info["validation_map"] == rows[0]["score"]
-    assert set(found["compared"]) == ({"winner", "default"} if rows[0]["trial"] else {"winner"})
-    for own in found["compared"].values():
-        assert [line["seed"] for line in own["seeds"]] == [1, 2]
-        assert all(0 <= line["query_mAP"] <= 1 for line in own["seeds"])
+    assert set(info["compared"]) == ({"winner", "default"} if rows[0]["trial"] else {"winner"})
+    for entry in info["compared"].values():
+        assert [line["seed"] for line in entry["seeds"]] == [1, 2]
+        assert all(0 <= line["query_mAP"] <= 1 for line in entry["seeds"])
 
 
 @pytest.mark.slow
@@ -289,12 +289,12 @@ def test_a_population_exchanges_weights_and_its_best_schedule_trains_again_to_it
     for change in json.loads(changed["config"])["changes"]:
         assert 1e-4 <= change["optim"].get("lr", 1e-3) <= 1e-1
     # As if it had been killed in the last segment: the same exchanges, and nothing else is trained again.
-    told = (out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()
+    tables = (out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()
     (out / "manifest.json").unlink()
     before = ends(out)
     assert main(["tune", path, "--corpus", corpus, "--out", str(out)]) == 0
     assert ends(out) == before and artifact.load_manifest(out, "sweep").id == first.id
-    assert ((out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()) == told
+    assert ((out / "leaderboard.parquet").read_bytes(), (out / "epochs.parquet").read_bytes()) == tables
 
 
 @pytest.mark.slow
@@ -340,7 +340,7 @@ def test_kill_9_at_three_points_leaves_the_sweep_that_an_unbroken_one_makes(
         lambda share=share: len(ends(broken)) >= total * share  # type: ignore[misc]
         for share in (0.1, 0.5, 0.8)
     ]
-    if "report_seeds" in search:  # and while the winner is trained anew
+    if "report_seeds" in search:  # and while the winner is trained again
         points.append(lambda: list(broken.glob("models/*/*/checkpoints/**/state.json")))
     for point in points:
         kill_command_when(words, point, tmp_path / "log")

@@ -187,7 +187,7 @@ def test_a_publish_whose_answer_is_lost_succeeds(through):
 
 
 def test_create_whose_answer_is_lost_claims_nothing(through):
-    """It cannot know whether it won: exactly one winner is kept, at the cost of possibly none."""
+    """It cannot know whether it won, so it raises: at most one writer returns."""
     puts = []
     store, _ = through(
         lambda number, request: "lose" if request.command == "PUT" and not puts.append(1) and len(puts) == 1 else None

@@ -70,8 +70,8 @@ def test_images_on_s3_become_a_searchable_index_on_s3(
 
     # Search by the command line and from Python, without Ray.
     (tmp_path / "q.png").write_bytes(png(3))
-    found = ("search", f"{out}/index", "--model", f"{out}/model", "--image", tmp_path / "q.png", "--k", "3", "--json")
-    assert run(*found) == 0
+    search = ("search", f"{out}/index", "--model", f"{out}/model", "--image", tmp_path / "q.png", "--k", "3", "--json")
+    assert run(*search) == 0
     hits = json.loads(capsys.readouterr().out)[0]["hits"]
     assert len(hits) == 3 and hits == sorted(hits, key=lambda hit: (hit["distance"], hit["id"]))
 
@@ -108,7 +108,7 @@ def test_images_on_s3_become_a_searchable_index_on_s3(
             opens(url)
         open_store(url).write(file, before)
 
-    # Two publishers with different content race for version 1: one wins, the other is told.
+    # Two publishers with different content race for version 1: one wins, the other raises.
     ends: dict[str, BaseException | None] = {}
     barrier = threading.Barrier(2)
 

@@ -47,8 +47,8 @@ def test_random_codes_score_the_prior_even_on_the_same_class_sorted_rows() -> No
     order = np.argsort(DATABASE[1].argmax(1))
     features, labels = DATABASE[0][order], DATABASE[1][order]
     fitted = RandomCodes.fit(TRAIN[0], 32, seed=0)
-    found = rank(fitted.codes(features[:-1]), labels[:-1], fitted.codes(features), labels)
-    assert found.average_precisions().mean == pytest.approx(found.prior, abs=0.01)
+    ranking = rank(fitted.codes(features[:-1]), labels[:-1], fitted.codes(features), labels)
+    assert ranking.average_precisions().mean == pytest.approx(ranking.prior, abs=0.01)
 
 
 def test_itq_beats_pca_sign_and_both_beat_random() -> None:
@@ -112,8 +112,8 @@ def test_class_code_of_several_labels() -> None:
     some = labels.any(1)
     expected = np.where(labels[some].astype(int) @ fitted.codewords.astype(int) >= 0, 1, -1)
     assert (unpack(codes)[some] == expected).mean() > 0.98
-    found = mean_average_precision(codes[:50], labels[:50], codes[50:], labels[50:])
-    assert found > rank(codes[:50], labels[:50], codes[50:], labels[50:]).prior + 0.2
+    score = mean_average_precision(codes[:50], labels[:50], codes[50:], labels[50:])
+    assert score > rank(codes[:50], labels[:50], codes[50:], labels[50:]).prior + 0.2
 
 
 @pytest.mark.parametrize("labels", [[[1, 0, 0]] * 6, [[1, 1, 0]] * 6, [[1, 0, 0]] * 3 + [[0, 0, 0]] * 3])

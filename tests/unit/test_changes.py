@@ -1,4 +1,4 @@
-"""Values that change while a model trains: what may, from which pass on, and what stays as it was."""
+"""Values that change while a model trains: which may, from which epoch on, and which stay the same."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_each_change_adds_to_those_before_it() -> None:
     )
     segments = config.segments()
     assert [after for after, _ in segments] == [0, 3, 5]
-    assert [own.optim.lr for _, own in segments] == [1e-3, 1e-4, 1e-4]
-    assert [own.method.margin for _, own in segments] == [0.5, 0.5, 0.2]  # type: ignore[attr-defined]
-    assert [own.augment.flip for _, own in segments] == [True, True, False]
-    assert all(not own.changes for _, own in segments)
+    assert [segment.optim.lr for _, segment in segments] == [1e-3, 1e-4, 1e-4]
+    assert [segment.method.margin for _, segment in segments] == [0.5, 0.5, 0.2]  # type: ignore[attr-defined]
+    assert [segment.augment.flip for _, segment in segments] == [True, True, False]
+    assert all(not segment.changes for _, segment in segments)
     assert "changes" in config.result_of() and "changes" not in segments[0][1].result_of()
 
 
@@ -85,12 +85,12 @@ def test_codes_are_read_in_one_way_all_along() -> None:
         require_one_network(config, 3)
 
 
-def test_a_weight_may_change_before_the_last_pass() -> None:
+def test_a_weight_may_change_before_the_last_epoch() -> None:
     require_one_network(changing({"after": 19, "method": {"margin": 0.2}}, backbone={"width": 4}), 3)
 
 
 def in_two(tmp_path: Path, **later: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """A run whose second pass has another config."""
+    """A run whose second epoch has another config."""
     with pytest.raises(Stop):
         run_loop(config_of(**HALF), 100, stop_at=(0, 1, 0), folder=tmp_path)
     return run_loop(config_of(**{**HALF, **later}), 100, checkpoint=read(tmp_path))
@@ -98,18 +98,18 @@ def in_two(tmp_path: Path, **later: Any) -> tuple[dict[str, torch.Tensor], Any]:
 
 def test_a_change_to_the_same_values_changes_nothing(tmp_path: Path) -> None:
     whole, _ = run_loop(config_of(**HALF), 100)
-    found, _ = in_two(tmp_path)
-    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    weights, _ = in_two(tmp_path)
+    assert all(torch.equal(whole[name], weights[name]) for name in whole)
 
 
-def test_rates_and_decays_are_those_of_the_stretch_and_moments_go_on(tmp_path: Path) -> None:
+def test_rates_and_decays_are_those_of_the_segment_and_moments_go_on(tmp_path: Path) -> None:
     whole, unbroken = run_loop(config_of(**HALF), 100)
     method = {"kind": "adalabelhash", "codeword_lr_factor": 7.0}
-    found, loop = in_two(tmp_path, optim={"lr": 1e-4, "weight_decay": 0.5}, method=method)
+    weights, loop = in_two(tmp_path, optim={"lr": 1e-4, "weight_decay": 0.5}, method=method)
     first, second = loop.position.notes["history"]
     assert first == unbroken.position.notes["history"][0]
     assert second["lr"] == pytest.approx(unbroken.position.notes["history"][1]["lr"] / 10)
     groups = {group["name"]: group for group in loop.optimizer.param_groups}
     assert groups["head"]["weight_decay"] == 0.5 and groups["codewords"]["factor"] == 7.0
     assert {int(state["step"]) for state in loop.optimizer.state.values()} == {8}
-    assert any(not torch.equal(whole[name], found[name]) for name in whole)
+    assert any(not torch.equal(whole[name], weights[name]) for name in whole)

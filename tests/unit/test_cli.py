@@ -22,10 +22,10 @@ from tests.unit.worker_group import config_of
 def fails(capsys: pytest.CaptureFixture[str], *words: str | Path, code: int = 2) -> str:
     """Run a command that must end with `code`; what it said, in one line."""
     try:
-        found = main([str(word) for word in words])
+        exit_code = main([str(word) for word in words])
     except SystemExit as stopped:  # tyro ends the process itself for a flag it does not know
-        found = int(stopped.code or 0)
-    assert found == code
+        exit_code = int(stopped.code or 0)
+    assert exit_code == code
     captured = capsys.readouterr()
     return " ".join((captured.out + captured.err).replace("│", " ").split())
 
@@ -94,8 +94,8 @@ def test_a_query_that_is_no_image(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_describe_and_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     store = storage.open_store(tmp_path)
     record = artifact.write_file(store, "a.bin", b"12345")
-    made = Manifest(kind="model", project_version="1", config={}, parents={}, files=(record,))
-    artifact.publish(store, made)
+    manifest = Manifest(kind="model", project_version="1", config={}, parents={}, files=(record,))
+    artifact.publish(store, manifest)
     assert main(["describe", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["whole"] is True
     assert main(["verify", str(tmp_path)]) == 0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from hashray.config import Config, override, parse_toml, require_path, validate
+from hashray.config import Config, merge, parse, parse_toml, require_path, validate, with_tables
 from hashray.errors import ConfigError, InputError, StorageError, perhaps
 from hashray.methods.adalabelhash import AdaLabelHash
 from hashray.methods.base import Method
@@ -144,23 +144,28 @@ def test_toml_that_cannot_be_read_says_where() -> None:
     assert "broken.toml is not UTF-8 text" in text_of(parse_toml, b"name = '\xff'", "broken.toml")
 
 
+def with_flags(config: Any, flags: list[str]) -> Any:
+    """The config that a command makes of a file and its flags."""
+    default = with_tables(config, flags)
+    return merge(default, parse(type(config), flags, "hashray train", default=default), flags)
+
+
 def test_flags_override_a_file() -> None:
     config = validate(TrainConfig, {"method": {"kind": "dseh", "rounds": 3}, "optim": {"lr": 0.1}}, "f")
-    out = override(config, ["--method.num-bits", "64", "--epochs=7", "--optim.name", "sgd"], "hashray train")
+    out = with_flags(config, ["--method.num-bits", "64", "--epochs=7", "--optim.name", "sgd"])
     assert (out.method.num_bits, out.method.rounds, out.epochs, out.optim.lr, out.optim.name) == (64, 3, 7, 0.1, "sgd")  # type: ignore[attr-defined]
-    assert override(config, [], "p") == config
+    assert with_flags(config, []) == config
     assert config.epochs == 20
 
 
 def test_a_preset_on_the_command_line_works_as_in_a_file() -> None:
     config = validate(Whole, {"preset": {"rows": 2}}, "f")
-    assert override(config, ["--preset.style", "wide"], "p").preset == Preset(style="wide", rows=2)
+    assert with_flags(config, ["--preset.style", "wide"]).preset == Preset(style="wide", rows=2)
     # A flag that says the default is still a flag.
-    asked = override(config, ["--preset.style", "wide", "--preset.columns", "1"], "p").preset
+    asked = with_flags(config, ["--preset.style", "wide", "--preset.columns", "1"]).preset
     assert asked == Preset(style="wide", rows=2, columns=1)
-    method = override(
-        validate(TrainConfig, {"method": {"kind": "dseh"}}, "f"), ["--method.preset", "paper"], "p"
-    ).method
+    config = validate(TrainConfig, {"method": {"kind": "dseh"}}, "f")
+    method = with_flags(config, ["--method.preset", "paper"]).method
     assert method.label_hidden == 4096  # type: ignore[attr-defined]
 
 
@@ -168,8 +173,8 @@ def test_one_preset_replaces_another_whole() -> None:
     released = validate(TrainConfig, {"method": {"kind": "dseh", "preset": "released", "num_bits": 64}}, "f")
     paper = validate(TrainConfig, {"method": {"kind": "dseh", "preset": "paper", "num_bits": 64}}, "f")
     assert released.method != paper.method
-    assert override(released, ["--method.preset", "paper"], "p").method == paper.method
-    kept = override(released, ["--method.preset", "paper", "--method.beta", "0.7"], "p").method
+    assert with_flags(released, ["--method.preset", "paper"]).method == paper.method
+    kept = with_flags(released, ["--method.preset", "paper", "--method.beta", "0.7"]).method
     assert kept == paper.method.model_copy(update={"beta": 0.7})
 
 
@@ -191,11 +196,11 @@ def test_rounds_are_for_methods_with_class_scores(monkeypatch: pytest.MonkeyPatc
 
 def test_a_flag_adds_the_optional_table_that_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:
     config = validate(TrainConfig, {"method": {"kind": "adalabelhash"}}, "f")
-    assert override(config, ["--epochs", "2"], "p").self_training is None
-    rounds = override(config, ["--self-training.rounds", "3", "--self_training.threshold=0.5"], "p").self_training
+    assert with_flags(config, ["--epochs", "2"]).self_training is None
+    rounds = with_flags(config, ["--self-training.rounds", "3", "--self_training.threshold=0.5"]).self_training
     assert rounds == SelfTrainingConfig(rounds=3, threshold=0.5)
     with pytest.raises(SystemExit):
-        override(config, ["--help"], "p")
+        with_flags(config, ["--help"])
     assert "--self-training.rounds" in capsys.readouterr().out
 
 
@@ -211,14 +216,14 @@ def test_a_flag_adds_the_optional_table_that_it_is_about(capsys: pytest.CaptureF
 def test_a_wrong_flag_exits_2_and_says_so(flags: list[str], shown: str, capsys: pytest.CaptureFixture) -> None:
     config = validate(TrainConfig, {"method": {"kind": "dseh"}}, "f")
     with pytest.raises(SystemExit) as caught:
-        override(config, flags, "hashray train")
+        with_flags(config, flags)
     assert caught.value.code == 2
     assert shown in capsys.readouterr().err
 
 
 def test_flags_that_do_not_go_together() -> None:
     with pytest.raises((ConfigError, SystemExit)) as caught:
-        override(Whole(count=6), ["--name", "bad"], "p")
+        with_flags(Whole(count=6), ["--name", "bad"])
     assert getattr(caught.value, "exit_code", getattr(caught.value, "code", None)) == 2
 
 

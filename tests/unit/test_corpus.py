@@ -133,11 +133,11 @@ def test_references_are_followed_and_bad_ones_are_rows_not_errors(
     table = pa.Table.from_pylist(
         [row(i, "database", [], image=None, uri=uri) for i, uri in enumerate(uris)], schema=CORPUS_SCHEMA
     )
-    found = dict(iterate_bytes(table))
-    assert found["id0"] == b"some bytes"
-    assert found["id2"] == b"bytes"
-    assert isinstance(found["id1"], BadImage)
-    assert "none.png not found" in str(found["id1"])
+    images = dict(iterate_bytes(table))
+    assert images["id0"] == b"some bytes"
+    assert images["id2"] == b"bytes"
+    assert isinstance(images["id1"], BadImage)
+    assert "none.png not found" in str(images["id1"])
 
     def down(locator: str) -> bytes:
         raise StoreUnavailable("the store does not answer")

@@ -81,19 +81,19 @@ def all_orders(case: Case, cut: int) -> list[list[tuple[float, int]]]:
 @pytest.mark.parametrize("top_k", [None, 1, 2, 3, 5, 6, 60])
 def test_expected_ap_is_the_average_over_all_tie_orders(seed: int, top_k: int | None) -> None:
     case = random_case(seed, q=2, n=6, c=2, multi=seed % 2 == 1)
-    found, whole = average_precisions(*case, top_k=top_k), rank(*case).average_precisions(top_k, whole=True)
+    cut, whole = average_precisions(*case, top_k=top_k), rank(*case).average_precisions(top_k, whole=True)
     relevant = naive_relevance(case[1], case[3]).sum(1)
     for i, orders in enumerate(all_orders(case, top_k or 6)):
         if not relevant[i]:
-            assert np.isnan(found.values[i]) and np.isnan(whole.values[i])
+            assert np.isnan(cut.values[i]) and np.isnan(whole.values[i])
             continue
         sums, hits = (np.array([order[j] for order in orders]) for j in (0, 1))
         expected = sums.mean() / hits.mean() if hits.any() else 0.0
-        assert found.values[i] == pytest.approx(expected, abs=1e-9)
+        assert cut.values[i] == pytest.approx(expected, abs=1e-9)
         assert whole.values[i] == pytest.approx((sums / relevant[i]).mean(), abs=1e-9)
         if top_k in (None, 6, 60):
-            assert found.values[i] == pytest.approx((sums / hits).mean(), abs=1e-9)
-    assert found.num_without_relevant == (relevant == 0).sum()
+            assert cut.values[i] == pytest.approx((sums / hits).mean(), abs=1e-9)
+    assert cut.num_without_relevant == (relevant == 0).sum()
 
 
 @settings(max_examples=25, deadline=None)
@@ -120,11 +120,11 @@ def test_shuffles_leave_map_alone_to_1e_12_on_many_rows() -> None:
 @given(seed=st.integers(0, 10**6), b=st.sampled_from([1, 2, 3, 4, 8, 12, 33]), multi=st.booleans())
 def test_histograms_equal_a_naive_count(seed: int, b: int, multi: bool) -> None:
     case = random_case(seed, b=b, multi=multi)
-    found = rank(*case)
+    histograms = rank(*case)
     relevant = naive_relevance(case[1], case[3])
     for i, distances in enumerate(hamming(case[0], case[2])):
-        assert found.total[i].tolist() == np.bincount(distances, minlength=8 * b + 1).tolist()
-        assert found.relevant[i].tolist() == np.bincount(distances[relevant[i]], minlength=8 * b + 1).tolist()
+        assert histograms.total[i].tolist() == np.bincount(distances, minlength=8 * b + 1).tolist()
+        assert histograms.relevant[i].tolist() == np.bincount(distances[relevant[i]], minlength=8 * b + 1).tolist()
 
 
 def test_blocks_of_any_size_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +166,8 @@ def naive_convention(case: Case, ties: str, top_k: int | None) -> float:
 def test_every_named_convention_equals_its_naive_loop(ties: str, top_k: int | None, multi: bool) -> None:
     for seed in range(3):
         case = random_case(seed, q=12, multi=multi)
-        found = mean_average_precision(*case, top_k=top_k, ties=ties)
-        assert found == pytest.approx(naive_convention(case, ties, top_k), abs=1e-12)
+        score = mean_average_precision(*case, top_k=top_k, ties=ties)
+        assert score == pytest.approx(naive_convention(case, ties, top_k), abs=1e-12)
 
 
 def test_deephash_pytorch_drops_the_last_item_at_minus_one_and_only_there() -> None:
@@ -220,17 +220,17 @@ def test_perfect_codes_score_one_and_random_codes_the_prior() -> None:
     for ties in TIES:
         assert mean_average_precision(words, np.eye(10), words[classes], labels, ties=ties) == 1.0
     noise = rng.integers(0, 256, (4200, 4), dtype=np.uint8)
-    found = rank(noise[:200], labels[:200], noise[200:], labels)
-    assert found.prior == pytest.approx(0.1, abs=0.005)
-    assert found.average_precisions().mean == pytest.approx(found.prior, abs=0.01)
+    ranking = rank(noise[:200], labels[:200], noise[200:], labels)
+    assert ranking.prior == pytest.approx(0.1, abs=0.005)
+    assert ranking.average_precisions().mean == pytest.approx(ranking.prior, abs=0.01)
 
 
 def test_large_databases_lose_no_digit_to_harmonic_numbers() -> None:
     before, count = np.array([[0, 3, 250, 10**6, 10**9]]), np.array([[5, 300, 10, 3, 2]])
-    found = ranking._harmonic_span(before, count)[0]
+    spans = ranking._harmonic_span(before, count)[0]
     for i, (low, number) in enumerate(zip(before[0], count[0], strict=True)):
         exact = sum(1.0 / k for k in range(int(low) + 1, int(low + number) + 1))
-        assert found[i] == pytest.approx(exact, rel=1e-14)
+        assert spans[i] == pytest.approx(exact, rel=1e-14)
 
 
 @settings(max_examples=20, deadline=None)
@@ -246,8 +246,8 @@ def test_values_are_shares_and_the_orders_average_to_the_expectation(seed: int, 
 @pytest.mark.parametrize("multi", [False, True])
 def test_precision_recall_and_radius_equal_naive_loops(multi: bool) -> None:
     case = random_case(5, q=9, n=30, multi=multi)
-    relevant, distances, found = naive_relevance(case[1], case[3]), hamming(case[0], case[2]), rank(*case)
-    curve = found.precision_recall_curve()
+    relevant, distances, ranking = naive_relevance(case[1], case[3]), hamming(case[0], case[2]), rank(*case)
+    curve = ranking.precision_recall_curve()
     for radius in range(9):
         precision, recall, some = [], [], []
         for i in range(9):
@@ -260,14 +260,14 @@ def test_precision_recall_and_radius_equal_naive_loops(multi: bool) -> None:
         assert curve.precision[radius] == pytest.approx(np.mean(precision), abs=1e-12)
         assert curve.recall[radius] == pytest.approx(np.mean(recall), abs=1e-12)
         assert curve.answered[radius] == pytest.approx(np.mean(some), abs=1e-12)
-        assert found.precision_within_radius(radius) == curve.precision[radius]
-    assert found.precision_within_radius(500) == curve.precision[8]
+        assert ranking.precision_within_radius(radius) == curve.precision[radius]
+    assert ranking.precision_within_radius(500) == curve.precision[8]
 
 
 def test_precision_at_n_is_the_average_over_all_tie_orders() -> None:
     case = random_case(2, q=2, n=6, c=2)
-    found = rank(*case).precision_at((1, 2, 4, 6, 100))
-    for n, value in found.items():
+    precisions = rank(*case).precision_at((1, 2, 4, 6, 100))
+    for n, value in precisions.items():
         cut = min(n, 6)
         orders = [hits / cut for query in all_orders(case, cut) for _, hits in query]
         assert value == pytest.approx(np.mean(orders), abs=1e-9)
@@ -285,8 +285,8 @@ def test_float_map_equals_a_naive_loop() -> None:
             cosine = database @ query[i] / np.linalg.norm(database, axis=1)
             total, hits = precisions(list(relevant[i][np.argsort(-cosine)]), top_k or 60)
             values.append(total / hits if hits else 0.0)
-        found = mean_average_precision_float(query, query_labels, database, database_labels, top_k)
-        assert found == pytest.approx(np.mean(values), abs=1e-12)
+        score = mean_average_precision_float(query, query_labels, database, database_labels, top_k)
+        assert score == pytest.approx(np.mean(values), abs=1e-12)
 
 
 def test_float_map_refuses_what_it_cannot_rank() -> None:
@@ -329,11 +329,11 @@ def test_error_texts(arguments: Any, options: dict[str, Any], error: type[Except
 
 
 def test_error_texts_of_a_ranking() -> None:
-    found = rank(CODES, LABELS, CODES, LABELS)
+    ranking = rank(CODES, LABELS, CODES, LABELS)
     with pytest.raises(ConfigError, match="radius = -1 is below 0"):
-        found.precision_within_radius(-1)
+        ranking.precision_within_radius(-1)
     with pytest.raises(ConfigError, match="top_k = 0"):
-        found.precision_at((0,))
+        ranking.precision_at((0,))
 
 
 def test_code_health_equals_naive_numbers() -> None:

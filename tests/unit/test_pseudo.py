@@ -15,18 +15,18 @@ ONE = Shape(1, 3)
 
 def test_single_label_proposals_are_the_softmax_and_its_argmax() -> None:
     scores = np.array([[2.0, 0.0, -1.0, 0.5], [0.0, 0.0, 3.0, -np.inf]])
-    found = propose(scores, 2.0, ONE)
-    assert found.labels.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
+    proposals = propose(scores, 2.0, ONE)
+    assert proposals.labels.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
     expected = np.exp([1.0, 1.5]) / [np.exp([1, 0, -0.5, 0.25]).sum(), np.exp([0, 0, 1.5]).sum()]
-    np.testing.assert_allclose(found.confidence, expected)
+    np.testing.assert_allclose(proposals.confidence, expected)
 
 
 def test_several_labels_set_the_top_and_the_bottom_and_leave_the_middle_unknown() -> None:
     scores = np.array([[0.1, 5.0, -2.0, 3.0, 1.0, -np.inf, 0.2]])
-    found = propose(scores, 1.0, Shape(2, 2))
-    assert found.labels.tolist() == [[0, 1, 0, 1, -1, 0, -1]]
+    proposals = propose(scores, 1.0, Shape(2, 2))
+    assert proposals.labels.tolist() == [[0, 1, 0, 1, -1, 0, -1]]
     p = np.exp(scores[0]) / np.exp(scores[0]).sum()
-    assert found.confidence[0] == pytest.approx(p[1] + p[3])
+    assert proposals.confidence[0] == pytest.approx(p[1] + p[3])
 
 
 def test_the_shape_is_the_mean_number_of_labels_and_c_minus_three_times_it() -> None:

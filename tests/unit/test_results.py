@@ -24,8 +24,8 @@ ABOUT: dict[str, Any] = {
 def entry(
     row: str, score: float, seed: int = 0, bits: int = 16, itq: float | None = None, **more: Any
 ) -> dict[str, Any]:
-    found = [{"name": "lcgh", "num_bits": bits, "mAP": score}]
-    found += [] if itq is None else [{"name": "itq", "num_bits": bits, "mAP": itq}]
+    scores = [{"name": "lcgh", "num_bits": bits, "mAP": score}]
+    scores += [] if itq is None else [{"name": "itq", "num_bits": bits, "mAP": itq}]
     protocol = {
         "name": "p", "train": 10, "queries": 5, "database": 10, "classes": 3, "split_seed": seed, "train_seed": seed,
         "top_k": None, "ties": "expected",
@@ -35,7 +35,7 @@ def entry(
     protocol |= more.pop("protocol", {})
     training = {"config": {"epochs": 3, "seed": seed}, "trunk": "t"} | more
     environment = {"commit": "c", "torch": "1", "hardware": "h"}
-    return {"row": row, "protocol": protocol, "results": found, "training": training, "environment": environment,
+    return {"row": row, "protocol": protocol, "results": scores, "training": training, "environment": environment,
             "harmonic_mean": {}}  # fmt: skip
 
 
@@ -47,36 +47,36 @@ def lines(*entries: dict[str, Any], **about: Any) -> dict[str, list[str]]:
 
 
 def test_seeds_become_a_mean_and_a_spread_and_differences_are_taken_seed_by_seed() -> None:
-    found = lines(
+    table = lines(
         entry("a", 0.5, 0, itq=0.2), entry("a", 0.7, 1, itq=0.4), entry("b", 0.4, 0), entry("b", 0.58, 1),
     )  # fmt: skip
-    assert found["Ours"] == ["**0.6000 ± 0.1414** (0.5)", "(0.6)"]
-    assert found["itq"][0] == "0.3000 ± 0.1414"
-    assert found["Ours over Labels only, seed by seed"][0] == "+0.1100 ± 0.0141"
+    assert table["Ours"] == ["**0.6000 ± 0.1414** (0.5)", "(0.6)"]
+    assert table["itq"][0] == "0.3000 ± 0.1414"
+    assert table["Ours over Labels only, seed by seed"][0] == "+0.1100 ± 0.0141"
 
 
 def test_a_baseline_that_no_training_seed_changes_has_no_spread_of_them() -> None:
     one_split = [entry("a", 0.5 + s / 10, s, itq=0.2, protocol={"split_seed": 0}) for s in (0, 1, 2)]
-    found = lines(*one_split)
-    assert found["Ours"][0] == "**0.6000 ± 0.1000** (0.5)" and found["itq"][0] == "0.2000"
+    table = lines(*one_split)
+    assert table["Ours"][0] == "**0.6000 ± 0.1000** (0.5)" and table["itq"][0] == "0.2000"
     once = [one_split[0], *(entry("a", 0.5 + s / 10, s, protocol={"split_seed": 0}) for s in (1, 2))]
-    assert lines(*once) == found  # it need not be evaluated with every seed
+    assert lines(*once) == table  # it need not be evaluated with every seed
     two_splits = [entry("a", 0.5, s, itq=0.2, protocol={"split_seed": s // 2}) for s in (0, 1, 2, 3)]
     assert lines(*two_splits)["itq"][0] == "0.2000 ± 0.0000"
 
 
 def test_scores_that_a_calibration_row_reaches_are_marked() -> None:
-    made = [entry("a", 0.5, itq=0.5), entry("b", 0.6), entry("a", 0.5, bits=32, itq=0.4)]
-    found = lines(*made)
-    assert found["Ours"] == ["**0.5000**† (0.5)", "**0.5000** (0.6)"] and found["Labels only"][0] == "**0.6000**"
-    assert results.FLAGGED in results.table_of(ABOUT, made)
+    entries = [entry("a", 0.5, itq=0.5), entry("b", 0.6), entry("a", 0.5, bits=32, itq=0.4)]
+    table = lines(*entries)
+    assert table["Ours"] == ["**0.5000**† (0.5)", "**0.5000** (0.6)"] and table["Labels only"][0] == "**0.6000**"
+    assert results.FLAGGED in results.table_of(ABOUT, entries)
     assert "†" not in results.table_of(ABOUT, [entry("a", 0.5, itq=0.4)])
 
 
 def test_label_network_columns_keep_code_lengths_apart() -> None:
     phases = [{"label_map": 0.9, "label_n_h": 12.0}]
-    found = lines(entry("a", 0.5, bits=16, phases=phases), entry("a", 0.6, bits=32, phases=phases), paper={})
-    assert found["Ours"] == ["**0.5000**", "**0.9000**", "**12**", "**0.6000**", "**0.9000**", "**12**"]
+    table = lines(entry("a", 0.5, bits=16, phases=phases), entry("a", 0.6, bits=32, phases=phases), paper={})
+    assert table["Ours"] == ["**0.5000**", "**0.9000**", "**12**", "**0.6000**", "**0.9000**", "**12**"]
     beside = lines(entry("a", 0.5, bits=16, phases=phases), entry("b", 0.6, bits=16), paper={})
     assert (beside["Ours"], beside["Labels only"]) == (["**0.5000**"], ["**0.6000**"])
 
@@ -112,8 +112,8 @@ def test_an_evaluation_is_kept_once_and_only_where_it_belongs(tmp_path: Path, mo
     (tmp_path / "t").mkdir()
     (tmp_path / "t/table.json").write_text(json.dumps(ABOUT))
     metrics = tmp_path / "metrics.json"
-    made = entry("", 0.5, config={"backbone": {"weights": "/somewhere/of/mine/net.pth"}})
-    metrics.write_text(json.dumps(made))
+    metrics_json = entry("", 0.5, config={"backbone": {"weights": "/somewhere/of/mine/net.pth"}})
+    metrics.write_text(json.dumps(metrics_json))
     kept = results.add("t", "a", metrics)
     assert json.loads(kept.read_text())["training"]["config"]["backbone"]["weights"] == "net.pth"
     assert results.add("t", "a", metrics) == kept
@@ -131,19 +131,19 @@ def test_an_evaluation_is_kept_once_and_only_where_it_belongs(tmp_path: Path, mo
 
 def test_a_sweep_is_a_row_with_its_seeds_and_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    made = tmp_path / "sweep/evaluations/plan/winner-1"
-    made.mkdir(parents=True)
+    evaluation = tmp_path / "sweep/evaluations/plan/winner-1"
+    evaluation.mkdir(parents=True)
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps/about.json").write_text(json.dumps({"title": "T", "protocol": "In words."}))
     method = {"kind": "lcgh", "num_bits": 32}
-    (made / "metrics.json").write_text(json.dumps(entry("", 0.5, config={"method": method})))
+    (evaluation / "metrics.json").write_text(json.dumps(entry("", 0.5, config={"method": method})))
     seeds = {
         who: {"seeds": [{"seed": s, "validation": value, "query_mAP": value + s / 10} for s in (1, 2)]}
         for who, value in (("winner", 0.6), ("default", 0.5))
     }
-    found = {"trials": 4, "epochs": 30, "epochs_of_full_grid": 40, "best_trial": 2, "best_score": 0.6,
+    summary = {"trials": 4, "epochs": 30, "epochs_of_full_grid": 40, "best_trial": 2, "best_score": 0.6,
              "default_score": 0.5, "failed": [], "compared": seeds, "verdict": "It leads."}  # fmt: skip
-    (tmp_path / "sweep/sweep.json").write_text(json.dumps(found))
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps(summary))
     results.add_sweep(tmp_path / "sweep")
     text = results.tables()
     assert (

@@ -94,10 +94,10 @@ def test_search_against_brute_force(tmp_path_factory, seed, num_bits, rows, num_
     assert artifact.verify(url) == []
     queries = np.concatenate([codes[:3], rng.integers(0, 256, (2, num_bits // 8), dtype=np.uint8)])
     index = open_index(url, threads=threads)
-    found, distances = index.search(queries, k)
+    answers, distances = index.search(queries, k)
     expected_ids, expected_distances = brute_force(ids, codes, queries, k)
-    assert found.tolist() == expected_ids and distances.tolist() == expected_distances
-    assert distances.dtype == np.int32 and found.dtype == object
+    assert answers.tolist() == expected_ids and distances.tolist() == expected_distances
+    assert distances.dtype == np.int32 and answers.dtype == object
     shutil.rmtree(url)
 
 
@@ -108,8 +108,8 @@ def test_one_group_of_overlapping_shards_among_others(tmp_path):
     middle = rng.permutation(order[100:300])
     parts = [order[:100], middle[:150], middle[150:], order[300:]]
     write_index(tmp_path, [([ids[i] for i in part], codes[part]) for part in parts])
-    found, distances = open_index(tmp_path, threads=1).search(codes[:20], 350)
-    assert (found.tolist(), distances.tolist()) == brute_force(ids, codes, codes[:20], 350)
+    answers, distances = open_index(tmp_path, threads=1).search(codes[:20], 350)
+    assert (answers.tolist(), distances.tolist()) == brute_force(ids, codes, codes[:20], 350)
 
 
 def test_ivf_with_every_list_probed_is_exact_for_any_shards(tmp_path):
@@ -118,8 +118,8 @@ def test_ivf_with_every_list_probed_is_exact_for_any_shards(tmp_path):
     for num_shards in (1, 4):
         url = tmp_path / str(num_shards)
         write_index(url, split(ids, codes, num_shards), kind="ivf")
-        found, distances = open_index(url, threads=2).search(codes[:10], 600)
-        assert (found.tolist(), distances.tolist()) == expected and artifact.verify(url) == []
+        answers, distances = open_index(url, threads=2).search(codes[:10], 600)
+        assert (answers.tolist(), distances.tolist()) == expected and artifact.verify(url) == []
 
 
 def test_many_queries_are_searched_in_rounds(tmp_path, monkeypatch):
@@ -127,8 +127,8 @@ def test_many_queries_are_searched_in_rounds(tmp_path, monkeypatch):
     url, ids, codes = small_index(tmp_path)
     queries = np.repeat(codes, 3, axis=0)
     for threads in (1, 2):
-        found, distances = open_index(url, threads=threads).search(queries, 7)
-        assert (found.tolist(), distances.tolist()) == brute_force(ids, codes, queries, 7)
+        answers, distances = open_index(url, threads=threads).search(queries, 7)
+        assert (answers.tolist(), distances.tolist()) == brute_force(ids, codes, queries, 7)
     assert open_index(url).search(codes[:0], 4)[0].shape == (0, 4)
 
 
@@ -167,8 +167,8 @@ def test_codes_of_another_model_are_refused(tmp_path):
     mine, other = StampedCodes.stamp(codes, FINGERPRINT), StampedCodes.stamp(codes, "cd" * 32)
     expected = brute_force(ids, codes, codes[:4], 3)
     for queries in (codes[:4], mine[:4], pickle.loads(pickle.dumps(mine))[:4], StampedCodes.stamp(codes[:4], None)):
-        found, distances = index.search(queries, 3)
-        assert (found.tolist(), distances.tolist()) == expected
+        answers, distances = index.search(queries, 3)
+        assert (answers.tolist(), distances.tolist()) == expected
     for queries in (other, other[3:5], pickle.loads(pickle.dumps(other[::2]))):
         with pytest.raises(
             MismatchError, match=r"codes of model cdcdcdcdcdcd… cannot be searched in an index of model"
@@ -213,16 +213,16 @@ def test_an_index_on_s3_through_the_cache(tmp_path, s3_url, s3_server, monkeypat
     expected = brute_force(ids, codes, codes[:5], 20)
     monkeypatch.setenv("HASHRAY_CACHE", str(tmp_path / "cache"))
     for _ in range(2):
-        found, distances = open_index(s3_url, endpoint_url=s3_server).search(codes[:5], 20)
-        assert (found.tolist(), distances.tolist()) == expected
+        answers, distances = open_index(s3_url, endpoint_url=s3_server).search(codes[:5], 20)
+        assert (answers.tolist(), distances.tolist()) == expected
     kept = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert len(kept) == 4 and {path.suffix for path in kept} == {".faiss", ".parquet"}
     # A damaged file in the cache is fetched again; a whole one is not.
     for path in kept[1:]:
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     before = kept[0].stat().st_ino
-    found, distances = open_index(s3_url).search(codes[:5], 20)
-    assert (found.tolist(), distances.tolist()) == expected and kept[0].stat().st_ino == before
+    answers, distances = open_index(s3_url).search(codes[:5], 20)
+    assert (answers.tolist(), distances.tolist()) == expected and kept[0].stat().st_ino == before
     # Damage in the store is found, and leaves nothing in the cache.
     name = next(name for name, _ in open_store(s3_url).list("shards/"))
     open_store(s3_url).write(name, b"x" * open_store(s3_url).size(name))

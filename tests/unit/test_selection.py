@@ -50,8 +50,8 @@ def test_train_rows_without_those_held_out(corpus: Corpus) -> None:
 
 
 def test_unlabelled_rows_hide_the_labels_that_the_corpus_holds(corpus: Corpus) -> None:
-    found = chosen(corpus, Selection(frozenset(), unlabelled=True))
-    assert found == {"a": [1, 0, 0], "b": [0, 1, 0], "c": [-1, -1, -1], "d": [-1, -1, -1], "f": [0, 0, 1]}
+    labels = chosen(corpus, Selection(frozenset(), unlabelled=True))
+    assert labels == {"a": [1, 0, 0], "b": [0, 1, 0], "c": [-1, -1, -1], "d": [-1, -1, -1], "f": [0, 0, 1]}
 
 
 def test_accepted_rows_come_with_their_pseudo_labels(corpus: Corpus, tmp_path: Path) -> None:
@@ -68,8 +68,8 @@ def test_none_accepted_is_no_row(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def test_a_train_row_of_the_pool_is_a_train_row() -> None:
-    found = assign_splits(["0", "1"], [[0], [1]], ["train+unlabelled", "unlabelled"], SplitConfig())
-    assert found == ["database+train", "database+unlabelled"]
+    splits = assign_splits(["0", "1"], [[0], [1]], ["train+unlabelled", "unlabelled"], SplitConfig())
+    assert splits == ["database+train", "database+unlabelled"]
 
 
 def split_of_classes(**fields: int | None) -> SplitConfig:
@@ -109,8 +109,8 @@ def test_class_split_refuses_what_it_cannot_split() -> None:
 def test_the_parts_of_a_class_split_are_written_down_by_name() -> None:
     config = split_of_classes(unseen_classes=2, pseudo_unseen_classes=1)
     labels = [[i % 5] for i in range(20)]
-    found = class_split(labels, list("abcde"), config)
-    assert {part: len(names) for part, names in found.items()} == {"seen": 2, "unseen": 2, "pseudo": 1}
+    parts = class_split(labels, list("abcde"), config)
+    assert {part: len(names) for part, names in parts.items()} == {"seen": 2, "unseen": 2, "pseudo": 1}
     splits = assign_splits([str(i) for i in range(20)], labels, ["query"] * 5 + ["train"] * 15, config)
-    for part, names in found.items():
+    for part, names in parts.items():
         assert {"abcde"[labels[i][0]] for i in range(20) if f"-{part}" in splits[i]} == set(names)

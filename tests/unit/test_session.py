@@ -33,10 +33,10 @@ def test_the_error_inside_ray_errors_is_found() -> None:
         raised(RuntimeError("x"), inner),
         raised(RuntimeError("y"), raised(ValueError("z"), wrapped)),
     ):
-        found = unwrap(error)
-        assert type(found) is InputError
-        assert str(found) == "no such file"
-        assert found.exit_code == 2
+        cause = unwrap(error)
+        assert type(cause) is InputError
+        assert str(cause) == "no such file"
+        assert cause.exit_code == 2
 
 
 def test_an_error_that_is_not_ours_comes_back_as_it_is() -> None:

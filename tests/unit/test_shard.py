@@ -61,8 +61,8 @@ def test_flat_is_exact_with_ties_by_position(tmp_path, monkeypatch, num_bits, co
     codes, queries = tied_codes(rng, 700, num_bits), tied_codes(rng, 5, num_bits)
     shard = opened(tmp_path, codes)
     for k in (1, 10, 699, 700):
-        for found, expected in zip(shard.search(queries, k), brute_force(queries, codes, k), strict=True):
-            np.testing.assert_array_equal(found, expected)
+        for array, expected in zip(shard.search(queries, k), brute_force(queries, codes, k), strict=True):
+            np.testing.assert_array_equal(array, expected)
     distances, positions = shard.search(queries, 703)
     assert (positions[:, 700:] == -1).all() and (distances[:, 700:] == INT_MAX).all()
 
@@ -95,8 +95,8 @@ def test_ivf_sorts_its_ties_and_masks_what_it_did_not_probe(tmp_path):
     assert quantizer == train_quantizer(codes, 20, seed=3) != train_quantizer(codes, 20, seed=4)
     # Every list probed, every row asked for: exact.
     everything = opened(tmp_path, codes, "ivf", quantizer, nprobe=20).search(queries, 2000)
-    for found, expected in zip(everything, brute_force(queries, codes, 2000), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for array, expected in zip(everything, brute_force(queries, codes, 2000), strict=True):
+        np.testing.assert_array_equal(array, expected)
     distances, positions = opened(tmp_path, codes, "ivf", quantizer, nprobe=1).search(queries, 2000)
     missing = positions == -1
     assert missing.any() and (distances[missing] == INT_MAX).all()
@@ -157,12 +157,12 @@ def test_a_written_shard_ascends_by_id(tmp_path, ids):
     written = write_shard(store, pa.array([ids[i] for i in shuffled]), codes[shuffled], "flat")
     again = write_shard(store, pa.array(ids, pa.large_string()), codes, "flat")
     assert written == again and sorted(store.list()) == [(file.name, file.bytes) for file in written.files[::-1]]
-    found = read_ids(tmp_path / written.info.ids)
-    assert found.to_pylist() == sorted(ids) and found.type == pa.string()
+    stored = read_ids(tmp_path / written.info.ids)
+    assert stored.to_pylist() == sorted(ids) and stored.type == pa.string()
     assert (written.info.first, written.info.last, written.info.rows) == (min(ids), max(ids), len(ids))
     shard = open_shard(tmp_path / written.info.shard, "flat", 32, len(ids))
     places = shard.search(codes[:5], 1)
-    nearest = [codes[ids.index(found[int(place)].as_py())].tolist() for place in places[1][:, 0]]
+    nearest = [codes[ids.index(stored[int(place)].as_py())].tolist() for place in places[1][:, 0]]
     assert nearest == codes[:5].tolist() and not places[0].any()
 
 
@@ -191,9 +191,9 @@ def test_merge_against_sorting(data):
     everything: list[list[tuple[int, int]]] = [[] for _ in range(queries)]
     for number, mine in enumerate(np.split(rows, np.cumsum(sizes)[:-1])):
         for query in range(queries):
-            found = sorted((int(rng.integers(0, 3)), int(row)) for row in mine)
-            everything[query] += found
-            for place, (distance, row) in enumerate(found[:k]):
+            answers = sorted((int(rng.integers(0, 3)), int(row)) for row in mine)
+            everything[query] += answers
+            for place, (distance, row) in enumerate(answers[:k]):
                 distances[number, query, place], positions[number, query, place] = distance, row
     best, places = merge(distances, positions, ascending)
     for query in range(queries):

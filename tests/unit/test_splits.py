@@ -47,8 +47,8 @@ def test_the_order_of_a_listing_does_not_matter(
         "database": 60 - 3 * (queries + trains),
     }  # fmt: skip
     if not several:
-        found = Counter((label[0], splits[row_id]) for row_id, label in zip(ids, labels, strict=True))
-        assert all(found[label, "query"] == queries for label in range(3))
+        counts = Counter((label[0], splits[row_id]) for row_id, label in zip(ids, labels, strict=True))
+        assert all(counts[label, "query"] == queries for label in range(3))
     assert not any("query" in split and split != "query" for split in splits.values())
 
 

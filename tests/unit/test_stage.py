@@ -1,4 +1,4 @@
-"""A stage is published once, whoever finishes; short work runs in this process and gives the same parts."""
+"""A stage is published once, whichever run finishes; short work runs in this process and gives the same parts."""
 
 from __future__ import annotations
 

@@ -152,10 +152,10 @@ def _warn(listing: Listing, labels: list[list[int]], splits: list[str], classes:
 def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
     """Class names in order of their integer, and each row's labels as ascending integers.
 
-    Names are sorted; numbers keep their own value and are named by the class-names file or by themselves.
+    Names are sorted; numbers keep their own value and are named by the source's class names or by themselves.
 
     Raises:
-        InputError: names and numbers mixed, or a name that the class-names file lacks.
+        InputError: names and numbers mixed, or a name that is not among the class names.
     """
     seen = {label for row in listing.rows for label in row.labels}
     kinds = {type(label) for label in seen}
@@ -172,7 +172,7 @@ def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
         index = {name: i for i, name in enumerate(classes)}
         unknown = sorted(str(label) for label in seen if label not in index)
         if unknown:
-            raise InputError(f"{len(unknown)} classes are not in the class-names file, the first {unknown[0]!r}")
+            raise InputError(f"{len(unknown)} labels are not among the class names, the first {unknown[0]!r}")
     return classes, [sorted({index[label] for label in row.labels}) for row in listing.rows]
 
 

@@ -46,7 +46,8 @@ def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) 
     """Rows of Parquet files, in file order; only the columns of ids, labels and splits are read.
 
     A column may be a folder's `name=value` (a Hive partition). A split stands in its column, in a partition, or in the
-    name of the file or folder. Class names are those of Hugging Face's metadata, where the schema has them.
+    name of the file or folder. Class names are those of Hugging Face's metadata, where the schema has them: then each
+    label must be one of them, and -1 is no label, as in Hugging Face's test splits.
     """
     rows: list[tuple[str, str, str | None]] = []
     values: list[Any] = []
@@ -87,9 +88,12 @@ def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) 
                     ]
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{url} is not a Parquet file, or broken: {error}") from error
+    if class_names:
+        num_classes = num_classes or len(class_names)
+        values = [None if value == -1 else value for value in values]
     labels, width = read_labels(values, num_classes, lambda i: "{}, row group {}, row {}".format(*places[i]))
     listed = [SourceRow(*rows[i][:2], labels[i], rows[i][2]) for i in range(len(rows))]
-    return listed, [str(i) for i in range(width)] if width else class_names
+    return listed, class_names or ([str(i) for i in range(width)] if width else None)
 
 
 def _number(text: str) -> Any:

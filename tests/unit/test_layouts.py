@@ -70,6 +70,18 @@ def test_hugging_face_parquet_has_its_split_in_the_file_name_and_its_classes_in_
         listed(tmp_path)
 
 
+def test_labels_are_compared_with_the_class_names_of_hugging_face(tmp_path: Path) -> None:
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    path = tmp_path / "train.parquet"
+    table(path, {"image": [b"a", b"b", b"c"], "label": [0, 1, 5]}, features)
+    with pytest.raises(InputError, match="row group 0, row 2: label 5 is out of range; allowed: 0 to 1"):
+        listed(tmp_path)
+    table(path, {"image": [b"a", b"b", b"c"], "label": [0, 1, -1]}, features)
+    listing = listed(tmp_path)
+    assert [row.labels for row in listing.rows] == [(0,), (1,), ()]
+    assert census(listing)[0]["rows without label"] == "1"
+
+
 def test_hive_partitions_are_columns(tmp_path: Path) -> None:
     for i in range(4):
         folder = tmp_path / f"split={'train' if i < 3 else 'test'}" / f"label={i % 2}"

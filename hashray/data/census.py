@@ -42,16 +42,16 @@ def closing_table(listing: Listing, splits: Sequence[str], classes: Sequence[str
 def warnings(
     listing: Listing, labels: Sequence[Sequence[int]], splits: Sequence[str], classes: Sequence[str]
 ) -> list[str]:
-    """What of a source is allowed and yet looks wrong, in sentences for the user.
+    """Warnings, one sentence each, about things that are allowed but look like mistakes.
 
     Args:
         labels: class indices of each row; splits: the split of each row; classes: names of the classes.
     """
     sentences = [*_queries_alone(labels, splits, classes), *_equal_names(listing, classes)]
-    words = {part for split in splits for part in split.split("+")}
-    if len(words) == 1:
+    shared = set.intersection(*[set(split.split("+")) for split in set(splits)])
+    if shared:  # never where there are queries and others: a query is in no other split
         sentences.append(
-            f"all {len(splits):,} rows are {words.pop()!r}: nothing can be both trained and scored. "
+            f"all {len(splits):,} rows are {'+'.join(sorted(shared))!r}: nothing can be both trained and scored. "
             "Give --split-protocol per-class, or name splits in folders, files or a column"
         )
     levels = [name for name in classes if name.lower() in SPLIT_WORDS or name.lower() in CONTAINERS]

@@ -205,6 +205,8 @@ def test_the_closing_table_accounts_for_everything(tmp_path: Path) -> None:
         (["cafe\u0301/1.png", "caf\u00e9/2.png"], "1 classes differ only in case"),
         (["cat/A.png", "cat/a.png", "dog/b.png"], "1 files differ only in case"),
         (["cat/1.png", "dog/2.png"], "all 2 rows are 'database'"),
+        (["train/cat/1.png", "train/dog/2.png"], "all 2 rows are 'database+train'"),
+        (["train/cat/1.png", "unlabelled/2.png"], "all 2 rows are 'database'"),
         (["images/1.png", "cat/2.png"], "the classes images look like splits or folders of images"),
         ([f"{i}/{i}.png" for i in range(30)], "30 classes for 30 labelled rows: the labels look like captions"),
     ],

@@ -26,7 +26,7 @@ def list_folder(survey: Survey, config: SourceConfig, num_classes: int | None) -
     """
     annotations = [key for key in survey.keys if key.endswith(ANNOTATIONS)]
     keys = survey.take(image_endings())
-    survey.skipped[".txt"] -= len(annotations)
+    survey.take_back(annotations)
     paths = {key: PurePosixPath(key).parts[:-1] for key in keys}
     paths = _without_wrappers(survey, paths)
     splits = _splits(survey.url, paths)
@@ -41,7 +41,6 @@ def list_folder(survey: Survey, config: SourceConfig, num_classes: int | None) -
         for key, folders in classes.items():
             label = folders[:1] or labels.get(PurePosixPath(key).name, ())
             rows[key] = SourceRow(key, join(survey.url, key), label, SPLIT_WORDS[name.lower()] if name else None)
-    survey.skipped += survey.skipped.__class__()  # drops counts of zero
     return [rows[key] for key in keys], None
 
 

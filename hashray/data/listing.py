@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
@@ -86,9 +87,12 @@ class Survey:
         if self.is_file:
             return self.keys
         taken = [key for key in self.keys if key.lower().endswith(endings)]
-        rest = set(self.keys) - set(taken)
-        self.skipped.update(PurePosixPath(key).suffix.lower() or "no ending" for key in rest)
+        self.skipped.update(map(_ending, set(self.keys) - set(taken)))
         return taken
+
+    def take_back(self, keys: Iterable[str]) -> None:
+        """Files that were counted as skipped and are read all the same, such as the images that a list names."""
+        self.skipped.subtract(map(_ending, keys))
 
     def lose(self, key: str, reason: str) -> None:
         """Put an image aside that cannot be listed."""
@@ -145,6 +149,10 @@ def _junk(key: str) -> str | None:
     if any(part.startswith(".") for part in (*folders, name)):
         return "hidden"
     return name if name.lower() in JUNK_FILES else "temporary" if name.startswith("~$") else None
+
+
+def _ending(key: str) -> str:
+    return PurePosixPath(key).suffix.lower() or "no ending"
 
 
 def is_file(url: str) -> bool:

@@ -198,6 +198,15 @@ def test_the_closing_table_accounts_for_everything(tmp_path: Path) -> None:
     assert sentences == []
 
 
+def test_images_that_a_list_names_are_not_skipped(tmp_path: Path) -> None:
+    url = put(tmp_path, *[f"images/{i}.png" for i in range(7)], "images/notes.md")
+    (tmp_path / "train.txt").write_text("".join(f"./images/{i}.png {i % 2}\n" for i in range(4)))
+    (tmp_path / "test.txt").write_text(f"images/4.png 0\n{tmp_path}/images/5.png 1\nimages/none.png 1\n")
+    lines, _ = census(listed(url))
+    assert lines["files seen"] == "10" and lines["rows read (list)"] == "7"
+    assert lines["files skipped"] == ".md 1, .png 1"
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [

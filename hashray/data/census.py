@@ -23,16 +23,20 @@ def closing_table(listing: Listing, splits: Sequence[str], classes: Sequence[str
     """
     survey, rows = listing.survey, listing.rows
     parts = Counter(part for split in splits for part in split.split("+"))
-    skipped = +survey.skipped
     lines = [
         ["files seen", f"{survey.seen:,}"],
         [f"rows read ({listing.format})", f"{len(rows):,}"],
-        ["files skipped", _counts(skipped) or "none"],
+        ["files skipped", _counts(+survey.skipped) or "none"],
         ["images that cannot be listed", f"{len(survey.lost):,}"],
         ["rows without label", f"{sum(not row.labels for row in rows):,}"],
         ["rows per split", _counts(parts)],
         ["classes", f"{len(classes):,}" + (f": {_first(classes)}" if classes else "")],
     ]
+    if survey.members:
+        lines[3:3] = [
+            ["files in tars", f"{survey.members:,}"],
+            ["files in tars skipped", _counts(survey.members_skipped) or "none"],
+        ]
     if survey.columns_read:
         lines.append(["columns read", ", ".join(survey.columns_read)])
         lines.append(["columns ignored", ", ".join(survey.columns_ignored) or "none"])

@@ -173,6 +173,19 @@ def test_metadata_beside_shards_is_not_the_source(tmp_path: Path) -> None:
     assert listed(tmp_path).survey.skipped == {".parquet": 1, ".json": 1}
 
 
+def test_junk_inside_an_archive_is_counted_and_never_a_row(tmp_path: Path) -> None:
+    names = ("./0.png", "0.cls", "0.md", "._0.png", ".DS_Store", "@eaDir/1.png", "a/Thumbs.db", "../b/2.png")
+    tar(tmp_path / "x.tar", dict.fromkeys(names, "0"), {"3.png": (tarfile.SYMTYPE, ".cache/3.png")})
+    tar(tmp_path / "y.tar", {".cache/4.png": "bytes"}, {"4.png": (tarfile.SYMTYPE, ".cache/4.png")})
+    put(tmp_path, "notes.md")
+    listing = listed(tmp_path)
+    assert [row.id for row in listing.rows] == ["x.tar/0", "x.tar/../b/2", "y.tar/4"]
+    lines = census(listing)[0]
+    assert lines["files seen"] == "3" and lines["files skipped"] == ".md 1"
+    assert lines["files in tars"] == "11"
+    assert lines["files in tars skipped"] == ".md 1, Thumbs.db 1, hidden 3, in @eaDir/ 1"
+
+
 def test_mixed_names_and_numbers_are_refused(tmp_path: Path) -> None:
     tar(tmp_path / "label.tar", {"0.jpg": "x", "0.label": "cat"})
     tar(tmp_path / "json.tar", {"2.jpg": "x", "2.json": '{"class_id": 1}'})

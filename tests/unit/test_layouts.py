@@ -132,6 +132,15 @@ def test_a_folder_around_everything_is_no_class(tmp_path: Path) -> None:
     assert {label for label, _ in rows(listed(url)).values()} == {"only"}
 
 
+def test_a_split_with_one_class_keeps_its_labels(tmp_path: Path) -> None:
+    keys = {
+        "train/cats/images/1.png": ("cats", "train"), "train/dogs/images/2.png": ("dogs", "train"),
+        "test/cats/images/3.png": ("cats", "query"), "val/cats/a/4.png": ("cats", "validation"),
+        "val/cats/b/5.png": ("cats", "validation"), "database/images/dogs/6.png": ("dogs", "database"),
+    }  # fmt: skip
+    assert rows(listed(put(tmp_path, *keys))) == keys
+
+
 def test_junk_is_counted_and_never_a_class(tmp_path: Path) -> None:
     url = put(
         tmp_path, "a/1.jpg", "a/@eaDir/1.jpg/THUMB.jpg", "b/2.jpg", "#recycle/3.jpg", "__MACOSX/._1.jpg",

@@ -26,7 +26,7 @@ from hashray.data.splits import SplitConfig, assign_splits, class_split, order_k
 from hashray.engine.parts import BadRow, Output, Part, PartWorker, run_parts, write_quarantine
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import run_stage
-from hashray.errors import InputError, StorageError
+from hashray.errors import InputError
 from hashray.progress import say, show_table
 from hashray.storage import Store, open_store
 
@@ -79,7 +79,7 @@ class _IngestWorker(PartWorker):
 def _fetch_or_reason(locator: str) -> bytes | BadImage:
     try:
         return fetch(locator)
-    except (InputError, StorageError, ValueError) as error:  # of this path alone; a store that is down ends the stage
+    except (InputError, ValueError) as error:  # of this path alone; credentials or a store that fails end the stage
         return BadImage(str(error))
 
 

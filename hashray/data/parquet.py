@@ -25,7 +25,7 @@ LABELS = (
     "class_label", "label_name", "category_id", "classes", "coarse_label",
 )  # fmt: skip
 SPLITS = ("split", "subset", "partition")
-# Columns that tell of an image, and are no label whatever their type.
+# Columns that describe an image and are never labels.
 ABOUT = {
     "width", "height", "original_width", "original_height", "url", "caption", "text", "status", "error_message",
     "sha256", "md5", "exif", "size", "mode", "license", "source", "similarity", "punsafe", "pwatermark", "aesthetic",
@@ -156,6 +156,11 @@ def _class_names(schema: pa.Schema, label: str | None, before: list[str] | None,
 
 @lru_cache(maxsize=2)
 def image_column(url: str, column: str, group: int) -> pa.ChunkedArray:
+    """The encoded images of one row group, as a binary column. The two that were read last stay in memory.
+
+    Raises:
+        InputError: the file is gone or broken.
+    """
     folder, name = split_url(url)
     try:
         with open_store(folder).open(name) as handle:

@@ -30,7 +30,6 @@ __all__ = [
     "SourceRow",
     "by_reference_allowed",
     "fetch",
-    "guess_format",
     "list_source",
 ]
 
@@ -57,13 +56,8 @@ def list_source(url: str, config: SourceConfig) -> Listing:
     return Listing(kind, rows, names or named, kind in ("folder", "list"), survey)
 
 
-def guess_format(url: str) -> Format:
-    """Recognise the format from a file's ending, from lists named after splits, or from the files of a folder."""
-    refuse_compressed(url)
-    return _guess(look(url))
-
-
 def _guess(survey: Survey) -> Format:
+    """The format, from a file's ending, from lists named after splits, or from the files of a folder."""
     suffixes = [PurePosixPath(key).suffix.lower() for key in survey.keys]
     if survey.is_file:
         refuse_compressed(survey.url)

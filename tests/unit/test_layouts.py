@@ -15,7 +15,7 @@ import pytest
 
 from hashray.data.census import closing_table, warnings
 from hashray.data.ingest import IngestConfig, ingest, name_classes, require_apart
-from hashray.data.sources import Listing, SourceConfig, fetch, guess_format, list_source
+from hashray.data.sources import Listing, SourceConfig, fetch, list_source
 from hashray.data.splits import SplitConfig, assign_splits
 from hashray.errors import InputError
 
@@ -178,8 +178,9 @@ def test_metadata_beside_shards_is_not_the_source(tmp_path: Path) -> None:
     table(tmp_path / "00000.parquet", {"url": ["u"], "caption": ["c"]})
     tar(tmp_path / "00000.tar", {"0.jpg": "x", "0.txt": "a caption"})
     (tmp_path / "00000_stats.json").write_text("{}")
-    assert guess_format(str(tmp_path)) == "tar"
-    assert listed(tmp_path).survey.skipped == {".parquet": 1, ".json": 1}
+    listing = listed(tmp_path)
+    assert listing.format == "tar"
+    assert listing.survey.skipped == {".parquet": 1, ".json": 1}
 
 
 def test_junk_inside_an_archive_is_counted_and_never_a_row(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
+import pytest
 import tomli_w
 import torch
 from PIL import Image
@@ -46,6 +48,18 @@ def png(number: int) -> bytes:
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")
     return sink.getvalue()
+
+
+def deny(patch: pytest.MonkeyPatch, path: Path) -> None:
+    """Make a file unreadable, for root too."""
+    read_bytes = Path.read_bytes
+
+    def read(self: Path) -> bytes:
+        if self == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read_bytes(self)
+
+    patch.setattr(Path, "read_bytes", read)
 
 
 def write_images(url: str | Path, rows: int) -> str:

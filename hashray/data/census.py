@@ -23,16 +23,20 @@ def closing_table(listing: Listing, splits: Sequence[str], classes: Sequence[str
     """
     survey, rows = listing.survey, listing.rows
     parts = Counter(part for split in splits for part in split.split("+"))
-    skipped = +survey.skipped
     lines = [
         ["files seen", f"{survey.seen:,}"],
         [f"rows read ({listing.format})", f"{len(rows):,}"],
-        ["files skipped", _counts(skipped) or "none"],
+        ["files skipped", _counts(+survey.skipped) or "none"],
         ["images that cannot be listed", f"{len(survey.lost):,}"],
         ["rows without label", f"{sum(not row.labels for row in rows):,}"],
         ["rows per split", _counts(parts)],
         ["classes", f"{len(classes):,}" + (f": {_first(classes)}" if classes else "")],
     ]
+    if survey.members:
+        lines[3:3] = [
+            ["files in tars", f"{survey.members:,}"],
+            ["files in tars skipped", _counts(survey.members_skipped) or "none"],
+        ]
     if survey.columns_read:
         lines.append(["columns read", ", ".join(survey.columns_read)])
         lines.append(["columns ignored", ", ".join(survey.columns_ignored) or "none"])
@@ -42,16 +46,16 @@ def closing_table(listing: Listing, splits: Sequence[str], classes: Sequence[str
 def warnings(
     listing: Listing, labels: Sequence[Sequence[int]], splits: Sequence[str], classes: Sequence[str]
 ) -> list[str]:
-    """What of a source is allowed and yet looks wrong, in sentences for the user.
+    """Warnings, one sentence each, about things that are allowed but look like mistakes.
 
     Args:
         labels: class indices of each row; splits: the split of each row; classes: names of the classes.
     """
     sentences = [*_queries_alone(labels, splits, classes), *_equal_names(listing, classes)]
-    words = {part for split in splits for part in split.split("+")}
-    if len(words) == 1:
+    shared = set.intersection(*[set(split.split("+")) for split in set(splits)])
+    if shared:  # never where there are queries and others: a query is in no other split
         sentences.append(
-            f"all {len(splits):,} rows are {words.pop()!r}: nothing can be both trained and scored. "
+            f"all {len(splits):,} rows are {'+'.join(sorted(shared))!r}: nothing can be both trained and scored. "
             "Give --split-protocol per-class, or name splits in folders, files or a column"
         )
     levels = [name for name in classes if name.lower() in SPLIT_WORDS or name.lower() in CONTAINERS]

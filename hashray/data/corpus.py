@@ -153,7 +153,7 @@ def iterate_bytes(table: pa.Table) -> Iterator[tuple[str, bytes | BadImage]]:
             continue
         try:
             yield row_id, fetch(uri)
-        except InputError as error:  # a store that does not answer is no fault of the row: that one stops the stage
+        except InputError as error:  # of this path alone; credentials or a store that fails end the stage
             yield row_id, BadImage(f"reference: {error}")
 
 

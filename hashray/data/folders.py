@@ -21,12 +21,12 @@ def list_folder(survey: Survey, config: SourceConfig, num_classes: int | None) -
 
     First folders are splits when all have a split's name. CIFAR-100 has a class "train": among other classes,
     a folder of that name which holds no folders is a class too. A folder around everything (CUB_200_2011/images/…) is
-    no class, and neither is one called "images". In a split without classes, `*annotations.txt` beside the images
-    gives each file's class, as in Tiny-ImageNet.
+    no class, and neither is one called "images"; inside a split, only "images" is none. In a split without classes,
+    `*annotations.txt` beside the images gives each file's class, as in Tiny-ImageNet.
     """
     annotations = [key for key in survey.keys if key.endswith(ANNOTATIONS)]
     keys = survey.take(image_endings())
-    survey.skipped[".txt"] -= len(annotations)
+    survey.take_back(annotations)
     paths = {key: PurePosixPath(key).parts[:-1] for key in keys}
     paths = _without_wrappers(survey, paths)
     splits = _splits(survey.url, paths)
@@ -36,27 +36,32 @@ def list_folder(survey: Survey, config: SourceConfig, num_classes: int | None) -
         groups[folders[0] if in_split else None][key] = folders[1:] if in_split else folders
     rows = {}
     for name, group in groups.items():
-        classes = _without_wrappers(survey, group)
+        classes = _without_wrappers(survey, group, in_split=name is not None)
         labels = _annotated(survey, [key for key in annotations if name is None or f"{name}/" in key])
         for key, folders in classes.items():
             label = folders[:1] or labels.get(PurePosixPath(key).name, ())
             rows[key] = SourceRow(key, join(survey.url, key), label, SPLIT_WORDS[name.lower()] if name else None)
-    survey.skipped += survey.skipped.__class__()  # drops counts of zero
     return [rows[key] for key in keys], None
 
 
-def _without_wrappers(survey: Survey, paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Paths without a first folder that holds everything and is no class: it has folders below, or is a container."""
+def _without_wrappers(
+    survey: Survey, paths: dict[str, tuple[str, ...]], in_split: bool = False
+) -> dict[str, tuple[str, ...]]:
+    """Paths without a first folder that holds everything and is no class.
+
+    That is a container, or, outside a split, a folder with several folders, a container or a split below it.
+    """
     while paths:
         tops = {folders[:1] for folders in paths.values()}
         if len(tops) > 1 or tops == {()}:
             break
         ((top,),) = tops
         below = {folders[1:2] for folders in paths.values()}
-        if top.lower() in SPLIT_WORDS or (top.lower() not in CONTAINERS and (() in below or len(below) < 2)):
-            below_containers = {folder.lower() for folders in below for folder in folders}
-            if top.lower() in SPLIT_WORDS or () in below or not below_containers <= {*CONTAINERS, *SPLIT_WORDS}:
-                break
+        names = {folder.lower() for folders in below for folder in folders}
+        holds_folders = () not in below and (len(below) > 1 or names <= {*CONTAINERS, *SPLIT_WORDS})
+        wraps = holds_folders and not in_split and top.lower() not in SPLIT_WORDS
+        if not wraps and top.lower() not in CONTAINERS:
+            break
         survey.notes[f"{top}/ is not a class: all images are below it"] = None
         paths = {key: folders[1:] for key, folders in paths.items()}
     return paths

@@ -16,7 +16,7 @@ from pydantic import Field
 from hashray.config import Config
 
 USUAL_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-# Pillow has a name for these, but needs another program, or only knows where such data would begin.
+# Formats that Pillow recognises but cannot decode without another program.
 NOT_DECODED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FPX", "MIC", "IPTC", "PDF"}
 ORIENTATION_TAG = 0x0112
 TURNS = {

@@ -26,7 +26,7 @@ from hashray.data.splits import SplitConfig, assign_splits, class_split, order_k
 from hashray.engine.parts import BadRow, Output, Part, PartWorker, run_parts, write_quarantine
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import run_stage
-from hashray.errors import InputError, StorageError
+from hashray.errors import InputError
 from hashray.progress import say, show_table
 from hashray.storage import Store, open_store
 
@@ -79,7 +79,7 @@ class _IngestWorker(PartWorker):
 def _fetch_or_reason(locator: str) -> bytes | BadImage:
     try:
         return fetch(locator)
-    except (InputError, StorageError, ValueError) as error:  # of this path alone; a store that is down ends the stage
+    except (InputError, ValueError) as error:  # of this path alone; credentials or a store that fails end the stage
         return BadImage(str(error))
 
 
@@ -152,10 +152,10 @@ def _warn(listing: Listing, labels: list[list[int]], splits: list[str], classes:
 def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
     """Class names in order of their integer, and each row's labels as ascending integers.
 
-    Names are sorted; numbers keep their own value and are named by the class-names file or by themselves.
+    Names are sorted; numbers keep their own value and are named by the source's class names or by themselves.
 
     Raises:
-        InputError: names and numbers mixed, or a name that the class-names file lacks.
+        InputError: names and numbers mixed, or a name that is not among the class names.
     """
     seen = {label for row in listing.rows for label in row.labels}
     kinds = {type(label) for label in seen}
@@ -172,7 +172,7 @@ def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
         index = {name: i for i, name in enumerate(classes)}
         unknown = sorted(str(label) for label in seen if label not in index)
         if unknown:
-            raise InputError(f"{len(unknown)} classes are not in the class-names file, the first {unknown[0]!r}")
+            raise InputError(f"{len(unknown)} labels are not among the class names, the first {unknown[0]!r}")
     return classes, [sorted({index[label] for label in row.labels}) for row in listing.rows]
 
 

@@ -78,7 +78,7 @@ def read_labels(
     if width <= 2 and not (pairs and num_classes in (None, 2)):
         return [_checked(row, num_classes, place, i) for i, row in enumerate(rows)], None
     if num_classes not in (None, width):
-        raise InputError(f"{place(binary[0])}: {width} label fields, the class-names file has {num_classes} classes")
+        raise InputError(f"{place(binary[0])}: {width} label fields, but {num_classes} class names")
     wrong = next((i for i in lists if len(rows[i]) != width or set(rows[i]) - {0, 1}), None)
     if wrong is not None:
         raise InputError(

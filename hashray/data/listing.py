@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
@@ -65,6 +66,8 @@ class Survey:
         is_file: whether the url names one file, not a folder.
         lost: images whose path cannot be used.
         skipped: files that are no images and no labels, by ending or by kind of junk.
+        members: the files inside tar shards.
+        members_skipped: those of them that are no images and no labels.
         columns_read: Parquet columns that are used.
         columns_ignored: Parquet columns that are not.
         notes: what was recognised without being asked for, such as a usual column name.
@@ -80,15 +83,20 @@ class Survey:
     columns_ignored: dict[str, None] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
     seen: int = 0
+    members: int = 0
+    members_skipped: Counter[str] = field(default_factory=Counter)
 
     def take(self, endings: tuple[str, ...]) -> list[str]:
         """The files with one of these endings; the others count as skipped. A file that the url names is taken."""
         if self.is_file:
             return self.keys
         taken = [key for key in self.keys if key.lower().endswith(endings)]
-        rest = set(self.keys) - set(taken)
-        self.skipped.update(PurePosixPath(key).suffix.lower() or "no ending" for key in rest)
+        self.skipped.update(map(_ending, set(self.keys) - set(taken)))
         return taken
+
+    def take_back(self, keys: Iterable[str]) -> None:
+        """Files that were counted as skipped and are read all the same, such as the images that a list names."""
+        self.skipped.subtract(map(_ending, keys))
 
     def lose(self, key: str, reason: str) -> None:
         """Put an image aside that cannot be listed."""
@@ -120,7 +128,7 @@ def look(url: str) -> Survey:
     faults: list[tuple[str, OSError]] = []
     for key, _ in survey.store.list(on_error=lambda key, error: faults.append((key, error))):
         survey.seen += 1
-        junk = _junk(key)
+        junk = kind_of_junk(key)
         if junk is not None:
             survey.skipped[junk] += 1
         elif not key.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in key):
@@ -128,7 +136,7 @@ def look(url: str) -> Survey:
         else:
             survey.keys.append(key)
     for key, error in faults:
-        if _junk(key) is None:
+        if kind_of_junk(key) is None:
             survey.seen += 1
             survey.lose(key, f"{error.strerror or error}")
     if not survey.seen:
@@ -136,15 +144,19 @@ def look(url: str) -> Survey:
     return survey
 
 
-def _junk(key: str) -> str | None:
-    """What kind of junk a file is, or None."""
+def kind_of_junk(key: str) -> str | None:
+    """The kind of junk that a file of this path is, or None."""
     *folders, name = PurePosixPath(key).parts
     for folder in folders:
         if folder.lower() in JUNK_FOLDERS:
             return f"in {folder}/"
-    if any(part.startswith(".") for part in (*folders, name)):
+    if any(part.startswith(".") and part != ".." for part in (*folders, name)):
         return "hidden"
     return name if name.lower() in JUNK_FILES else "temporary" if name.startswith("~$") else None
+
+
+def _ending(key: str) -> str:
+    return PurePosixPath(key).suffix.lower() or "no ending"
 
 
 def is_file(url: str) -> bool:

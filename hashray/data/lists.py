@@ -16,8 +16,8 @@ Rows = tuple[list[SourceRow], list[str] | None]
 def list_lists(survey: Survey, config: SourceConfig, num_classes: int | None) -> Rows:
     """Lines of `path index` or `path 0 1 0 …` (multi-hot); a file's stem with a split's name is a split.
 
-    A path in several lists is one row with all their splits, as in the public deep-hashing lists, place
-    the training list is a part of the database list. Its labels must agree.
+    A path that stands in several lists is one row with all their splits: in the public lists the training list is
+    part of the database list. Its labels must agree.
     """
     store, keys = survey.store, survey.take(LIST_ENDINGS)
     root = open_store(config.root).url if config.root else store.url
@@ -51,11 +51,13 @@ def list_lists(survey: Survey, config: SourceConfig, num_classes: int | None) ->
                 raise InputError(f"{place}: {path} stands twice in the lists of one split; ids must be unique")
             else:
                 merged[path] = SourceRow(path, old.locator, labels, "+".join(sorted({*old.split.split("+"), split})))
+    named = {row.locator for row in merged.values()}
+    survey.take_back(key for key in set(survey.keys) - set(keys) if join(store.url, key) in named)
     return list(merged.values()), [str(i) for i in range(width)] if width and width > 1 else None
 
 
 def _locate(name: str, root: str, root_given: bool) -> tuple[str, str]:
-    """Id and locator of a path of a list. An absolute one stands for itself, but place --root is given."""
+    """Id and locator of a path of a list. An absolute path is used as it is, unless --root is given."""
     if name.startswith("s3://"):
         return name, name
     path = str(PurePosixPath(name))

@@ -25,7 +25,7 @@ LABELS = (
     "class_label", "label_name", "category_id", "classes", "coarse_label",
 )  # fmt: skip
 SPLITS = ("split", "subset", "partition")
-# Columns that tell of an image, and are no label whatever their type.
+# Columns that describe an image and are never labels.
 ABOUT = {
     "width", "height", "original_width", "original_height", "url", "caption", "text", "status", "error_message",
     "sha256", "md5", "exif", "size", "mode", "license", "source", "similarity", "punsafe", "pwatermark", "aesthetic",
@@ -46,7 +46,8 @@ def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) 
     """Rows of Parquet files, in file order; only the columns of ids, labels and splits are read.
 
     A column may be a folder's `name=value` (a Hive partition). A split stands in its column, in a partition, or in the
-    name of the file or folder. Class names are those of Hugging Face's metadata, where the schema has them.
+    name of the file or folder. Class names are those of Hugging Face's metadata, where the schema has them: then each
+    label must be one of them, and -1 is no label, as in Hugging Face's test splits.
     """
     rows: list[tuple[str, str, str | None]] = []
     values: list[Any] = []
@@ -87,9 +88,12 @@ def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) 
                     ]
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{url} is not a Parquet file, or broken: {error}") from error
+    if class_names:
+        num_classes = num_classes or len(class_names)
+        values = [None if value == -1 else value for value in values]
     labels, width = read_labels(values, num_classes, lambda i: "{}, row group {}, row {}".format(*places[i]))
     listed = [SourceRow(*rows[i][:2], labels[i], rows[i][2]) for i in range(len(rows))]
-    return listed, [str(i) for i in range(width)] if width else class_names
+    return listed, class_names or ([str(i) for i in range(width)] if width else None)
 
 
 def _number(text: str) -> Any:
@@ -152,6 +156,11 @@ def _class_names(schema: pa.Schema, label: str | None, before: list[str] | None,
 
 @lru_cache(maxsize=2)
 def image_column(url: str, column: str, group: int) -> pa.ChunkedArray:
+    """The encoded images of one row group, as a binary column. The two that were read last stay in memory.
+
+    Raises:
+        InputError: the file is gone or broken.
+    """
     folder, name = split_url(url)
     try:
         with open_store(folder).open(name) as handle:

@@ -20,7 +20,7 @@ from hashray.data.lists import LIST_ENDINGS, list_lists
 from hashray.data.parquet import ENDINGS as PARQUET_ENDINGS
 from hashray.data.parquet import image_column, list_parquet
 from hashray.data.tars import list_tar, refuse_compressed
-from hashray.errors import InputError
+from hashray.errors import InputError, StorageError
 from hashray.storage import open_store, split_url
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "SourceRow",
     "by_reference_allowed",
     "fetch",
-    "guess_format",
     "list_source",
 ]
 
@@ -57,13 +56,8 @@ def list_source(url: str, config: SourceConfig) -> Listing:
     return Listing(kind, rows, names or named, kind in ("folder", "list"), survey)
 
 
-def guess_format(url: str) -> Format:
-    """Recognise the format from a file's ending, from lists named after splits, or from the files of a folder."""
-    refuse_compressed(url)
-    return _guess(look(url))
-
-
 def _guess(survey: Survey) -> Format:
+    """The format, from a file's ending, from lists named after splits, or from the files of a folder."""
     suffixes = [PurePosixPath(key).suffix.lower() for key in survey.keys]
     if survey.is_file:
         refuse_compressed(survey.url)
@@ -95,8 +89,18 @@ def fetch(locator: str) -> bytes:
     """The encoded bytes of one image: a file, a range of one, or a row of a Parquet column.
 
     Raises:
-        InputError: the object is not there any more.
+        InputError: this object alone cannot be read: it is gone, or a local file without permission.
+        StorageError: the bucket, the credentials or the endpoint do not work, as for every other object there.
     """
+    try:
+        return _read(locator)
+    except StorageError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise InputError(f"{error.__cause__.filename}: {error.__cause__.strerror}; make it readable") from error
+        raise
+
+
+def _read(locator: str) -> bytes:
     if locator.startswith("parquet:"):
         url, _, fragment = locator.removeprefix("parquet:").rpartition("#")
         options = {key: values[0] for key, values in parse_qs(fragment).items()}

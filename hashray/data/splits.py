@@ -37,7 +37,10 @@ class SplitConfig(Config):
                            they are query-pseudo and database-pseudo
     """
 
-    split_protocol: Protocol = Field("as-given", description="Which rows train, ask and answer; see the list above")
+    split_protocol: Protocol = Field(
+        "as-given",
+        description="Split protocol; docs/INGEST.md says which rows each one makes train, query and database",
+    )
     seed: int = Field(0, ge=0, description="Seed of the split protocol and of the order of rows")
     query_per_class: int = Field(100, ge=1, description="Queries of each class, in the per-class protocol")
     train_per_class: int = Field(500, ge=1, description="Train rows of each class, in the per-class protocol")

@@ -12,7 +12,7 @@ from typing import Any
 
 from hashray.data.images import image_endings
 from hashray.data.labels import read_labels, split_of_path, whole_number
-from hashray.data.listing import SourceConfig, SourceRow, Survey
+from hashray.data.listing import SourceConfig, SourceRow, Survey, kind_of_junk
 from hashray.data.lists import Rows
 from hashray.errors import InputError
 from hashray.storage import join
@@ -31,6 +31,7 @@ class _Shard:
     labels: dict[str, Any] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
+    members: int = 0
 
 
 def refuse_compressed(key: str) -> None:
@@ -54,7 +55,8 @@ def list_tar(survey: Survey, config: SourceConfig, num_classes: int | None) -> R
     places: list[str] = []
     for key, shard in shards.items():
         url, split = join(survey.store.url, key), split_of_path(key)
-        survey.skipped += shard.skipped
+        survey.members += shard.members
+        survey.members_skipped += shard.skipped
         for sample, reason in shard.lost.items():
             survey.lose(f"{key}/{sample}", reason)
         for sample, member in shard.images.items():
@@ -88,10 +90,15 @@ def _read_tar(survey: Survey, key: str) -> _Shard:
             for member in tar:
                 path = PurePosixPath(member.name)
                 stem, _, suffix = path.name.lower().partition(".")
-                if member.isdir() or not stem:
+                if member.isdir():
+                    continue
+                shard.members += 1
+                members[normpath(member.name)] = member
+                junk = kind_of_junk(member.name) if stem else "hidden"
+                if junk is not None:
+                    shard.skipped[junk] += 1
                     continue
                 sample = str(path.with_name(path.name[: len(stem)]))
-                members[normpath(member.name)] = member
                 if f".{suffix}" in endings:
                     if sample in shard.images:
                         raise InputError(

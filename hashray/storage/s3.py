@@ -194,6 +194,8 @@ class S3Store(Store):
                 raise StorageError(self._no_bucket()) from error
             if status == 404:
                 raise InputError(f"{name} not found{self._at()}; check the path") from error
+            if code in ("KeyTooLongError", "InvalidObjectState"):  # a fault of this object, such as one in an archive
+                raise InputError(f"{name}: {error}") from error
             if status in (401, 403) or code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
                 raise StorageError(
                     f"{name}: access denied{at} ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
@@ -205,6 +207,8 @@ class S3Store(Store):
                     f"{name}: the store{at} kept answering {status} {code}; run it again later, finished files are kept"
                 ) from error
             raise StorageError(f"{name}: the store{at} refused the request: {error}") from error
+        if isinstance(error, boto.ParamValidationError):  # of the name of the bucket or the object
+            raise InputError(f"{name}: {error}") from error
         if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
             with _CLIENTS_LOCK:
                 _CLIENTS.clear()  # a client made without credentials would not see them when they come

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from ray import cloudpickle
+from tiny import deny
 
 from hashray import artifact
 from hashray.data import ingest as ingest_module
@@ -26,7 +27,7 @@ from hashray.data.ingest import IngestConfig, ingest
 from hashray.data.sources import SourceConfig
 from hashray.engine.parts import Output, Part, PartWorker, finished_parts, run_parts
 from hashray.engine.session import WorkersConfig
-from hashray.errors import AlreadyExists, AuditError, InputError, RunError, TooManyBadRows
+from hashray.errors import AlreadyExists, AuditError, InputError, RunError, StorageError, TooManyBadRows
 from hashray.storage import open_store
 
 BROKEN = {3: b"", 17: b"no image"}
@@ -321,6 +322,26 @@ def test_a_query_that_is_in_the_database_under_another_name_is_counted(tmp_path:
         open_store(tmp_path / "i").write(name, png(3 if name.endswith("3.png") else 1))
     manifest = ingest(IngestConfig(pool=HERE, source=str(tmp_path / "i"), out=str(tmp_path / "c")))
     assert manifest.info["leaked_queries"] == 1
+
+
+def test_a_file_without_permission_is_a_bad_row_and_missing_credentials_are_not(
+    tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_folder(str(tmp_path / "images"), broken={})
+    deny(monkeypatch, tmp_path / "images/train/ant/000.png")
+    ingest(IngestConfig(pool=HERE, source=source, out=str(tmp_path / "c")))
+    check(str(tmp_path / "c"), 40, ["train/ant/000.png"])
+
+    lines = [f"{s3_url}/a.png 0", f"{source}/train/bee/001.png 1", f"{source}/train/bee/013.png 1"]
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    open_store(s3_url).write("a.png", png(1))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    config = IngestConfig(pool=HERE, source=str(tmp_path / "train.txt"), out=str(tmp_path / "d"), max_bad=0.9)
+    with pytest.raises(StorageError, match="no usable credentials"):
+        ingest(config)
+    monkeypatch.undo()
+    assert ingest(config).rows_out == 3
 
 
 def test_verify_names_the_file_of_a_flipped_byte(tmp_path: Path) -> None:

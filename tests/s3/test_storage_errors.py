@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from hashray.errors import InputError, StorageError, StoreUnavailable
 from hashray.storage import join, open_store, split_url
@@ -62,8 +63,19 @@ def test_no_such_bucket(s3_server):
 
 
 def test_a_bucket_name_that_cannot_be(s3_server):
-    with pytest.raises(StorageError, match="Invalid bucket name"):
+    with pytest.raises(InputError, match="Invalid bucket name"):
         open_store("s3://no such bucket/x").read("k")
+
+
+@pytest.mark.parametrize("code", ["KeyTooLongError", "InvalidObjectState"])
+def test_a_fault_of_one_object(code, s3_url, monkeypatch):
+    def refused(request):
+        answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+        raise ClientError(answer, "GetObject")
+
+    monkeypatch.setattr("hashray.storage.s3._read_body", refused)
+    with pytest.raises(InputError, match=code):
+        open_store(s3_url).read("k")
 
 
 def test_no_credentials_and_then_some(s3_url, monkeypatch):

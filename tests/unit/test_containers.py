@@ -139,7 +139,7 @@ def test_labels_and_class_names(tmp_path: Path) -> None:
         class_names=names,
     )
     data = parquet({"image": IMAGES, "label": [[0, 1, 1]] * 3})
-    refuse(str(tmp_path), {"x.parquet": data}, "3 label fields, the class-names file has 2 classes", class_names=names)
+    refuse(str(tmp_path), {"x.parquet": data}, "3 label fields, but 2 class names", class_names=names)
 
 
 def test_broken_parquet_files(tmp_path: Path) -> None:

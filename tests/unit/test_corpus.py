@@ -10,13 +10,14 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import deny
 
 from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical, read_table, table_bytes
 from hashray.data.columns import in_split, list_matrix, multi_hot
 from hashray.data.corpus import CORPUS_SCHEMA, ROW_FIELDS, Corpus, iterate_bytes, open_corpus
 from hashray.data.images import BadImage
-from hashray.errors import CorruptArtifact, InputError, MismatchError, StoreUnavailable
+from hashray.errors import CorruptArtifact, InputError, MismatchError, StorageError, StoreUnavailable
 from hashray.storage import open_store
 from hashray.storage.local import LocalStore
 
@@ -129,22 +130,27 @@ def test_references_are_followed_and_bad_ones_are_rows_not_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a#b.png").write_bytes(b"some bytes")
-    uris = [str(tmp_path / "a#b.png"), str(tmp_path / "none.png"), f"{tmp_path}/a#b.png#offset=5&size=5"]
+    names = ("a#b.png", "none.png", "a#b.png#offset=5&size=5", "denied.png")
+    uris = [f"{tmp_path}/{name}" for name in names]
     table = pa.Table.from_pylist(
         [row(i, "database", [], image=None, uri=uri) for i, uri in enumerate(uris)], schema=CORPUS_SCHEMA
     )
+    deny(monkeypatch, tmp_path / "denied.png")
     images = dict(iterate_bytes(table))
     assert images["id0"] == b"some bytes"
     assert images["id2"] == b"bytes"
-    assert isinstance(images["id1"], BadImage)
-    assert "none.png not found" in str(images["id1"])
+    for row_id, reason in (("id1", "none.png not found"), ("id3", "denied.png: Permission denied; make it readable")):
+        assert isinstance(images[row_id], BadImage)
+        assert reason in str(images[row_id])
 
-    def down(locator: str) -> bytes:
-        raise StoreUnavailable("the store does not answer")
+    for fault in (StoreUnavailable("the store does not answer"), StorageError("no usable credentials")):
 
-    monkeypatch.setattr("hashray.data.corpus.fetch", down)
-    with pytest.raises(StoreUnavailable):  # an outage puts no rows aside
-        dict(iterate_bytes(table))
+        def down(locator: str, fault: Exception = fault) -> bytes:
+            raise fault
+
+        monkeypatch.setattr("hashray.data.corpus.fetch", down)
+        with pytest.raises(type(fault)):  # an outage puts no rows aside
+            dict(iterate_bytes(table))
 
 
 def test_features(tmp_path: Path) -> None:

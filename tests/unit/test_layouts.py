@@ -15,7 +15,7 @@ import pytest
 
 from hashray.data.census import closing_table, warnings
 from hashray.data.ingest import IngestConfig, ingest, name_classes, require_apart
-from hashray.data.sources import Listing, SourceConfig, fetch, guess_format, list_source
+from hashray.data.sources import Listing, SourceConfig, fetch, list_source
 from hashray.data.splits import SplitConfig, assign_splits
 from hashray.errors import InputError
 
@@ -70,6 +70,18 @@ def test_hugging_face_parquet_has_its_split_in_the_file_name_and_its_classes_in_
         listed(tmp_path)
 
 
+def test_labels_are_compared_with_the_class_names_of_hugging_face(tmp_path: Path) -> None:
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    path = tmp_path / "train.parquet"
+    table(path, {"image": [b"a", b"b", b"c"], "label": [0, 1, 5]}, features)
+    with pytest.raises(InputError, match="row group 0, row 2: label 5 is out of range; allowed: 0 to 1"):
+        listed(tmp_path)
+    table(path, {"image": [b"a", b"b", b"c"], "label": [0, 1, -1]}, features)
+    listing = listed(tmp_path)
+    assert [row.labels for row in listing.rows] == [(0,), (1,), ()]
+    assert census(listing)[0]["rows without label"] == "1"
+
+
 def test_hive_partitions_are_columns(tmp_path: Path) -> None:
     for i in range(4):
         folder = tmp_path / f"split={'train' if i < 3 else 'test'}" / f"label={i % 2}"
@@ -120,6 +132,15 @@ def test_a_folder_around_everything_is_no_class(tmp_path: Path) -> None:
     assert {label for label, _ in rows(listed(url)).values()} == {"only"}
 
 
+def test_a_split_with_one_class_keeps_its_labels(tmp_path: Path) -> None:
+    keys = {
+        "train/cats/images/1.png": ("cats", "train"), "train/dogs/images/2.png": ("dogs", "train"),
+        "test/cats/images/3.png": ("cats", "query"), "val/cats/a/4.png": ("cats", "validation"),
+        "val/cats/b/5.png": ("cats", "validation"), "database/images/dogs/6.png": ("dogs", "database"),
+    }  # fmt: skip
+    assert rows(listed(put(tmp_path, *keys))) == keys
+
+
 def test_junk_is_counted_and_never_a_class(tmp_path: Path) -> None:
     url = put(
         tmp_path, "a/1.jpg", "a/@eaDir/1.jpg/THUMB.jpg", "b/2.jpg", "#recycle/3.jpg", "__MACOSX/._1.jpg",
@@ -157,8 +178,22 @@ def test_metadata_beside_shards_is_not_the_source(tmp_path: Path) -> None:
     table(tmp_path / "00000.parquet", {"url": ["u"], "caption": ["c"]})
     tar(tmp_path / "00000.tar", {"0.jpg": "x", "0.txt": "a caption"})
     (tmp_path / "00000_stats.json").write_text("{}")
-    assert guess_format(str(tmp_path)) == "tar"
-    assert listed(tmp_path).survey.skipped == {".parquet": 1, ".json": 1}
+    listing = listed(tmp_path)
+    assert listing.format == "tar"
+    assert listing.survey.skipped == {".parquet": 1, ".json": 1}
+
+
+def test_junk_inside_an_archive_is_counted_and_never_a_row(tmp_path: Path) -> None:
+    names = ("./0.png", "0.cls", "0.md", "._0.png", ".DS_Store", "@eaDir/1.png", "a/Thumbs.db", "../b/2.png")
+    tar(tmp_path / "x.tar", dict.fromkeys(names, "0"), {"3.png": (tarfile.SYMTYPE, ".cache/3.png")})
+    tar(tmp_path / "y.tar", {".cache/4.png": "bytes"}, {"4.png": (tarfile.SYMTYPE, ".cache/4.png")})
+    put(tmp_path, "notes.md")
+    listing = listed(tmp_path)
+    assert [row.id for row in listing.rows] == ["x.tar/0", "x.tar/../b/2", "y.tar/4"]
+    lines = census(listing)[0]
+    assert lines["files seen"] == "3" and lines["files skipped"] == ".md 1"
+    assert lines["files in tars"] == "11"
+    assert lines["files in tars skipped"] == ".md 1, Thumbs.db 1, hidden 3, in @eaDir/ 1"
 
 
 def test_mixed_names_and_numbers_are_refused(tmp_path: Path) -> None:
@@ -186,6 +221,15 @@ def test_the_closing_table_accounts_for_everything(tmp_path: Path) -> None:
     assert sentences == []
 
 
+def test_images_that_a_list_names_are_not_skipped(tmp_path: Path) -> None:
+    url = put(tmp_path, *[f"images/{i}.png" for i in range(7)], "images/notes.md")
+    (tmp_path / "train.txt").write_text("".join(f"./images/{i}.png {i % 2}\n" for i in range(4)))
+    (tmp_path / "test.txt").write_text(f"images/4.png 0\n{tmp_path}/images/5.png 1\nimages/none.png 1\n")
+    lines, _ = census(listed(url))
+    assert lines["files seen"] == "10" and lines["rows read (list)"] == "7"
+    assert lines["files skipped"] == ".md 1, .png 1"
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
@@ -193,6 +237,8 @@ def test_the_closing_table_accounts_for_everything(tmp_path: Path) -> None:
         (["cafe\u0301/1.png", "caf\u00e9/2.png"], "1 classes differ only in case"),
         (["cat/A.png", "cat/a.png", "dog/b.png"], "1 files differ only in case"),
         (["cat/1.png", "dog/2.png"], "all 2 rows are 'database'"),
+        (["train/cat/1.png", "train/dog/2.png"], "all 2 rows are 'database+train'"),
+        (["train/cat/1.png", "unlabelled/2.png"], "all 2 rows are 'database'"),
         (["images/1.png", "cat/2.png"], "the classes images look like splits or folders of images"),
         ([f"{i}/{i}.png" for i in range(30)], "30 classes for 30 labelled rows: the labels look like captions"),
     ],

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from hashray.data.sources import Listing, SourceConfig, fetch, guess_format, list_source
+from hashray.data.sources import Listing, SourceConfig, fetch, list_source
 from hashray.errors import InputError
 from hashray.storage import open_store
 
@@ -186,6 +190,19 @@ def test_nothing_there(put: Put) -> None:
     refuse(url, r"\(tar\) holds no images", format="tar")
 
 
+def small(name: str) -> bytes:
+    """A file with one row, of the kind that its ending says."""
+    sink = io.BytesIO()
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"image": [b"x"]}), sink)
+    elif name.endswith(".tar"):
+        with tarfile.open(fileobj=sink, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo("0.png"))
+    else:
+        sink.write(b"a.png 0\n")
+    return sink.getvalue()
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
@@ -198,14 +215,14 @@ def test_nothing_there(put: Put) -> None:
     ],
 )
 def test_the_format_is_told_from_the_files(local: Put, files: list[str], expected: str) -> None:
-    assert guess_format(local(dict.fromkeys(files, "x"))) == expected
+    assert list_source(local({name: small(name) for name in files}), SourceConfig()).format == expected
 
 
 def test_the_format_of_one_file(put: Put) -> None:
-    url = put({"a.parquet": "x", "b.tar": "x", "c.txt": "x", "d.tar.gz": "x"})
-    assert [guess_format(f"{url}/{name}") for name in ("a.parquet", "b.tar", "c.txt")] == ["parquet", "tar", "list"]
-    with pytest.raises(InputError, match=r"d\.tar\.gz is a compressed tar, .*; decompress it to \.tar first"):
-        guess_format(f"{url}/d.tar.gz")
+    names = ("a.parquet", "b.tar", "c.txt")
+    url = put({name: small(name) for name in names} | {"d.tar.gz": "x"})
+    assert [list_source(f"{url}/{name}", SourceConfig()).format for name in names] == ["parquet", "tar", "list"]
+    refuse(f"{url}/d.tar.gz", r"d\.tar\.gz is a compressed tar, .*; decompress it to \.tar first")
 
 
 def test_a_whole_bucket_is_a_source(s3_url: str) -> None:

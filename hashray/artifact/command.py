@@ -15,7 +15,7 @@ from hashray.progress import say
 
 
 class ArtifactConfig(Config):
-    """`describe` prints the kind, parents and size of an artifact. `verify` checks every file and exits 1 if one is bad.
+    """`describe` prints the kind, parents and size of an artifact. `verify` checks its files and exits 1 if one is bad.
 
     An artifact is a corpus, features, pseudo-labels, a model, codes, an index, an evaluation or a sweep.
     """

@@ -15,10 +15,7 @@ from hashray.progress import say
 
 
 class ArtifactConfig(Config):
-    """`describe` prints the kind, parents and size of an artifact. `verify` checks its files and exits 1 if one is bad.
-
-    An artifact is a corpus, features, pseudo-labels, a model, codes, an index, an evaluation or a sweep.
-    """
+    """`describe` prints the kind, parents and size of any artifact; `verify` checks its bytes, row counts and ids."""
 
     artifact: Annotated[str, tyro.conf.Positional] = Field(description="Local folder or s3:// url")
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="Print JSON")

@@ -1,4 +1,4 @@
-"""`hashray describe` and `hashray verify`: one artifact, looked at."""
+"""`hashray describe` and `hashray verify`: print what an artifact is, and check it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hashray.progress import say
 
 
 class ArtifactConfig(Config):
-    """Look at one artifact: corpus, features, pseudo-labels, model, codes, index, evaluation or sweep."""
+    """`describe` prints the kind, parents and size of any artifact; `verify` checks its bytes, row counts and ids."""
 
     artifact: Annotated[str, tyro.conf.Positional] = Field(description="Local folder or s3:// url")
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="Print JSON")
@@ -37,7 +37,7 @@ def _is_count(value: Any) -> bool:
 
 
 def verify(config: ArtifactConfig) -> int:
-    """Check everything about an artifact; print what is wrong, exit 1 if anything is."""
+    """Check every file of an artifact, print each problem, and return 1 if there is one."""
     problems = find_problems(config.artifact)
     if config.json_:
         print(json.dumps({"artifact": config.artifact, "whole": not problems, "problems": problems}))

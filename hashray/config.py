@@ -1,28 +1,30 @@
 """Configuration: TOML file + command line -> one frozen, validated pydantic model.
 
 Each stage owns its config class, at the top of its own file. This file only knows how to read one:
-every fault of a file is listed at once, unknown keys with the nearest known name.
+every fault of a file or a command line is listed at once, unknown keys with the nearest known name.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 from pydantic import BaseModel, ConfigDict, ValidationError
+from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from hashray.errors import ConfigError, InputError, perhaps
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 SHOWN_CHARACTERS = 80
+COMMAND_LINE = "the command line"
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, unknown keys refused, defaults validated too."""
+    """Base of every config: frozen, unknown keys refused, numbers finite, defaults validated too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def parse_toml(data: bytes, where: str) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def validate(config_class: type[ConfigT], data: Mapping[str, Any], where: str) -
     try:
         return config_class.model_validate(dict(data))
     except ValidationError as error:
-        lines = [_fault(config_class, data, fault) for fault in error.errors()]
+        lines = [_fault(config_class, data, fault, flags=where == COMMAND_LINE) for fault in error.errors()]
         count = f"{len(lines)} fault{'s' if len(lines) > 1 else ''}"
         raise ConfigError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from error
 
@@ -60,11 +62,38 @@ def parse(kind: Any, arguments: Sequence[str], program: str, description: str | 
         ConfigError: a value does not validate; one line a fault.
     """
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
-    try:
-        return tyro.cli(kind, args=arguments, prog=program, description=description, config=markers, **default)
-    except ValidationError as error:
-        lines = [f"  {_fault(BaseModel, {}, fault)}" for fault in error.errors()]
-        raise ConfigError("the command line:\n" + "\n".join(lines)) from error
+    parsed = tyro.cli(
+        kind, args=arguments, prog=program, description=description, config=markers, registry=_REGISTRY, **default
+    )
+    return validate(type(parsed), _values(parsed), COMMAND_LINE) if isinstance(parsed, Config) else parsed
+
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.struct_rule
+def _not_yet_validated(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """How tyro builds a config: without validation, so that `parse` can list every fault of the whole at once."""
+    kind = info.type
+    if not (isinstance(kind, type) and issubclass(kind, Config)):
+        return None
+    hints = get_type_hints(kind, include_extras=True)
+
+    def build(**values: Any) -> Config:
+        return kind.model_construct(**values)
+
+    build.__doc__ = kind.__doc__  # the text of the help
+    fields = []
+    for name, field in kind.model_fields.items():
+        known = MISSING if field.is_required() else field.get_default(call_default_factory=True)
+        default = getattr(info.default, name) if isinstance(info.default, kind) else known
+        fields.append(StructFieldSpec(name=name, type=hints[name], default=default, helptext=field.description or ""))
+    return StructConstructorSpec(instantiate=build, fields=tuple(fields))
+
+
+def _values(config: Config) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in type(config).model_fields}
+    return {name: _values(value) if isinstance(value, Config) else value for name, value in values.items()}
 
 
 def _names(arguments: Sequence[str]) -> set[str]:
@@ -93,7 +122,7 @@ def merge(before: ConfigT, after: ConfigT, arguments: Sequence[str]) -> ConfigT:
     Raises:
         ConfigError: each flag is allowed, but not all of them together.
     """
-    return validate(type(before), _given(before, after, _names(arguments), "--"), "the command line")
+    return validate(type(before), _given(before, after, _names(arguments), "--"), COMMAND_LINE)
 
 
 def _given(before: Config, after: Config, flags: set[str], prefix: str) -> dict[str, Any]:
@@ -108,8 +137,10 @@ def _given(before: Config, after: Config, flags: set[str], prefix: str) -> dict[
     return table
 
 
-def _fault(config_class: type[BaseModel], data: Any, fault: Any) -> str:
-    path = ".".join(str(part) for part in fault["loc"])
+def _fault(config_class: type[BaseModel], data: Any, fault: Any, flags: bool) -> str:
+    path = ".".join(_flag_parts(config_class, fault["loc"]) if flags else map(str, fault["loc"]))
+    if flags and path:
+        path = f"--{path.replace('_', '-')}"
     if fault["type"] == "extra_forbidden":
         *parents, name = fault["loc"]
         known = _fields_at(config_class, data, parents)
@@ -119,6 +150,13 @@ def _fault(config_class: type[BaseModel], data: Any, fault: Any) -> str:
     if len(value) > SHOWN_CHARACTERS:
         value = f"{value[:SHOWN_CHARACTERS]}…"
     return f"{path or 'config'}: {message}" + ("" if fault["type"] == "missing" else f" (found {value})")
+
+
+def _flag_parts(model: type[BaseModel], places: Sequence[str | int]) -> list[str]:
+    """The parts of a field's flag: a table that is spread over its parent (`tyro.conf.arg(name="")`) gives no part."""
+    field = model.model_fields.get(str(places[0])) if places else None
+    spread = field is not None and any(getattr(mark, "name", None) == "" for mark in field.metadata)
+    return list(map(str, places[1:] if spread else places))
 
 
 def _fields_at(config_class: type[BaseModel], data: Any, parents: Sequence[str | int]) -> list[str]:

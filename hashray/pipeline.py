@@ -14,6 +14,7 @@ from hashray.data.splits import SplitConfig
 from hashray.encode.codes import encode_split
 from hashray.encode.features import BATCH_ROWS, features_of_model
 from hashray.engine.session import WorkersConfig
+from hashray.engine.stage import require_no_artifact
 from hashray.evaluate.run import EvaluateConfig, evaluate_on
 from hashray.index.build import IndexConfig, build_index
 from hashray.index.shard import Kind
@@ -52,6 +53,7 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
 
 def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
     """The stages, with a training config that is read already."""
+    require_no_artifact(open_store(config.out), "corpus, model and index")
     max_bad = training.max_bad if config.max_bad is None else config.max_bad
     at = {name: join(config.out, name) for name in ("corpus", "model", "codes", "index", "evaluation")}
     ingest(

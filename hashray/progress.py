@@ -63,13 +63,13 @@ class Bar:
                 self._print({"unit": self.unit, "per_s": round(rate, 1), "eta_s": left and round(left, 1), **notes})
 
     def waiting(self, what: str) -> None:
-        """Say what the work waits for, until it starts."""
+        """Say what the work waits for, until it starts; called again and again, say it now and then."""
         with self._lock:
-            self.wait = what
+            new, self.wait = self.wait is None, what
+            waited_s = time.monotonic() - self.start_s
             if self._progress is not None and self._task is not None:
                 self._progress.update(self._task, rate=f"waiting for {what}")
-            else:
-                waited_s = time.monotonic() - self.start_s
+            elif new or waited_s - self.last_s >= JSON_INTERVAL_S:
                 self.last_s = waited_s
                 self._print({"waiting_for": what, "waited_s": round(waited_s, 1)})
 

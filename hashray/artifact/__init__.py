@@ -16,7 +16,7 @@ from hashray.artifact.manifest import (
     canonical,
     sha256_hex,
 )
-from hashray.artifact.publish import MANIFEST, publish, read_file, write_file
+from hashray.artifact.publish import MANIFEST, check_sizes, publish, read_file, write_file
 from hashray.artifact.tables import read_table, table_bytes
 from hashray.artifact.verify import describe, verify
 from hashray.artifact.versions import is_finished, load_manifest, newest_version, version_key
@@ -28,6 +28,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "canonical",
+    "check_sizes",
     "describe",
     "is_finished",
     "load_manifest",

@@ -11,6 +11,7 @@ from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputErro
 from hashray.storage import Store, check_conditional_put, join
 
 MANIFEST = "manifest.json"
+RESTORE = "Restore it from a copy, or delete the artifact and run the stage again"
 
 
 def write_file(
@@ -78,13 +79,23 @@ def _whose(data: bytes) -> str:
 
 def missing(store: Store, record: FileRecord) -> str:
     """The error text of a file that is missing."""
-    return f"{join(store.url, record.name)} is missing: its manifest lists it with {record.bytes} bytes"
+    return f"{join(store.url, record.name)} is missing: its manifest lists it with {record.bytes} bytes. {RESTORE}"
+
+
+def check_sizes(store: Store, manifest: Manifest) -> None:
+    """Raise CorruptArtifact where a file of the manifest is missing or has another size."""
+    sizes = dict(store.list())
+    for record in manifest.files:
+        if record.name not in sizes:
+            raise CorruptArtifact(missing(store, record))
+        check(store, record, sizes[record.name], record.sha256)
 
 
 def check(store: Store, record: FileRecord, size_bytes: int, digest: str) -> None:
     """Raise CorruptArtifact where length or sha256 are not those of the record."""
     name = join(store.url, record.name)
     if size_bytes != record.bytes:
-        raise CorruptArtifact(f"{name} has {size_bytes} bytes, its manifest says {record.bytes}")
+        raise CorruptArtifact(f"{name} has {size_bytes} bytes, its manifest says {record.bytes}. {RESTORE}")
     if digest != record.sha256:
-        raise CorruptArtifact(f"{name} is corrupt: sha256 {digest[:12]}…, its manifest says {record.sha256[:12]}…")
+        differ = f"sha256 {digest[:12]}…, its manifest says {record.sha256[:12]}…"
+        raise CorruptArtifact(f"{name} is corrupt: {differ}. {RESTORE}")

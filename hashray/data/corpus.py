@@ -27,7 +27,7 @@ from hashray.artifact import FileRecord, Manifest, read_table
 from hashray.data.columns import in_split, list_matrix, multi_hot
 from hashray.data.images import BadImage, Resize, decode_rows
 from hashray.data.sources import fetch
-from hashray.errors import CorruptArtifact, InputError
+from hashray.errors import CorruptArtifact, InputError, perhaps
 from hashray.storage import Store, open_store
 
 ROW_FIELDS = [("labels", pa.list_(pa.int32())), ("split", pa.string())]
@@ -75,12 +75,11 @@ class Corpus:
         count = self.count(split)
         if not count:
             words = {word for record in self.parts for word in record.info["splits"]}
-            have = ", ".join(
-                f"{word} ({self.count(word):,})" for word in sorted({p for w in words for p in w.split("+")})
-            )
+            known = sorted({part for word in words for part in word.split("+")})
+            have = ", ".join(f"{word} ({self.count(word):,})" for word in known)
+            better = perhaps(split, known) or ". Ingest again with another --split-protocol"
             raise InputError(
-                f"{self.store.url} has no {split!r} rows, {why} needs them; it has {have or 'no rows'}. "
-                "Ingest again with another --split-protocol"
+                f"{self.store.url} has no {split!r} rows, {why} needs them; it has {have or 'no rows'}{better}"
             )
         return count
 

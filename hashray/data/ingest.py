@@ -97,7 +97,7 @@ def ingest(config: IngestConfig) -> Manifest:
     lost = [BadRow(**row._asdict()) for row in listing.survey.lost]
     classes, labels = name_classes(listing)
     ids = [row.id for row in listing.rows]
-    splits = assign_splits(ids, labels, [row.split for row in listing.rows], config)
+    splits = assign_splits(ids, labels, [row.split for row in listing.rows], config, classes)
     _warn(listing, labels, splits, classes, config.strict)
     items: list[dict[str, Any]] = [
         {"id": row.id, "uri": row.locator, "labels": labels[i], "split": splits[i]}

@@ -20,7 +20,7 @@ from hashray.data.lists import LIST_ENDINGS, list_lists
 from hashray.data.parquet import ENDINGS as PARQUET_ENDINGS
 from hashray.data.parquet import image_column, list_parquet
 from hashray.data.tars import list_tar, refuse_compressed
-from hashray.errors import InputError, StorageError
+from hashray.errors import InputError
 from hashray.storage import open_store, split_url
 
 __all__ = [
@@ -92,15 +92,6 @@ def fetch(locator: str) -> bytes:
         InputError: this object alone cannot be read: it is gone, or a local file without permission.
         StorageError: the bucket, the credentials or the endpoint do not work, as for every other object there.
     """
-    try:
-        return _read(locator)
-    except StorageError as error:
-        if isinstance(error.__cause__, PermissionError):
-            raise InputError(f"{error.__cause__.filename}: {error.__cause__.strerror}; make it readable") from error
-        raise
-
-
-def _read(locator: str) -> bytes:
     if locator.startswith("parquet:"):
         url, _, fragment = locator.removeprefix("parquet:").rpartition("#")
         options = {key: values[0] for key, values in parse_qs(fragment).items()}

@@ -78,12 +78,17 @@ def order_key(seed: int, row_id: str) -> bytes:
 
 
 def assign_splits(
-    ids: Sequence[str], labels: Sequence[Sequence[int]], given: Sequence[str | None], config: SplitConfig
+    ids: Sequence[str],
+    labels: Sequence[Sequence[int]],
+    given: Sequence[str | None],
+    config: SplitConfig,
+    classes: Sequence[str] | None = None,
 ) -> list[str]:
     """The split of every row.
 
     Args:
         ids: n unique row ids; labels: class indices of each row; given: the split each row came with.
+        classes: names of the classes, for the text of errors.
 
     Raises:
         InputError: ids twice, too few rows in a class, splits missing that the protocol needs, or a query
@@ -95,12 +100,14 @@ def assign_splits(
     elif config.split_protocol == "adalabelhash-cifar10":
         splits = _train_is_database(given)
     elif config.split_protocol == "cifar10-semi":
-        splits = _per_class(ids, labels, config.seed, 100, 500, rest="database+unlabelled", train="database+train")
+        splits = _per_class(ids, labels, config.seed, 100, 500, "database+unlabelled", "database+train", classes)
     elif config.split_protocol == "class-split":
-        splits = _class_split(ids, labels, given, config)
+        splits = _class_split(ids, labels, given, config, classes)
     else:
         train = "database+train" if config.train_in_database else "train"
-        splits = _per_class(ids, labels, config.seed, config.query_per_class, config.train_per_class, "database", train)
+        splits = _per_class(
+            ids, labels, config.seed, config.query_per_class, config.train_per_class, "database", train, classes
+        )
     check_disjoint(ids, splits)
     return splits
 
@@ -170,7 +177,11 @@ def class_split(labels: Sequence[Sequence[int]], classes: Sequence[str], config:
 
 
 def _class_split(
-    ids: Sequence[str], labels: Sequence[Sequence[int]], given: Sequence[str | None], config: SplitConfig
+    ids: Sequence[str],
+    labels: Sequence[Sequence[int]],
+    given: Sequence[str | None],
+    config: SplitConfig,
+    classes: Sequence[str] | None,
 ) -> list[str]:
     several = [i for i, row_labels in enumerate(labels) if len(row_labels) != 1]
     if several:
@@ -181,7 +192,7 @@ def _class_split(
     if any(given):
         halves = ["query" if split == "query" else "database" for split in _train_is_database(given)]
     else:
-        halves = _per_class(ids, labels, config.seed, config.query_per_class, 0, rest="database", train="database")
+        halves = _per_class(ids, labels, config.seed, config.query_per_class, 0, "database", "database", classes)
     words = {
         ("database", "seen"): "database+database-seen+train",
         ("database", "unseen"): "database+database-unseen",
@@ -194,7 +205,14 @@ def _class_split(
 
 
 def _per_class(
-    ids: Sequence[str], labels: Sequence[Sequence[int]], seed: int, queries: int, trains: int, rest: str, train: str
+    ids: Sequence[str],
+    labels: Sequence[Sequence[int]],
+    seed: int,
+    queries: int,
+    trains: int,
+    rest: str,
+    train: str,
+    classes: Sequence[str] | None,
 ) -> list[str]:
     order = sorted(range(len(ids)), key=lambda i: order_key(seed, ids[i]))
     members: dict[int, list[int]] = {}
@@ -210,9 +228,10 @@ def _per_class(
             free = [i for i in members[label] if splits[i] == rest]
             # A multi-label row already drawn for another class counts for none but that one.
             if len(free) < wanted:
+                name = repr(classes[label]) if classes else label
                 raise InputError(
-                    f"class {label} has {len(free)} rows left for {word!r}, the protocol draws {wanted} a class; "
-                    "choose --split-protocol per-class with a lower --query-per-class or --train-per-class"
+                    f"class {name} has {len(free)} rows left for {word!r}, the protocol draws {wanted} of each class: "
+                    "add images of it, leave it out, or lower --query-per-class or --train-per-class of per-class"
                 )
             for i in free[:wanted]:
                 splits[i] = word

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hashray import artifact
-from hashray.artifact import MANIFEST, Manifest
-from hashray.errors import AlreadyExists, HashrayError
+from hashray.artifact import MANIFEST, Manifest, version_key
+from hashray.errors import AlreadyExists, HashrayError, InputError
 from hashray.progress import say
 from hashray.storage import Store
+
+PROBE = "progress/is-writable"
 
 
 class FinishedElsewhere(HashrayError):
@@ -28,12 +30,15 @@ def run_stage(
 
     Raises:
         MismatchError: what is finished there is of another kind. AlreadyExists: it is another plan's.
+        CorruptArtifact: it is this plan's, and a file of it is missing or has another size.
+        InputError, StorageError: nothing can be written there.
     """
     manifest = _finished(store, kind, plan, name, key)
     if manifest is not None:
         rows = "" if manifest.rows_out is None else f": {manifest.rows_out:,} rows"
         say(f"{store.url} is finished already{rows}")
         return manifest
+    _require_writable(store)
     try:
         return work()
     except Exception as error:
@@ -51,9 +56,19 @@ def _finished(store: Store, kind: str, plan: str, name: str, key: str) -> Manife
         return None
     manifest = artifact.load_manifest(store, kind, key)
     _refuse_other(store, manifest, plan, name)
+    artifact.check_sizes(store, manifest)
     for left in ("progress/", "checkpoints/"):  # by a run that was killed between its manifest and its tidying
         store.clear(left)
     return manifest
+
+
+def _require_writable(store: Store) -> None:
+    """Find out before the work, not after it, that its results cannot be kept."""
+    try:
+        store.write(PROBE, b"")
+        store.delete(PROBE)
+    except HashrayError as error:
+        raise type(error)(f"--out {store.url} cannot be written: {error}") from error
 
 
 def require_free(store: Store, plan: str, name: str = "plan", key: str = MANIFEST) -> None:
@@ -66,6 +81,18 @@ def require_free(store: Store, plan: str, name: str = "plan", key: str = MANIFES
     if artifact.is_finished(store, key):
         _refuse_other(store, artifact.load_manifest(store, key=key), plan, name)
         raise FinishedElsewhere(f"{store.url} is finished")
+
+
+def require_no_artifact(store: Store, what: str) -> None:
+    """Refuse to write `what` into the folder of a finished artifact.
+
+    Raises:
+        InputError: one is finished there.
+    """
+    for key in (MANIFEST, version_key(1)):
+        if artifact.is_finished(store, key):
+            kind = artifact.load_manifest(store, key=key).kind
+            raise InputError(f"--out {store.url} is a finished {kind}: {what} need a folder that is no artifact")
 
 
 def _refuse_other(store: Store, manifest: Manifest, plan: str, name: str) -> None:

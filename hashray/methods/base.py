@@ -164,6 +164,10 @@ class WorkerGroup(ABC):
     def run_on_first(self, module: nn.Module, action: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Run `action` on the first worker, then give every worker its result and the state of `module`."""
 
+    @abstractmethod
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far the work before the steps of a phase is, such as 3 of 30 epochs of a label network."""
+
 
 class Method(nn.Module, ABC):
     """A trunk and a hash head that train with the losses of a paper."""

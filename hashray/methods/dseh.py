@@ -1,14 +1,15 @@
 """DSEH: Deep Semantic-preserving and Self-supervised Hashing with a label network (Li et al., IJCAI 2018).
 
 LabNet learns semantic features and codes from label rows alone. ImgNet learns to reproduce both from images. The two
-alternate in rounds. LabNet is a deterministic function of the label row, so it trains on the distinct rows with their
-counts. Its objective over all n x n pairs is exact if a batch holds all distinct rows; else each batch estimates it
-against all rows.
+alternate in rounds. LabNet is a function of the label row, so it trains on the distinct rows with their counts. Its
+objective over all n x n pairs is exact if a batch holds all distinct rows; else a batch estimates it against all rows.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, final
 
 import numpy as np
@@ -181,12 +182,14 @@ def train_label_network(
     seed: int,
     round: int = 0,
     banks: tuple[Tensor, Tensor] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Train LabNet in place on the distinct label rows; return the mean terms of the last epoch.
 
     Args:
         banks: constant sides of the pairs in the first steps: ImgNet's outputs in rounds >= 1 (METHODS 1.5), else
             None for LabNet's outputs. A batch overwrites its rows of the banks with LabNet's outputs.
+        progress: called with the epochs that are done and their number.
 
     Raises:
         InputError: all rows have the same labels.
@@ -196,16 +199,15 @@ def train_label_network(
     weight = table.counts.to(device).float()
     if len(rows) < 2:
         raise InputError("all training rows have the same labels, so codes have nothing to tell apart; add classes")
-    if banks is None:
-        with torch.no_grad():
-            banks = net.eval()(rows)[:2]
+    with torch.no_grad():
+        bank_feature, bank_code = (bank.clone() for bank in banks or net.eval()(rows)[:2])
     net.train()
-    bank_feature, bank_code = (bank.clone() for bank in banks)
     batches = math.ceil(len(rows) / config.label_batch)
     epochs, optimizer, schedule = _label_schedule(net, config, batches, round)
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, float] = {}
     for epoch in range(epochs):
+        progress(epoch, epochs)
         for index in torch.randperm(len(rows), generator=generator).to(device).tensor_split(batches):
             outputs = net(rows[index])
             bank_feature[index], bank_code[index] = outputs[0].detach(), outputs[1].detach()
@@ -216,9 +218,8 @@ def train_label_network(
                 nn.utils.clip_grad_value_(net.parameters(), config.clip_gradients)
             optimizer.step()
             schedule.step()
-            if epoch == epochs - 1:
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0.0) + float(term.detach()) / batches
+            for name, term in terms.items() if epoch == epochs - 1 else ():
+                sums[name] = sums.get(name, 0.0) + float(term.detach()) / batches
     net.eval()
     return sums
 
@@ -255,11 +256,9 @@ def fit_label_network(labels: Any, config: DSEHConfig, seed: int = 0) -> LabNet:
 
     Args:
         labels: multi-hot uint8 [n, c].
-        config: settings; only round 0 is run.
         seed: seed of the first weights and of the batch order. The global generator does not change.
 
-    Returns:
-        The network. Its `.codes(labels)` returns packed codes uint8 [n, num_bits // 8].
+    Returns the network. Its `.codes(labels)` returns packed codes uint8 [n, num_bits // 8].
 
     Raises:
         InputError: there are no rows or no classes, an entry is neither 0 nor 1, or all rows have the same labels.
@@ -323,7 +322,8 @@ class DSEH(Method):
             self.label_net.present.copy_(table.rows.any(0))
             self.label_net.requires_grad_(True)
             try:
-                terms = train_label_network(self.label_net, rows, self.config, seed + phase.round, phase.round, banks)
+                at = phase.round, banks, partial(workers.progress, "epochs of the label network")
+                terms = train_label_network(self.label_net, rows, self.config, seed + phase.round, *at)
             finally:
                 self.label_net.requires_grad_(False)
             return terms | label_scores(self.label_net, table)

@@ -19,6 +19,7 @@ from sklearn.manifold import TSNE
 from hashray import artifact
 from hashray.codes import unpack
 from hashray.config import Config
+from hashray.engine.stage import require_no_artifact
 from hashray.errors import InputError, MismatchError
 from hashray.progress import Bar, say
 from hashray.report import figures
@@ -47,6 +48,7 @@ def compare(config: FiguresConfig) -> dict[str, str]:
     """
     if not config.evaluations:
         raise InputError("hashray figures needs evaluations: hashray figures EVAL [EVAL …] --out DIR")
+    require_no_artifact(open_store(config.out), "pictures")
     runs = {name: read_metrics(url) for name, url in zip(names_of(config.evaluations), config.evaluations, strict=True)}
     for name in ("corpus", "query_split", "database_split", "top_k", "ties"):
         values = {str(metrics["protocol"].get(name)) for metrics in runs.values()}

@@ -22,7 +22,7 @@ class SearchConfig(Config):
 
     index: Annotated[str, tyro.conf.Positional] = Field(description="Index, local folder or s3:// url")
     model: str = Field(description="Model that made the index's codes")
-    image: tuple[str, ...] = Field(description="Image files, local or s3://")
+    image: tuple[str, ...] = Field(min_length=1, description="Image files, local or s3://")
     k: int = Field(10, ge=1, description="Neighbours of each query")
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="Print JSON")
 

@@ -51,7 +51,7 @@ class LocalStore(Store):
 
     def download(self, key: str, path: Path) -> None:
         source = self.local_path(key)
-        with file_errors(path):
+        with file_errors(path, writes=True):
             place(path, lambda temp: _copy_synced(source, temp), os.replace)
 
     def exists(self, key: str) -> bool:
@@ -76,7 +76,7 @@ class LocalStore(Store):
 
     def delete(self, key: str) -> None:
         path = self.local_path(key)
-        with file_errors(path):
+        with file_errors(path, writes=True):
             path.unlink(missing_ok=True)
 
     def open(self, key: str) -> BinaryIO:
@@ -86,13 +86,13 @@ class LocalStore(Store):
 
     def _place(self, key: str, fill: Callable[[Path], None], commit: Callable[[Path, Path], None]) -> None:
         target = self.local_path(key)
-        with file_errors(target):
+        with file_errors(target, writes=True):
             place(target, fill, commit)
 
 
 @contextmanager
-def file_errors(path: Path) -> Iterator[None]:
-    """Turn what the file system raises about `path` into our errors."""
+def file_errors(path: Path, writes: bool = False) -> Iterator[None]:
+    """Turn what the file system raises about `path` into our errors; `writes`: where it is written, not read."""
     try:
         yield
     except FileNotFoundError as error:
@@ -108,6 +108,8 @@ def file_errors(path: Path) -> Iterator[None]:
             raise StoreUnavailable(
                 f"{path}: {error.strerror}. Free some space and run the same command again; finished files are kept"
             ) from error
+        if error.errno in (errno.EACCES, errno.EPERM) and not writes:
+            raise InputError(f"{path}: {error.strerror}; make it readable") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP):
             raise StorageError(f"{path}: {error.strerror}; hashray needs a folder it may write and link in") from error
         raise StoreUnavailable(

@@ -107,7 +107,7 @@ class S3Store(Store):
             fill: Callable[[Path], None] = lambda temp: write_synced(temp, data)  # noqa: E731
         else:
             fill = lambda temp: self._download_large(key, temp)  # noqa: E731
-        with file_errors(path):
+        with file_errors(path, writes=True):
             place(path, fill, os.replace)
 
     def _download_large(self, key: str, path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from hashray import artifact
 from hashray.artifact import canonical, sha256_hex
-from hashray.data.corpus import Corpus
+from hashray.data.corpus import Corpus, Rows
 from hashray.errors import ConfigError, InputError, MismatchError
 from hashray.methods import build_method, known_methods
 from hashray.methods.backbone import build_trunk, weights_identity
@@ -112,11 +112,13 @@ def plan_job(config: TrainConfig, data: Corpus) -> TrainJob:
 
     Raises:
         ConfigError: a change gives another network or other phases.
+        InputError: no validation row has a relevant item among the others.
     """
     require_one_network(config, data.num_classes)
     train = data.rows("train")
     given, wanted = config.validation(data.count("validation"), len(train.ids))
     validation = held_out(train.ids, wanted, config.seed)
+    _require_answers(train, validation)
     selection = Selection(frozenset(validation), config.pseudo_labels, config.unlabelled)
     counts, labels = [], [np.zeros((0, data.num_classes), dtype=np.int8)]
     for record in data.parts:
@@ -131,6 +133,15 @@ def plan_job(config: TrainConfig, data: Corpus) -> TrainJob:
         table=LabelTable.of(torch.as_tensor(known[known.any(1)].astype(np.uint8))), plan=plan,
         in_memory=_fits_memory(config, plan.rows),
     )  # fmt: skip
+
+
+def _require_answers(train: Rows, validation: set[str]) -> None:
+    held = np.array([row_id in validation for row_id in train.ids], dtype=bool)
+    if held.any() and not (train.labels[held] & train.labels[~held].any(0)).any():
+        raise InputError(
+            f"the {held.sum():,} validation rows share no class with the other train rows, so they cannot be scored. "
+            "Train without them (--validation-rows 0), or have more train rows in each class"
+        )
 
 
 def run_of(config: TrainConfig, corpus: Corpus, init: Model | None) -> tuple[str, dict[str, str]]:

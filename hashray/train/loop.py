@@ -36,8 +36,9 @@ Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
 class TorchWorkerGroup(WorkerGroup):
     """The workers of a torch process group, or a single process."""
 
-    def __init__(self, source: SliceSource, table: LabelTable, device: torch.device) -> None:
-        self.source, self.table, self.device = source, table, device
+    def __init__(self, source: SliceSource, table: LabelTable, device: torch.device, report: Report) -> None:
+        self.source, self.table, self.device, self.report = source, table, device, report
+        self.reported_s = 0.0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
@@ -46,7 +47,7 @@ class TorchWorkerGroup(WorkerGroup):
     ) -> Tensor:
         sums: Tensor | None = None
         with torch.no_grad():
-            for inputs, labels in self.source.scan():
+            for inputs, labels in self._scan():
                 if len(inputs):
                     values = outputs(torch.as_tensor(inputs, device=self.device)).double().cpu()
                     places = group(torch.as_tensor(labels))
@@ -61,7 +62,7 @@ class TorchWorkerGroup(WorkerGroup):
     def gather_rows(self, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         pieces: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
-            for inputs, labels in self.source.scan():
+            for inputs, labels in self._scan():
                 if len(inputs):
                     values = outputs(torch.as_tensor(inputs, device=self.device)).cpu()
                     pieces.append((values, torch.as_tensor(labels)))
@@ -84,6 +85,25 @@ class TorchWorkerGroup(WorkerGroup):
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, src=0)
         return box[0]
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if self.is_due():
+            self.report({"event": "prepare", "what": what, "done": done, "total": total}, None)
+
+    def is_due(self) -> bool:
+        """Whether the first worker shows progress now: twice a second at most."""
+        now = time.monotonic()
+        due = self.rank == 0 and now - self.reported_s >= PROGRESS_S
+        self.reported_s = now if due else self.reported_s
+        return due
+
+    def _scan(self) -> Iterator[tuple[Any, Any]]:
+        rows = self.source.plan.rows
+        done = 0
+        for inputs, labels in self.source.scan():
+            yield inputs, labels
+            done += len(inputs) * self.world
+            self.progress("rows of a scan", min(done, rows), rows)
 
     def agree(self, tensor: Tensor, operation: Any) -> Tensor:
         """Reduce the tensor over all workers; the result is on the CPU."""
@@ -139,13 +159,12 @@ class Loop:
     ) -> None:  # fmt: skip
         self.method, self.config, self.table, self.source = method, config, table, source
         self.report, self.validate, self.device = report, validate, device
-        self.workers = TorchWorkerGroup(source, table, device)
+        self.workers = TorchWorkerGroup(source, table, device, report)
         self.phases = method.phases(config.epochs)
         self.position = Position()
         self.best: dict[str, Tensor] | None = None
         self.average: dict[str, Tensor] | None = None
         self.optimizer: torch.optim.Optimizer | None = None
-        self.reported_s = 0.0
         method.trunk.amp = config.precision == "bf16"
 
     def run(self, checkpoint: Checkpoint | None = None, until: int | None = None) -> dict[str, Tensor]:
@@ -237,10 +256,7 @@ class Loop:
         self._report(line, save=last or self._reached(until) or position.epoch % self.config.checkpoint_every == 0)
 
     def _progress(self, number: int, step: int, steps: int) -> None:
-        """Report where an epoch is, at most twice a second, on the first worker."""
-        now = time.monotonic()
-        if self.workers.rank == 0 and step < steps and now - self.reported_s >= PROGRESS_S:
-            self.reported_s = now
+        if step < steps and self.workers.is_due():
             self.report({"event": "progress", "epoch": number + 1, "step": step}, None)
 
     def _in_step(self, slices: Iterator[Slice]) -> Iterator[Slice]:

@@ -48,6 +48,8 @@ class Watch:
             self._start(line)
         elif event == "begin":
             self.bar.waiting(f"phase {line['phase']} to begin")
+        elif event == "prepare":
+            self.bar.waiting(f"{line['what']}: {line['done']:,} of {line['total']:,}")
         elif event == "phase":
             self.bar.started()
         elif event == "progress":

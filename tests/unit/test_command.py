@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -103,6 +104,19 @@ def test_a_temporary_folder_with_a_path_too_long_for_ray(tmp_path: Path) -> None
     done = run("ingest", source, "--out", tmp_path / "corpus", "--ray", "always", TMPDIR=str(folder))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "Ray cannot start below TMPDIR=" in done.stderr and "Set TMPDIR to a shorter folder" in done.stderr
+
+
+def test_help_as_a_word_and_an_output_that_is_closed(tmp_path: Path) -> None:
+    for words in (["help"], ["index", "help"], ["index", "--help"]):
+        done = run(*words)
+        assert done.returncode == 0 and "usage: hashray" in done.stdout
+    write_corpus(str(tmp_path / "corpus"), 6, 6)
+    line = f"{shlex.quote(sys.executable)} -m hashray describe {shlex.quote(str(tmp_path / 'corpus'))}"
+    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(f"{line} {closed}", shell=True, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+    done = run("search", "index", "--model", "model", "--image")
+    assert done.returncode == 2 and "--image: Tuple should have at least 1 item" in done.stderr
 
 
 def interrupted(words: list[str], ready: Callable[[str], bool], log: Path) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from hashray.config import Config, merge, parse, parse_toml, require_path, validate, with_tables
+from hashray.data.ingest import IngestConfig
 from hashray.errors import ConfigError, InputError, StorageError, perhaps
 from hashray.methods.adalabelhash import AdaLabelHash
 from hashray.methods.base import Method
@@ -208,8 +209,6 @@ def test_a_flag_adds_the_optional_table_that_it_is_about(capsys: pytest.CaptureF
     ("flags", "shown"),
     [
         (["--method.num-bis", "8"], "--method.num-bits"),
-        (["--method.num-bits", "12"], "not a positive multiple of 8"),
-        (["--optim.lr", "-1"], "greater than 0"),
         (["--seed", "x"], "x"),
     ],
 )
@@ -219,6 +218,26 @@ def test_a_wrong_flag_exits_2_and_says_so(flags: list[str], shown: str, capsys: 
         with_flags(config, flags)
     assert caught.value.code == 2
     assert shown in capsys.readouterr().err
+
+
+def test_every_wrong_value_of_a_command_line_is_named_by_its_flag() -> None:
+    config = validate(TrainConfig, {"method": {"kind": "dseh"}}, "f")
+    flags = ["--method.num-bits", "12", "--optim.lr", "-1", "--optim.weight-decay", "inf", "--epochs", "0"]
+    with pytest.raises(ConfigError) as caught:
+        with_flags(config, flags)
+    text = str(caught.value)
+    assert text.startswith("the command line: 4 faults\n")
+    for fault in (
+        "--method.num-bits: num_bits = 12 is not a positive multiple of 8",
+        "--epochs: Input should be greater than or equal to 1 (found 0)",
+        "--optim.lr: Input should be greater than 0 (found -1.0)",
+        "--optim.weight-decay: Input should be a finite number (found inf)",
+    ):
+        assert fault in text
+    with pytest.raises(ConfigError, match=r"^f: 1 fault\n  optim\.lr: Input should be a finite number \(found inf\)$"):
+        validate(TrainConfig, {"method": {"kind": "dseh"}, "optim": {"lr": float("inf")}}, "f")
+    with pytest.raises(ConfigError, match=r"--workers: Input should be greater than or equal to 1"):
+        parse(IngestConfig, ["x", "--out", "o", "--workers", "0"], "hashray ingest")  # of a table without a prefix
 
 
 def test_flags_that_do_not_go_together() -> None:

@@ -138,9 +138,9 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, LabelTable, An
     seen: list[tuple[int, LabelTable, Any]] = []
     real = module.train_label_network
 
-    def spy(net: Any, table: Any, config: Any, seed: int, round: int = 0, banks: Any = None) -> Any:
+    def spy(net: Any, table: Any, config: Any, seed: int, round: int = 0, banks: Any = None, *more: Any) -> Any:
         seen.append((round, table, banks))
-        return real(net, table, config, seed, round, banks)
+        return real(net, table, config, seed, round, banks, *more)
 
     monkeypatch.setattr(module, "train_label_network", spy)
     return seen

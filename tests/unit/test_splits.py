@@ -119,11 +119,15 @@ def test_ids_must_be_unique() -> None:
 def test_too_few_rows_in_a_class() -> None:
     ids, labels = source(12, 3)
     with pytest.raises(
-        InputError, match=r"class 0 has 4 rows left for 'query', the protocol draws 5 a class; .*--query-per-class"
+        InputError,
+        match=r"class 0 has 4 rows left for 'query', the protocol draws 5 of each class: .*--query-per-class",
     ):
         assign_splits(ids, labels, [None] * 12, per_class(query_per_class=5, train_per_class=1))
-    with pytest.raises(InputError, match="class 0 has 2 rows left for 'database\\+train', the protocol draws 3"):
+    with pytest.raises(InputError, match="class 0 has 2 rows left for 'database\\+train', the protocol draws 3 of"):
         assign_splits(ids, labels, [None] * 12, per_class(query_per_class=2, train_per_class=3))
+    with pytest.raises(InputError, match="class 'cat' has 4 rows left"):
+        config = per_class(query_per_class=5, train_per_class=1)
+        assign_splits(ids, labels, [None] * 12, config, ["cat", "dog", "emu"])
     with pytest.raises(InputError, match="draws rows per class, and no row has a class"):
         assign_splits(ids, [[] for _ in ids], [None] * 12, per_class())
 

@@ -14,10 +14,12 @@ import ray
 from hashray import artifact
 from hashray.artifact import Manifest
 from hashray.engine.parts import BadRow, Output, PartWorker, run_parts
+from hashray.engine.reports import Meter
 from hashray.engine.session import WorkersConfig
-from hashray.engine.stage import require_free, run_stage
+from hashray.engine.stage import require_free, require_no_artifact, run_stage
 from hashray.engine.tasks import run_tasks
-from hashray.errors import AlreadyExists, InputError, MismatchError, RunError, TooManyBadRows
+from hashray.errors import AlreadyExists, CorruptArtifact, InputError, MismatchError, RunError, TooManyBadRows
+from hashray.progress import Bar
 from hashray.storage import open_store
 
 HERE = WorkersConfig(ray="never")
@@ -69,6 +71,34 @@ def test_a_run_that_fails_after_the_other_finished_has_succeeded(
         run_stage(open_store(tmp_path / "b"), "corpus", "a", fail)
 
 
+def test_a_finished_artifact_that_lost_a_file_is_not_taken_for_whole(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    record = artifact.write_file(store, "classes.json", b"[]")
+    run_stage(
+        store, "corpus", "a", lambda: artifact.publish(store, manifest("a").model_copy(update={"files": (record,)}))
+    )
+    run_stage(store, "corpus", "a", fail)
+    store.write("classes.json", b"[1]")
+    with pytest.raises(
+        CorruptArtifact, match=r"classes\.json has 3 bytes, its manifest says 2\. Restore it from a copy"
+    ):
+        run_stage(store, "corpus", "a", fail)
+    store.delete("classes.json")
+    with pytest.raises(
+        CorruptArtifact, match=r"classes\.json is missing: .*delete the artifact and run the stage again"
+    ):
+        run_stage(store, "corpus", "a", fail)
+    with pytest.raises(InputError, match="is a finished corpus: pictures need a folder that is no artifact"):
+        require_no_artifact(store, "pictures")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
+        with pytest.raises(InputError, match=f"--out {place} cannot be written: "):
+            run_stage(open_store(place), "corpus", "a", lambda: pytest.fail("worked"))
+
+
 def fail() -> Manifest:
     raise InputError("really")
 
@@ -101,7 +131,14 @@ def test_short_work_starts_no_ray(tmp_path: Path) -> None:
     running = ray.is_initialized()
     assert [part.index for part in run(tmp_path, [0, 1, 2])] == [0, 1, 2]
     assert ray.is_initialized() == running
-    assert list(run_tasks(lambda x, y: x + y, {0: (1,), 1: (2,)}, HERE, True, (10,))) == [(0, 11), (1, 12)]
+
+    def add(x: int, y: int, advance: Callable[[int], None]) -> int:
+        advance(1)
+        return x + y
+
+    with Bar("t", 2, "rows") as bar:
+        assert list(run_tasks(add, {0: (1,), 1: (2,)}, HERE, True, Meter(bar, "task"), (10,))) == [(0, 11), (1, 12)]
+        assert bar.done == 2
 
 
 def test_an_error_in_this_process_is_final_and_finished_parts_are_kept(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny import BACKBONE, write_corpus, write_trunk
 
 from hashray.config import validate
 from hashray.data.corpus import open_corpus
+from hashray.errors import InputError
+from hashray.train.batches import held_out
 from hashray.train.config import TrainConfig
-from hashray.train.job import run_of
+from hashray.train.job import plan_job, run_of
 from hashray.train.run import with_absolute_paths
 from hashray.train.worker import environment_of
 
@@ -34,6 +37,17 @@ def test_a_run_is_known_by_what_its_weights_hold_not_by_where_they_lie(tmp_path:
         return run_of(with_absolute_paths(config_of(weights=str(path), frozen=True)), corpus, None)[0]
 
     assert run(first) == run(second) != run(other)
+
+
+def test_validation_rows_that_cannot_be_scored_are_refused_before_the_training(tmp_path: Path) -> None:
+    (held,) = held_out([f"{i:04d}" for i in range(8)], 1, seed=0)
+    write_corpus(str(tmp_path / "corpus"), 8, 8, labels_of=lambda i: [0 if i == int(held) else 1 + i % 2])
+    corpus, config = open_corpus(str(tmp_path / "corpus")), config_of()
+    with pytest.raises(
+        InputError, match=r"1 validation rows share no class with the other train rows.*--validation-rows 0"
+    ):
+        plan_job(config, corpus)
+    assert plan_job(config.model_copy(update={"validation_rows": 0}), corpus).plan.rows == 8
 
 
 def test_a_trunk_that_trains_on_cpus_keeps_its_memory(tmp_path: Path) -> None:

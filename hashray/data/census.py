@@ -52,10 +52,15 @@ def warnings(
         labels: class indices of each row; splits: the split of each row; classes: names of the classes.
     """
     sentences = [*_queries_alone(labels, splits, classes), *_equal_names(listing, classes)]
+    if lost := listing.survey.lost:
+        sentences.append(
+            f"{len(lost):,} paths cannot be listed and go to quarantine, a folder as one row whatever it holds: "
+            f"{_first([f'{row.id} ({row.reason})' for row in lost])}"
+        )
     shared = set.intersection(*[set(split.split("+")) for split in set(splits)])
     if shared:  # never where there are queries and others: a query is in no other split
         sentences.append(
-            f"all {len(splits):,} rows are {'+'.join(sorted(shared))!r}: nothing can be both trained and scored. "
+            f"every row is {'+'.join(sorted(shared))!r}: nothing can be both trained and scored. "
             "Give --split-protocol per-class, or name splits in folders, files or a column"
         )
     levels = [name for name in classes if name.lower() in SPLIT_WORDS or name.lower() in CONTAINERS]
@@ -75,7 +80,8 @@ def _queries_alone(labels: Sequence[Sequence[int]], splits: Sequence[str], class
         query.update(row_labels if "query" in parts else ())
         database.update(row_labels if "database" in parts else ())
     alone = [classes[i] for i in sorted(query - database)]
-    return [f"{len(alone)} classes have queries and no database row: {_first(alone)}"] if alone and database else []
+    have = "class has" if len(alone) == 1 else "classes have"
+    return [f"{len(alone)} {have} queries and no database row: {_first(alone)}"] if alone and database else []
 
 
 def _equal_names(listing: Listing, classes: Sequence[str]) -> list[str]:
@@ -87,7 +93,7 @@ def _equal_names(listing: Listing, classes: Sequence[str]) -> list[str]:
             groups.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
         pairs = [" = ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
         if pairs:
-            sentences.append(f"{len(pairs)} {kind} differ only in case or in how accents are encoded: {_first(pairs)}")
+            sentences.append(f"names of {kind} that differ only in case or in how accents are encoded: {_first(pairs)}")
     return sentences
 
 

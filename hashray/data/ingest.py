@@ -7,6 +7,7 @@ and write the part. A row that cannot be decoded is quarantined with the reason.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +138,8 @@ def require_apart(source: str, out: str) -> None:
     Raises:
         InputError: `out` is the source or lies inside it.
     """
-    if out == source or out.startswith(f"{source.rstrip('/')}/"):
+    places = [os.path.realpath(url) if "://" not in url else url.rstrip("/") for url in (source, out)]
+    if f"{places[1]}/".startswith(f"{places[0]}/"):
         raise InputError(f"--out {out} is inside the source {source}; choose a folder beside it")
 
 
@@ -204,5 +206,8 @@ def _publish(
         ),
     )  # fmt: skip
     store.clear("progress/")
-    say(f"{store.url}: {rows_in:,} rows in = {rows_in - bad:,} out + {bad:,} quarantined; {len(classes)} classes")
+    say(
+        f"{store.url}: {rows_in:,} rows in = {rows_in - bad:,} out + {bad:,} quarantined; "
+        f"{len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
+    )
     return manifest

@@ -63,6 +63,8 @@ def _guess(survey: Survey) -> Format:
         refuse_compressed(survey.url)
         if suffixes[0] in FORMATS:
             return FORMATS[suffixes[0]]
+        if suffixes[0] in image_endings():
+            raise InputError(f"{survey.url} is one image; give the folder that holds it, with a folder for each class")
     keys = set(survey.keys)
     if any(word + suffix in keys for word in SPLIT_WORDS for suffix in LIST_ENDINGS):
         return "list"

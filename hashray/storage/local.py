@@ -72,7 +72,9 @@ class LocalStore(Store):
         folder = check_prefix(prefix).rpartition("/")[0]
         start = self.root / folder
         with file_errors(start):
-            yield from _walk(start, f"{folder}/" if folder else "", prefix, (), on_error)
+            above = [path.stat() for path in start.resolve().parents] if start.is_dir() else []
+            places = tuple((status.st_dev, status.st_ino) for status in above)
+            yield from _walk(start, f"{folder}/" if folder else "", prefix, places, on_error)
 
     def delete(self, key: str) -> None:
         path = self.local_path(key)
@@ -170,7 +172,9 @@ def _walk(
     try:
         status = folder.stat()
         here = (status.st_dev, status.st_ino)
-        if here in above:  # a link to a folder above itself
+        if here in above:  # followed, it would never end
+            if on_error is not None:
+                on_error(base.rstrip("/"), OSError(errno.ELOOP, "a link to a folder that holds it"))
             return
         for entry in os.scandir(folder):
             try:

@@ -230,15 +230,25 @@ def test_images_that_a_list_names_are_not_skipped(tmp_path: Path) -> None:
     assert lines["files skipped"] == ".md 1, .png 1"
 
 
+def test_a_path_that_cannot_be_listed_is_said_and_refused_by_strict(tmp_path: Path) -> None:
+    url = put(tmp_path / "source", "train/cat/1.png", "test/cat/2.png")
+    (tmp_path / "source" / "train" / "dog").symlink_to("dog")
+    (sentence,) = census(listed(url))[1]
+    assert sentence.startswith("1 paths cannot be listed and go to quarantine, a folder as one row")
+    assert "train/dog (Too many levels of symbolic links)" in sentence
+    with pytest.raises(InputError, match=r"--strict refuses this source"):
+        ingest(IngestConfig(source=url, out=str(tmp_path / "out"), strict=True))
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        (["train/cat/1.png", "test/cat/2.png", "test/dog/3.png"], "1 classes have queries and no database row: dog"),
-        (["cafe\u0301/1.png", "caf\u00e9/2.png"], "1 classes differ only in case"),
-        (["cat/A.png", "cat/a.png", "dog/b.png"], "1 files differ only in case"),
-        (["cat/1.png", "dog/2.png"], "all 2 rows are 'database'"),
-        (["train/cat/1.png", "train/dog/2.png"], "all 2 rows are 'database+train'"),
-        (["train/cat/1.png", "unlabelled/2.png"], "all 2 rows are 'database'"),
+        (["train/cat/1.png", "test/cat/2.png", "test/dog/3.png"], "1 class has queries and no database row: dog"),
+        (["cafe\u0301/1.png", "caf\u00e9/2.png"], "names of classes that differ only in case"),
+        (["cat/A.png", "cat/a.png", "dog/b.png"], "names of files that differ only in case"),
+        (["cat/1.png", "dog/2.png"], "every row is 'database'"),
+        (["train/cat/1.png", "train/dog/2.png"], "every row is 'database+train'"),
+        (["train/cat/1.png", "unlabelled/2.png"], "every row is 'database'"),
         (["images/1.png", "cat/2.png"], "the classes images look like splits or folders of images"),
         ([f"{i}/{i}.png" for i in range(30)], "30 classes for 30 labelled rows: the labels look like captions"),
     ],
@@ -257,3 +267,6 @@ def test_a_corpus_inside_its_source_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"is inside the source .* choose a folder beside it"):
             ingest(IngestConfig(source=url, out=out))
     require_apart(url, f"{url}-corpus")
+    (tmp_path.parent / f"{tmp_path.name}-link").symlink_to(url)
+    with pytest.raises(InputError, match="is inside the source"):
+        require_apart(url, f"{url}-link/corpus")

@@ -251,13 +251,18 @@ def test_a_path_that_cannot_be_used_is_lost_with_its_reason(local: Put, tmp_path
     (tmp_path / "cat" / b"\xff.png".decode(errors="surrogateescape")).write_bytes(b"x")
     (tmp_path / "dog" / "itself.png").symlink_to("itself.png")
     (tmp_path / "dog" / "round").symlink_to(tmp_path / "dog")
+    (tmp_path / "cat" / "above").symlink_to(tmp_path.parent)
     listing = list_source(url, SourceConfig())
     assert set(rows(listing)) == {"cat/a.png", "dog/b.png"}
     assert {row.id: row.reason for row in listing.survey.lost} == {
         "cat/\\udcff.png": "the file name is not UTF-8: rename it",
         "dog/itself.png": "Too many levels of symbolic links",
+        "dog/round": "a link to a folder that holds it",
+        "cat/above": "a link to a folder that holds it",
     }
-    assert listing.survey.seen == 4
+    assert listing.survey.seen == 6
+    with pytest.raises(InputError, match=r"cat/a\.png is one image; give the folder that holds it"):
+        list_source(f"{url}/cat/a.png", SourceConfig())
 
 
 def test_a_folder_without_permission_is_lost_and_the_rest_is_read() -> None:

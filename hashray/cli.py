@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NoReturn, Union
@@ -160,14 +161,13 @@ def entry(arguments: Sequence[str] | None = None) -> NoReturn:
     interrupt.never_lose()
     code = main(arguments)
     interrupt.ignore()  # the work is over: one more Ctrl-C changes nothing
-    if code == 130:
-        # Not sys.exit: threads that still decode would be waited for. Ray's processes end with this one.
-        if (ray := sys.modules.get("ray")) is not None and hasattr(ray, "shutdown"):
-            ray.shutdown()
-        for stream in (sys.stdout, sys.stderr):
+    # Not sys.exit: it would wait for threads that still decode, and a second for torch to be taken apart.
+    if (ray := sys.modules.get("ray")) is not None and hasattr(ray, "shutdown"):
+        ray.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
             stream.flush()
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 def _is_of_full_disk(error: Exception) -> bool:

@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp, softmax
 
 from hashray.errors import InputError
 
@@ -53,6 +52,8 @@ def propose(scores: NDArray[np.floating], temperature: float, shape: Shape) -> P
     Args:
         scores: [n, c]; -inf for a class never trained on, which stays 0.
     """
+    from scipy.special import softmax  # a quarter second of imports, for self-training alone
+
     p = softmax(scores.astype(np.float64) / temperature, axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")
     labels = np.full(scores.shape, -1, dtype=np.int8)
@@ -72,7 +73,8 @@ def fit_temperature(scores: NDArray[np.floating], labels: NDArray[np.uint8]) -> 
     One label more is taken for any class alike: where every row is right, the likelihood alone would have 0. Between
     1e-3 and 1e3 times the spread of the scores.
     """
-    from scipy.optimize import minimize_scalar  # a quarter second of imports
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
 
     values = scores.astype(np.float64)
     present = np.isfinite(values)

@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[cpu,dev]'
 	@touch $@
 
-demo: install  ## the whole pipeline on handwritten digits, about two minutes, ends with a page
+demo: install  ## the whole pipeline on handwritten digits, about a minute, ends with a page
 	$(BIN)/hashray demo --out demo-out
 
 test: install  ## all tests but the slow ones

@@ -68,7 +68,7 @@ class Model:
         if not chunks:
             return np.zeros((0, width), dtype=np.float32)
         with torch.inference_mode():
-            rows = [compute(torch.as_tensor(chunk, device=device)).float().cpu() for chunk in chunks]
+            rows = [compute(torch.tensor(chunk, device=device)).float().cpu() for chunk in chunks]
         return torch.cat(rows).numpy()
 
     def encode(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> StampedCodes:

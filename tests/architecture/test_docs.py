@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,11 +106,17 @@ def test_the_front_page_commands_run_and_print_what_it_shows(
         line, *shown = part.splitlines()
         words = shlex.split(line)
         words = [smaller.get(words[i - 1], word) for i, word in enumerate(words)]
-        assert main([*words, *extra.get(words[0], [])]) == 0, words
-        captured = capsys.readouterr()
-        printed = {masked(text.replace(str(tmp_path), "…")) for text in (captured.out + captured.err).splitlines()}
-        missing = [text for text in shown if text.strip() and masked(text) not in printed]
-        assert not missing, (words, missing, printed)
+        with contextlib.redirect_stdout(sys.stderr):  # one text, in the order of printing
+            assert main([*words, *extra.get(words[0], [])]) == 0, words
+        lines = [masked(text.replace(str(tmp_path), "…")) for text in capsys.readouterr().err.splitlines()]
+        printed = iter(lines)
+        missing = [text for text in shown if text.strip() and masked(text) not in printed]  # in this order
+        assert not missing, (words, missing, lines)
+
+    (python,) = [text for text in blocks(PAGES[0]) if text.startswith("import hashray")]
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert names["ids"].shape == (1, 10) and names["distances"][0][0] == 0
 
 
 def test_the_front_page_is_short() -> None:

@@ -89,7 +89,9 @@ def test_every_config_validates_and_its_header_tells_protocol_cost_and_expectati
         text = path.read_text()
         validate(TrainConfig, tomllib.loads(text), str(path))
         head = text.split("\n\n")[0]
-        assert all(f"# {word}:" in head for word in ("Protocol", "Cost", "Expected")), path
+        for word in ("Protocol", "Cost", "Expected"):
+            (said,) = re.findall(rf"# {word}: (.*)", head)
+            assert said.lower() != word.lower(), f"{path}: fill in {word}"
 
 
 def test_readme_commands_exist() -> None:

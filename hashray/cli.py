@@ -112,7 +112,7 @@ COMMANDS: Commands = {
     ),
     "verify": Command(
         "hashray.artifact.command:verify",
-        "hashray.artifact.command:ArtifactConfig",
+        "hashray.artifact.command:VerifyConfig",
         "Every checksum, every row count, ids unique",
         "hashray verify runs/index",
     ),

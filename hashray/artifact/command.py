@@ -15,10 +15,14 @@ from hashray.progress import say
 
 
 class ArtifactConfig(Config):
-    """`describe` prints the kind, parents and size of any artifact; `verify` checks its bytes, row counts and ids."""
+    """Print the kind, parents and size of an artifact, and whether its files are there."""
 
     artifact: Annotated[str, tyro.conf.Positional] = Field(description="Local folder or s3:// url")
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="Print JSON")
+
+
+class VerifyConfig(ArtifactConfig):
+    """Check every byte, every row count and every id of an artifact; exit code 1 where one is wrong."""
 
 
 def describe(config: ArtifactConfig) -> None:
@@ -36,7 +40,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def verify(config: ArtifactConfig) -> int:
+def verify(config: VerifyConfig) -> int:
     """Check every file of an artifact, print each problem, and return 1 if there is one."""
     problems = find_problems(config.artifact)
     if config.json_:

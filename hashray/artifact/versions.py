@@ -29,8 +29,8 @@ def load_manifest(url_or_store: str | Path | Store, kind: str | None = None, key
             ) from error
         manifest = newest_version(store)[1]
     if kind is not None and manifest.kind != kind:
-        article = {"index": "an", "evaluation": "an"}
-        there, wanted = (f"{article.get(name, 'a')} {name}" for name in (manifest.kind, kind))
+        article = {"index": "an ", "evaluation": "an ", "codes": "", "features": "", "pseudo-labels": ""}
+        there, wanted = (f"{article.get(name, 'a ')}{name}" for name in (manifest.kind, kind))
         raise MismatchError(f"{store.url} is {there}, expected {wanted}; check which path was given for the {kind}")
     return manifest
 

@@ -138,7 +138,7 @@ def require_apart(source: str, out: str) -> None:
     Raises:
         InputError: `out` is the source or lies inside it.
     """
-    places = [os.path.realpath(url) if "://" not in url else url.rstrip("/") for url in (source, out)]
+    places = [(url if "://" in url else os.path.realpath(url)).rstrip("/") for url in (source, out)]
     if f"{places[1]}/".startswith(f"{places[0]}/"):
         raise InputError(f"--out {out} is inside the source {source}; choose a folder beside it")
 

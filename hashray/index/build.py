@@ -84,6 +84,8 @@ def build_index(config: IndexConfig) -> Manifest:
     def work() -> Manifest:
         check_conditional_put(store)
         num_shards = min(rows, config.shards or -(-rows // ROWS_PER_SHARD))
+        if config.shards is not None and config.shards > rows:
+            say(f"note: {rows:,} rows make {rows:,} shards at most, not {config.shards:,}")
         nlist = 0 if config.kind == "flat" else config.nlist or shard.default_nlist(rows // num_shards)
         build = _Build(source, store, parts, int(codes.info["num_bits"]), config, plan)
         shards, quantizer = build.run(num_shards, nlist)

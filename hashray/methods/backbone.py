@@ -263,8 +263,9 @@ def _read_weights(config: BackboneConfig) -> bytes:
         return storage.read_url(path)
     except InputError as error:
         names = _weight_names(config.name)
-        allowed = ", ".join([*names, "a state-dict file or the folder of a trained model"])
-        raise InputError(f"weights = {config.weights!r} for {config.name}: no such file; allowed: {allowed}") from error
+        allowed = ", ".join([*names, "a state-dict file, the folder of a trained model, None"])
+        fault = f"no such file{perhaps(path, [*names, 'None'])}"
+        raise InputError(f"weights = {config.weights!r} for {config.name}: {fault}; allowed: {allowed}") from error
 
 
 def _load_file(net: nn.Module, config: BackboneConfig) -> None:

@@ -21,7 +21,7 @@ from hashray.artifact import Manifest, canonical, read_table, sha256_hex, table_
 from hashray.config import require_path
 from hashray.data.columns import list_column, list_matrix
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.encode.features import TrunkWorker, features_of_model, is_short, lost_before, map_part
+from hashray.encode.features import BATCH_ROWS, TrunkWorker, features_of_model, is_short, lost_before, map_part
 from hashray.engine.parts import BadRow, Output, Part, run_parts, write_quarantine
 from hashray.engine.stage import run_stage
 from hashray.model import Model, load_model
@@ -35,8 +35,6 @@ from hashray.train.precision import with_precision
 from hashray.train.pseudo import Shape, accept, falls_of, fit_temperature, most_per_class, precision, propose
 from hashray.train.run import open_init, pool_of, train, train_on, with_absolute_paths, workers_multiply_bf16
 from hashray.train.selection import ACCEPTED
-
-BATCH_ROWS = 64
 
 
 def train_model(config: TrainConfig) -> Manifest:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 from hashray import storage
 from hashray.artifact import Manifest
@@ -34,10 +33,8 @@ from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, read_ch
 from hashray.train.config import TrainConfig
 from hashray.train.job import TrainJob, plan_job, require_labels, require_phases, run_of, untrained
 from hashray.train.local import fit_here, local_checkpoint
-from hashray.train.precision import multiplies_bf16, with_precision
+from hashray.train.precision import AnyTrainConfig, multiplies_bf16, with_precision
 from hashray.train.watch import Watch
-
-AnyTrainConfig = TypeVar("AnyTrainConfig", bound=TrainConfig)
 
 
 def train(config: TrainConfig) -> Manifest:

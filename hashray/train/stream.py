@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -33,16 +34,19 @@ from hashray.train.selection import Selection
 POSITION_FILE = "position.json"
 
 
+@dataclass(frozen=True)
 class StreamSpec:
-    """Plain data that every task of a stream gets."""
+    """Plain data that every task of a stream gets: the corpus and its part files, the plan, and how to decode."""
 
-    def __init__(
-        self, corpus: str, plan: EpochPlan, parts: list[str], selection: Selection, size: int, resize: Resize,
-        augmentation: AugmentConfig, world: int, position_url: str,
-    ) -> None:  # fmt: skip
-        self.corpus, self.plan, self.parts, self.selection = corpus, plan, parts, selection
-        self.size, self.resize, self.augmentation = size, resize, augmentation
-        self.world, self.position_url = world, position_url
+    corpus: str
+    plan: EpochPlan
+    parts: tuple[str, ...]
+    selection: Selection
+    size: int
+    resize: Resize
+    augmentation: AugmentConfig
+    world: int
+    position_url: str
 
 
 def training_dataset(spec: StreamSpec, epochs: int) -> ray.data.Dataset:

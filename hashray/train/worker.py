@@ -123,7 +123,7 @@ def _run(job: TrainJob, reports: Any, rank: int, world: int) -> None:
 
 def stream_spec(job: TrainJob, data: Corpus) -> StreamSpec:
     """What the tasks of a job's stream need to know."""
-    config, parts = job.config, [record.name for record in data.parts]
+    config, parts = job.config, tuple(record.name for record in data.parts)
     return StreamSpec(
         job.source, job.plan, parts, job.selection, config.backbone.image_size, config.backbone.resize,
         config.augment, config.workers, join(job.checkpoints, job.run),

@@ -164,7 +164,7 @@ def test_features(tmp_path: Path) -> None:
     assert features.features("train").tolist() == [[0, 1], [1, 0], [1, 2]]
     assert features.features("query").shape == (0, 2)
     assert list_matrix(features.read_part(features.parts[0], "query", ["feature"]).column("feature")).shape == (0, 2)
-    with pytest.raises(MismatchError, match="is a features, expected a corpus"):
+    with pytest.raises(MismatchError, match="is features, expected a corpus"):
         open_corpus(str(tmp_path / "f"))
 
 

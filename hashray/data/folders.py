@@ -40,7 +40,8 @@ def list_folder(survey: Survey, config: SourceConfig, num_classes: int | None) -
         labels = _annotated(survey, [key for key in annotations if name is None or f"{name}/" in key])
         for key, folders in classes.items():
             label = folders[:1] or labels.get(PurePosixPath(key).name, ())
-            rows[key] = SourceRow(key, join(survey.url, key), label, SPLIT_WORDS[name.lower()] if name else None)
+            split = SPLIT_WORDS[name.lower()] if name else None
+            rows[key] = SourceRow(key, join(survey.url, key), label, split, survey.sizes[key])
     return [rows[key] for key in keys], None
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -47,7 +48,10 @@ class IngestConfig(SplitConfig):
     )
     max_bad: float = Field(0.05, ge=0, le=1, description="Share of rows that may go to quarantine")
     strict: bool = Field(False, description="Refuse a source that gives a warning")
-    rows_per_part: int = Field(1024, ge=1, description="Rows of a part, which one worker takes at a time")
+    rows_per_part: int = Field(1024, ge=1, description="Most rows of a part, which one worker takes at a time")
+    part_bytes: int = Field(
+        128 << 20, ge=1, description="Most bytes of images in a part; a larger image is a part by itself"
+    )
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
 
@@ -74,7 +78,24 @@ class _IngestWorker(PartWorker):
                 rows[-1]["uri"] = None
         table = pa.Table.from_pylist(rows, schema=CORPUS_SCHEMA)
         splits = dict(sorted(Counter(row["split"] for row in rows).items()))
-        return Output(table, bad, {"splits": splits}, {"hashes": hashes})
+        image_bytes = sum(len(data) for data in fetched if not isinstance(data, BadImage))
+        return Output(table, bad, {"splits": splits, "image_bytes": image_bytes}, {"hashes": hashes})
+
+
+def cut_parts(sizes: Sequence[int], rows_per_part: int, part_bytes: int) -> list[int]:
+    """Where each part begins, so that it holds at most these rows and, unless it is one row, these bytes of images.
+
+    >>> cut_parts([1, 1, 9, 1, 1, 1], rows_per_part=2, part_bytes=4)
+    [0, 2, 3, 5]
+    """
+    starts: list[int] = []
+    held = 0
+    for i, size_bytes in enumerate(sizes):
+        if not starts or i - starts[-1] == rows_per_part or held + size_bytes > part_bytes:
+            starts.append(i)
+            held = 0
+        held += size_bytes
+    return starts
 
 
 def _fetch_or_reason(locator: str) -> bytes | BadImage:
@@ -104,19 +125,22 @@ def ingest(config: IngestConfig) -> Manifest:
         {"id": row.id, "uri": row.locator, "labels": labels[i], "split": splits[i]}
         for i, row in enumerate(listing.rows)
     ]
+    sizes = {row.id: row.size_bytes for row in listing.rows}
     if config.store == "reference" and not by_reference_allowed(items[0]["uri"]):
         raise InputError("--store reference: a row of a Parquet file is no object of its own; use --store bytes")
     if listing.random_access:  # mixed on disk, so that a training window sees every class
         items.sort(key=lambda item: order_key(config.seed, str(item["id"])))
+    starts = cut_parts([sizes[str(item["id"])] for item in items], config.rows_per_part, config.part_bytes)
     exclude = {"out", "max_bad", "pool", "source", "strict"}
     result_of = config.model_dump(mode="json", exclude=exclude) | {"source": source}
-    depends_on = {"config": result_of, "items": items, "classes": classes, "version": artifact.FORMAT_VERSION}
+    depends_on: dict[str, Any] = {"config": result_of, "items": items, "starts": starts, "classes": classes}
+    depends_on |= {"version": artifact.FORMAT_VERSION}
     depends_on |= {"lost": listing.survey.lost} if lost else {}
     plan = sha256_hex(canonical(depends_on))[:16]
     store = open_store(config.out)
 
     def work() -> Manifest:
-        chunks = [items[i : i + config.rows_per_part] for i in range(0, len(items), config.rows_per_part)]
+        chunks = [items[start:stop] for start, stop in pairwise([*starts, len(items)])]
         units = [{"index": i, "rows": len(chunk), "items": chunk} for i, chunk in enumerate(chunks)]
         parts = run_parts(
             store, plan, units, _IngestWorker, {"store": config.store}, config.pool, "ingest", config.max_bad,

@@ -41,12 +41,16 @@ class SourceConfig(Config):
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One image of a source, not yet opened. `labels` are indices or names as the source has them."""
+    """One image of a source, not yet opened. `labels` are indices or names as the source has them.
+
+    `size_bytes` is the size of its encoded bytes: exact, or the mean of a Parquet row group, or 0 where it is unknown.
+    """
 
     id: str
     locator: str
     labels: Labels
     split: str | None = None
+    size_bytes: int = 0
 
 
 class LostRow(NamedTuple):
@@ -63,6 +67,7 @@ class Survey:
 
     Attributes:
         keys: the files that a reader may take, sorted.
+        sizes: the size of each of these files in bytes.
         is_file: whether the url names one file, not a folder.
         lost: images whose path cannot be used.
         skipped: files that are no images and no labels, by ending or by kind of junk.
@@ -77,6 +82,7 @@ class Survey:
     store: Store
     keys: list[str]
     is_file: bool
+    sizes: dict[str, int] = field(default_factory=dict)
     lost: list[LostRow] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     columns_read: dict[str, None] = field(default_factory=dict)
@@ -126,7 +132,7 @@ def look(url: str) -> Survey:
         return Survey(url, open_store(folder), [name], True, seen=1)
     survey = Survey(url, open_store(url), [], False)
     faults: list[tuple[str, OSError]] = []
-    for key, _ in survey.store.list(on_error=lambda key, error: faults.append((key, error))):
+    for key, size_bytes in survey.store.list(on_error=lambda key, error: faults.append((key, error))):
         survey.seen += 1
         junk = kind_of_junk(key)
         if junk is not None:
@@ -135,6 +141,7 @@ def look(url: str) -> Survey:
             survey.lose(key, "the file name is not UTF-8: rename it")
         else:
             survey.keys.append(key)
+            survey.sizes[key] = size_bytes
     for key, error in faults:
         if kind_of_junk(key) is None:
             survey.seen += 1

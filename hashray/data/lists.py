@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from hashray.data.labels import SPLIT_WORDS, check_index, whole_number
@@ -22,6 +23,9 @@ def list_lists(survey: Survey, config: SourceConfig, num_classes: int | None) ->
     store, keys = survey.store, survey.take(LIST_ENDINGS)
     root = open_store(config.root).url if config.root else store.url
     names_file = open_store(config.class_names).url if config.class_names else None
+    sizes = {join(store.url, key): size for key, size in survey.sizes.items()}
+    if config.root:
+        sizes |= {join(root, key): size for key, size in open_store(root).list(on_error=lambda key, error: None)}
     merged: dict[str, SourceRow] = {}
     width: int | None = None
     for key in keys:
@@ -42,7 +46,7 @@ def list_lists(survey: Survey, config: SourceConfig, num_classes: int | None) ->
             path, locator = _locate(name, root, bool(config.root))
             old = merged.get(path)
             if old is None:
-                merged[path] = SourceRow(path, locator, labels, split)
+                merged[path] = SourceRow(path, locator, labels, split, sizes.get(locator, 0))
             elif old.labels != labels:
                 raise InputError(
                     f"{place}: {path} has labels {labels}, elsewhere {old.labels}; a row has one label set"
@@ -50,7 +54,7 @@ def list_lists(survey: Survey, config: SourceConfig, num_classes: int | None) ->
             elif split is None or old.split is None or split in old.split.split("+"):
                 raise InputError(f"{place}: {path} stands twice in the lists of one split; ids must be unique")
             else:
-                merged[path] = SourceRow(path, old.locator, labels, "+".join(sorted({*old.split.split("+"), split})))
+                merged[path] = replace(old, split="+".join(sorted({*old.split.split("+"), split})))
     named = {row.locator for row in merged.values()}
     survey.take_back(key for key in set(survey.keys) - set(keys) if join(store.url, key) in named)
     return list(merged.values()), [str(i) for i in range(width)] if width and width > 1 else None

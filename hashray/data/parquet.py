@@ -49,7 +49,7 @@ def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) 
     name of the file or folder. Class names are those of Hugging Face's metadata, where the schema has them: then each
     label must be one of them, and -1 is no label, as in Hugging Face's test splits.
     """
-    rows: list[tuple[str, str, str | None]] = []
+    rows: list[tuple[str, str, str | None, int]] = []
     values: list[Any] = []
     places: list[tuple[str, int, int]] = []
     class_names: list[str] | None = None
@@ -66,6 +66,7 @@ def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) 
                     table = file.read_row_group(group, columns=stored)
                     count = file.metadata.row_group(group).num_rows
                     place = f"{url}, row group {group}"
+                    size_bytes = _mean_bytes(file.metadata.row_group(group), columns.image)
 
                     def column(name: str | None, table: Any = table, count: int = count, hive: Any = hive) -> list[Any]:
                         if name is None:
@@ -83,6 +84,7 @@ def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) 
                             str(row_id),
                             f"parquet:{url}#" + urlencode({"column": columns.image, "group": group, "row": row}),
                             split_word(word, f"{place}, row {row}"),
+                            size_bytes,
                         )
                         for row, row_id, word in zip(range(count), ids, words, strict=True)
                     ]
@@ -92,8 +94,15 @@ def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) 
         num_classes = num_classes or len(class_names)
         values = [None if value == -1 else value for value in values]
     labels, width = read_labels(values, num_classes, lambda i: "{}, row group {}, row {}".format(*places[i]))
-    listed = [SourceRow(*rows[i][:2], labels[i], rows[i][2]) for i in range(len(rows))]
+    listed = [SourceRow(*rows[i][:2], labels[i], *rows[i][2:]) for i in range(len(rows))]
     return listed, class_names or ([str(i) for i in range(width)] if width else None)
+
+
+def _mean_bytes(group: Any, column: str) -> int:
+    """Mean size of the images of a row group, from its metadata alone."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    mine = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
+    return sum(chunk.total_uncompressed_size for chunk in mine) // max(1, group.num_rows)
 
 
 def _number(text: str) -> Any:

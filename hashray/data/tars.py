@@ -50,7 +50,7 @@ def list_tar(survey: Survey, config: SourceConfig, num_classes: int | None) -> R
         refuse_compressed(join(survey.store.url, key) if survey.is_file else key)
     shards = {key: _read_tar(survey, key) for key in survey.take((".tar",))}
     elsewhere = _labels_elsewhere(shards)
-    rows: list[tuple[str, str, str | None]] = []
+    rows: list[tuple[str, str, str | None, int]] = []
     values: list[Any] = []
     places: list[str] = []
     for key, shard in shards.items():
@@ -60,11 +60,13 @@ def list_tar(survey: Survey, config: SourceConfig, num_classes: int | None) -> R
         for sample, reason in shard.lost.items():
             survey.lose(f"{key}/{sample}", reason)
         for sample, member in shard.images.items():
-            rows.append((f"{key}/{sample}", f"{url}#offset={member.offset_data}&size={member.size}", split))
+            rows.append(
+                (f"{key}/{sample}", f"{url}#offset={member.offset_data}&size={member.size}", split, member.size)
+            )
             values.append(shard.labels.get(sample, elsewhere.get(sample)))
             places.append(f"{url}, member {member.name}")
     labels, width = read_labels(values, num_classes, places.__getitem__)
-    listed = [SourceRow(*rows[i][:2], labels[i], rows[i][2]) for i in range(len(rows))]
+    listed = [SourceRow(*rows[i][:2], labels[i], *rows[i][2:]) for i in range(len(rows))]
     return listed, [str(i) for i in range(width)] if width else None
 
 

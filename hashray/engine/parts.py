@@ -29,7 +29,7 @@ from ray.exceptions import RayActorError
 from hashray import artifact, errors
 from hashray.artifact import FileRecord, table_bytes
 from hashray.engine.reports import MAX_RETRIES, Meter, listening, start_reports
-from hashray.engine.session import WorkersConfig, connect, memory_environment, require_room, unwrap
+from hashray.engine.session import WorkersConfig, connect, is_local, memory_environment, require_room, unwrap
 from hashray.engine.stage import require_free
 from hashray.errors import AuditError, HashrayError, InputError, RunError, TooManyBadRows
 from hashray.progress import Bar
@@ -217,7 +217,7 @@ def _on_ray(
         _Actor,
         fn_constructor_args=(runner, reports),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(len(todo), workers.most())),
+        compute=_pool(len(todo), workers),
         num_cpus=workers.cpus_per_worker,
         num_gpus=workers.gpus_per_worker or None,
         max_task_retries=MAX_RETRIES,  # by default without end, also for a part that kills each worker
@@ -229,6 +229,13 @@ def _on_ray(
                 name, text = json.loads(row["error"])
                 raise getattr(errors, name)(text if name != RunError.__name__ else f"{meter.bar.title}: {text}")
             yield Part.model_validate_json(row["part"])
+
+
+def _pool(parts: int, workers: WorkersConfig) -> ray.data.ActorPoolStrategy:
+    """As many actors as there are parts and room: on a cluster, also in nodes that come while the stage runs."""
+    if is_local() or workers.workers is not None:
+        return ray.data.ActorPoolStrategy(size=min(parts, workers.most()))
+    return ray.data.ActorPoolStrategy(min_size=1, max_size=parts, initial_size=min(parts, workers.most()))
 
 
 @contextmanager

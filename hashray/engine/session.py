@@ -42,11 +42,11 @@ class WorkersConfig(Config):
         return runs_here(self.ray, short)
 
     def most(self) -> int:
-        """The largest useful pool on this cluster, at least 1."""
+        """The largest useful pool on the cluster as it is now, at least 1."""
         if self.workers is not None:
             return self.workers
         total = ray.cluster_resources()
-        if not self.gpus_per_worker and _is_local():
+        if not self.gpus_per_worker and is_local():
             # A local instance counts more logical CPUs than there are cores; more workers than cores only wait.
             total = {**total, "CPU": min(total.get("CPU", 1), os.cpu_count() or 1)}
         return max(1, _workers_in(total, self.cpus_per_worker, self.gpus_per_worker))
@@ -193,13 +193,14 @@ def quicken_on_one_machine() -> None:
 
     A worker's report waits for the next poll, 2 s apart by default: a short run is nothing but that wait.
     """
-    if _is_local():
+    if is_local():
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
-def _is_local() -> bool:
-    return len(ray.nodes()) == 1
+def is_local() -> bool:
+    """Whether Ray runs on this machine alone, started by this process: no node comes or goes."""
+    return not os.environ.get("RAY_ADDRESS") and len(ray.nodes()) == 1
 
 
 def _quiet_data() -> None:

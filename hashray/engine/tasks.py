@@ -14,6 +14,8 @@ from hashray.engine.reports import MAX_RETRIES, Meter, listening, start_reports
 from hashray.engine.session import WorkersConfig, connect, require_room, unwrap
 from hashray.errors import HashrayError
 
+LOOK_S = 5.0
+
 
 def run_tasks(
     function: Callable[..., Any],
@@ -47,15 +49,17 @@ def run_tasks(
     options = {"num_cpus": pool.cpus_per_worker, "num_gpus": pool.gpus_per_worker, "max_retries": 0}
     task, reports = ray.remote(_call).options(**options), start_reports()
     last = [ray.put(value) for value in shared]
-    waiting, limit = list(jobs), pool.most()
+    waiting = list(jobs)
     running, losses = dict[Any, int](), Counter[int]()
     with listening(reports, meter.hear, meter.bar.tick):
         while waiting or running:
-            while waiting and len(running) < limit:
+            while waiting and len(running) < pool.most():  # more, once more nodes have come
                 number = waiting.pop(0)
                 running[task.remote(function, number, reports, *jobs[number], *last)] = number
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            number = running.pop(ready)
+            ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_S)
+            if not ended:
+                continue
+            number = running.pop(ready := ended[0])
             try:
                 result = ray.get(ready)
             except RayError as error:

@@ -2,8 +2,9 @@
 
 An epoch puts the parts of the corpus in a seeded order, takes windows of that sequence and shuffles the
 rows inside each: a window is what one task reads at a time, so nothing but a window is ever in memory.
-A corpus smaller than a window is shuffled whole. Batches never straddle windows, because a window is a
-multiple of the batch; only the last batch of an epoch is uneven. Worker r of N takes the r-th of N equal slices
+A window is bounded in rows and in bytes of encoded images. A corpus smaller than a window is shuffled whole.
+Batches never straddle windows, because a window is a multiple of the batch; only the last batch of an epoch is
+uneven. Worker r of N takes the r-th of N equal slices
 of every batch, the last ones padded with rows of weight 0.
 """
 
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 
 from hashray.data.images import AugmentConfig, augment
 from hashray.data.splits import order_key
+
+WINDOW_BYTES = 256 << 20  # of encoded images; a window is one batch at least
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class EpochPlan:
         batch_size: rows of a global batch.
         window_rows: rows shuffled together, rounded up to whole batches.
         seed: of all shuffles.
+        part_bytes: bytes of the images of these rows, for each part; unset: too few to matter.
     """
 
     part_rows: tuple[int, ...]
     batch_size: int
     window_rows: int
     seed: int
+    part_bytes: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -67,26 +72,32 @@ class EpochPlan:
 
     def windows(self, epoch: int) -> list[Window]:
         """The windows of an epoch, in order."""
-        size = -(-self.window_rows // self.batch_size) * self.batch_size
+        most = -(-self.window_rows // self.batch_size) * self.batch_size
         windows: list[Window] = []
         pieces: list[tuple[int, int, int]] = []
-        room = size
-        for part in _rng(self.seed, epoch, -1).permutation(len(self.part_rows)):
-            start = 0
-            while start < self.part_rows[part]:
-                stop = min(self.part_rows[part], start + room)
-                pieces.append((int(part), start, stop))
-                room -= stop - start
-                start = stop
-                if room == 0:
-                    windows.append(self._window(windows, pieces, size))
-                    pieces, room = [], size
+        rows, held, step = 0, 0.0, 0  # rows and bytes of the window that is being filled, and its first step
+        for part in _rng(self.seed, epoch, -1).permutation(len(self.part_rows)).tolist():
+            start, count = 0, self.part_rows[part]
+            each = self.part_bytes[part] / count if self.part_bytes and count else 0.0
+            while start < count:
+                stop = min(count, start + self._room(most, rows, held, each))
+                pieces.append((part, start, stop))
+                rows, held, start = rows + stop - start, held + (stop - start) * each, stop
+                if rows == most or (rows % self.batch_size == 0 and held + self.batch_size * each > WINDOW_BYTES):
+                    windows.append(Window(len(windows), step, tuple(pieces)))
+                    step += rows // self.batch_size
+                    pieces, rows, held = [], 0, 0.0
         if pieces:
-            windows.append(self._window(windows, pieces, size))
+            windows.append(Window(len(windows), step, tuple(pieces)))
         return windows
 
-    def _window(self, before: Sequence[Window], pieces: list[tuple[int, int, int]], size: int) -> Window:
-        return Window(len(before), len(before) * size // self.batch_size, tuple(pieces))
+    def _room(self, most: int, rows: int, held: float, each: float) -> int:
+        """Rows of `each` bytes that the window takes next: until it is full, or to the end of a batch."""
+        to_batch_end = self.batch_size - rows % self.batch_size
+        if held + (most - rows) * each <= WINDOW_BYTES:
+            return most - rows
+        whole = max(0, int((WINDOW_BYTES - held) / max(each, 1e-9)) - to_batch_end) // self.batch_size * self.batch_size
+        return to_batch_end + whole
 
     def shuffle(self, epoch: int, window: Window) -> NDArray[np.int64]:
         """Order of the rows of a window: positions int64 [rows] in its pieces laid end to end."""

@@ -120,13 +120,15 @@ def plan_job(config: TrainConfig, data: Corpus) -> TrainJob:
     validation = held_out(train.ids, wanted, config.seed)
     _require_answers(train, validation)
     selection = Selection(frozenset(validation), config.pseudo_labels, config.unlabelled)
-    counts, labels = [], [np.zeros((0, data.num_classes), dtype=np.int8)]
+    counts, sizes, labels = [], [], [np.zeros((0, data.num_classes), dtype=np.int8)]
     for record in data.parts:
         table = selection.take(data.part_rows(record, "all"))
         counts.append(len(table))
+        whole = int(record.info.get("image_bytes", record.bytes))
+        sizes.append(whole * len(table) // max(1, record.rows or 0))
         labels.append(selection.labels(data, table))
     known = np.concatenate(labels) == 1
-    plan = EpochPlan(tuple(counts), config.batch_size, config.shuffle_window, config.seed)
+    plan = EpochPlan(tuple(counts), config.batch_size, config.shuffle_window, config.seed, tuple(sizes))
     return TrainJob(
         config=config, source=data.store.url, num_classes=data.num_classes,
         validation=tuple(sorted(validation)), validation_given=given,

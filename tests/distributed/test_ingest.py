@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from ray import cloudpickle
 from tiny import deny
@@ -23,8 +26,8 @@ from tiny import deny
 from hashray import artifact
 from hashray.data import ingest as ingest_module
 from hashray.data.corpus import iterate_bytes, open_corpus
-from hashray.data.ingest import IngestConfig, ingest
-from hashray.data.sources import SourceConfig
+from hashray.data.ingest import IngestConfig, cut_parts, ingest
+from hashray.data.sources import SourceConfig, list_source
 from hashray.engine.parts import Output, Part, PartWorker, finished_parts, run_parts
 from hashray.engine.session import WorkersConfig
 from hashray.errors import AlreadyExists, AuditError, InputError, RunError, StorageError, TooManyBadRows
@@ -270,6 +273,32 @@ def test_every_source_by_bytes_and_by_reference(place: str, tmp_path: Path, requ
             assert rows.labels.argmax(1).tolist() == [int(Path(row_id).stem) % 2 for row_id in rows.ids]
             assert corpus.count("query") == (1 if kind == "list" else 0)
             assert corpus.count("database") == (4 if kind == "list" else 5)
+
+
+def test_parts_are_bounded_in_bytes_and_a_large_image_is_a_part_by_itself(tmp_path: Path) -> None:
+    for kind, (source, reader) in sources(str(tmp_path)).items():
+        size = max(row.size_bytes for row in list_source(source, reader).rows)
+        assert (
+            size >= len(png(0)) if kind == "parquet" else size == max(len(png(i)) for i in range(6))
+        )  # of a row group
+        for part_bytes, least in ((1, 5), (2 * size, 3), (100 * size, 1)):
+            out = str(tmp_path / f"{kind}-{part_bytes}")
+            ingest(IngestConfig(pool=HERE, source=source, out=out, reader=reader, max_bad=0.2, part_bytes=part_bytes))
+            corpus = open_corpus(out)
+            held = [record.info["image_bytes"] for record in corpus.parts]
+            assert len(held) >= least and (part_bytes > 1 or {record.rows for record in corpus.parts} == {0, 1})
+            assert sum(held) == sum(len(png(i)) for i in range(6) if i != 2) + len(b"broken")
+            assert part_bytes == 1 or max(held) <= part_bytes
+
+
+@given(st.lists(st.integers(0, 50)), st.integers(1, 5), st.integers(1, 60))
+def test_parts_hold_every_row_once_within_their_bounds(sizes: list[int], rows: int, most: int) -> None:
+    starts = cut_parts(sizes, rows, most)
+    chunks = [sizes[a:b] for a, b in pairwise([*starts, len(sizes)])]
+    assert [size for chunk in chunks for size in chunk] == sizes
+    assert all(1 <= len(chunk) <= rows and (len(chunk) == 1 or sum(chunk) <= most) for chunk in chunks)
+    for chunk, following in pairwise(chunks):  # no part could have taken the next row
+        assert len(chunk) == rows or sum(chunk) + following[0] > most
 
 
 def test_what_is_refused_writes_nothing(tmp_path: Path) -> None:

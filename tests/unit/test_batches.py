@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hashray.data.images import AugmentConfig
-from hashray.train.batches import EpochPlan, MemorySlices, held_out, row_seeds, slice_rows
+from hashray.train.batches import WINDOW_BYTES, EpochPlan, MemorySlices, held_out, row_seeds, slice_rows
 
 PLANS = st.builds(
     EpochPlan,
@@ -20,7 +22,17 @@ PLANS = st.builds(
 EPOCHS = st.integers(0, 3)
 
 
-@given(PLANS, EPOCHS)
+@st.composite
+def plans_by_bytes(draw: st.DrawFn) -> EpochPlan:
+    """Plans whose parts hold images of any size, up to several windows' bytes each."""
+    plan = draw(PLANS)
+    sizes = [
+        draw(st.sampled_from([0, 1, WINDOW_BYTES // 40, WINDOW_BYTES // 3, 2 * WINDOW_BYTES])) for _ in plan.part_rows
+    ]
+    return replace(plan, part_bytes=tuple(size * rows for size, rows in zip(sizes, plan.part_rows, strict=True)))
+
+
+@given(PLANS | plans_by_bytes(), EPOCHS)
 def test_every_row_exactly_once(plan: EpochPlan, epoch: int) -> None:
     batches = list(plan.batches(epoch))
     assert len(batches) == plan.steps
@@ -50,7 +62,22 @@ def test_windows_are_whole_batches(plan: EpochPlan, epoch: int) -> None:
     assert [window.index for window in windows] == list(range(len(windows)))
 
 
-@given(PLANS, EPOCHS, st.integers(1, 5), st.integers(0, 4))
+@given(plans_by_bytes(), EPOCHS)
+def test_a_window_is_bounded_in_bytes(plan: EpochPlan, epoch: int) -> None:
+    each = [held / max(1, rows) for held, rows in zip(plan.part_bytes, plan.part_rows, strict=True)]
+    at = 0
+    for window in plan.windows(epoch):
+        assert window.first_step * plan.batch_size == at
+        at += window.rows
+        held = sum((stop - start) * each[part] for part, start, stop in window.pieces)
+        last = plan.batch_size * max(each[part] for part, _, _ in window.pieces)
+        assert held <= WINDOW_BYTES + last or window.rows <= plan.batch_size
+        assert window.rows < plan.window_rows + plan.batch_size
+    light = replace(plan, part_bytes=tuple(min(size, 1) for size in plan.part_bytes))
+    assert light.windows(epoch) == replace(plan, part_bytes=()).windows(epoch)
+
+
+@given(PLANS | plans_by_bytes(), EPOCHS, st.integers(1, 5), st.integers(0, 4))
 def test_the_slices_of_all_workers_are_the_global_batch(plan: EpochPlan, epoch: int, world: int, first: int) -> None:
     n = plan.rows
     features, labels = np.arange(2 * n, dtype=np.float32).reshape(n, 2), np.arange(n, dtype=np.uint8)[:, None]

@@ -109,9 +109,9 @@ def write_model(
         "classes": list(classes),
     }
     files: list[FileRecord] = [
-        artifact.write_file(store, "model.safetensors", save_tensors(state)),
-        artifact.write_file(store, "model.json", canonical(description)),
-        artifact.write_file(store, "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode()),
+        artifact.write_named(store, "model.safetensors", save_tensors(state)),
+        artifact.write_named(store, "model.json", canonical(description)),
+        artifact.write_named(store, "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode()),
     ]
     manifest = Manifest(
         kind="model", project_version=__version__, config=dict(config), parents=dict(parents), files=tuple(files),

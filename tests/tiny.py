@@ -115,6 +115,11 @@ def write_corpus(
     )  # fmt: skip
 
 
+def file_of(artifact_url: str | Path, name: str) -> Path:
+    """The path of a file of a local artifact, whatever hash its name holds."""
+    return Path(artifact_url) / artifact.load_manifest(artifact_url).record(name).name
+
+
 def write_tiny_model(url: str | Path, seed: int = 0, **method: Any) -> Manifest:
     """An untrained model."""
     torch.manual_seed(seed)

@@ -14,9 +14,18 @@ from hashray.artifact.manifest import (
     FileRecord,
     Manifest,
     canonical,
+    plain_name,
     sha256_hex,
 )
-from hashray.artifact.publish import MANIFEST, check_sizes, publish, read_file, write_file
+from hashray.artifact.publish import (
+    MANIFEST,
+    check_sizes,
+    publish,
+    read_file,
+    write_file,
+    write_named,
+    write_plain,
+)
 from hashray.artifact.tables import read_table, table_bytes
 from hashray.artifact.verify import describe, verify
 from hashray.artifact.versions import is_finished, load_manifest, newest_version, version_key
@@ -33,6 +42,7 @@ __all__ = [
     "is_finished",
     "load_manifest",
     "newest_version",
+    "plain_name",
     "publish",
     "read_file",
     "read_table",
@@ -41,4 +51,6 @@ __all__ = [
     "verify",
     "version_key",
     "write_file",
+    "write_named",
+    "write_plain",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
@@ -76,11 +77,30 @@ class Manifest(BaseModel):
         return sha256_hex(canonical(self.model_dump(mode="json")))
 
     def record(self, name: str) -> FileRecord:
-        """Return the record of the file `name`; raises CorruptArtifact when there is none."""
+        """Return the record of the file `name`, or of the one `named` after it; CorruptArtifact when there is none."""
         for record in self.files:
-            if record.name == name:
+            if name in (record.name, plain_name(record.name)):
                 return record
         raise CorruptArtifact(f"the manifest of this {self.kind} lists no file {name!r}")
+
+
+def named(name: str, data: bytes) -> str:
+    """A name that no other content has: two runs into one folder never write over each other's files.
+
+    >>> named("figures/scores.png", b"x")
+    'figures/scores-2d711642b726.png'
+    """
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem}-{sha256_hex(data)[:12]}{dot}{ending}"
+
+
+def plain_name(name: str) -> str:
+    """The name that `named` was given; any other name as it is.
+
+    >>> plain_name("figures/scores-2d711642b726.png"), plain_name("parts/part-00000-2d711642.parquet")
+    ('figures/scores.png', 'parts/part-00000-2d711642.parquet')
+    """
+    return re.sub(r"-[0-9a-f]{12}(\.[^./]+)$", r"\1", name)
 
 
 def sha256_hex(data: bytes) -> str:
@@ -138,7 +158,7 @@ def audit(manifest: Manifest) -> list[str]:
     if rows_out is not None and counted and len(counted) == len(parts) and sum(counted) != rows_out:
         faults.append(f"the part files hold {sum(counted)} rows, rows_out is {rows_out}")
     for record in manifest.files:
-        if record.name == QUARANTINE and None not in (record.rows, bad) and record.rows != bad:
+        if plain_name(record.name) == QUARANTINE and None not in (record.rows, bad) and record.rows != bad:
             faults.append(f"{QUARANTINE} holds {record.rows} rows, rows_quarantined is {bad}")
     twice = [name for name, count in Counter(record.name for record in manifest.files).items() if count > 1]
     if twice:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from hashray.artifact.manifest import FileRecord, Manifest, audit, from_bytes, sha256_hex, to_bytes
+from hashray.artifact.manifest import FileRecord, Manifest, audit, from_bytes, named, plain_name, sha256_hex, to_bytes
 from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputError, MismatchError
 from hashray.storage import Store, check_conditional_put, join
 
@@ -20,6 +20,22 @@ def write_file(
     """Write one file of an artifact and return its record."""
     store.write(name, data)
     return FileRecord(name=name, bytes=len(data), sha256=sha256_hex(data), rows=rows, info=dict(info or {}))
+
+
+def write_named(store: Store, name: str, data: bytes, rows: int | None = None) -> FileRecord:
+    """Write one file of an artifact under a name that holds its content's hash; `Manifest.record(name)` finds it."""
+    return write_file(store, named(name, data), data, rows)
+
+
+def write_plain(store: Store, manifest: Manifest) -> None:
+    """Copy the files of a published artifact to their plain names (`report.html`), for people and other programs.
+
+    Whichever run comes last writes them again from what is published, so they never differ from it for long.
+    """
+    for record in manifest.files:
+        name = plain_name(record.name)
+        if name != record.name and not (store.exists(name) and sha256_hex(store.read(name)) == record.sha256):
+            store.write(name, read_file(store, record))
 
 
 def read_file(store: Store, record: FileRecord) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hashray.artifact.manifest import QUARANTINE, FileRecord, audit, from_bytes
+from hashray.artifact.manifest import QUARANTINE, FileRecord, audit, from_bytes, plain_name
 from hashray.artifact.publish import MANIFEST, check, missing
 from hashray.artifact.versions import load_manifest, newest_version, version_key
 from hashray.errors import CorruptArtifact, InputError, MismatchError
@@ -76,7 +76,7 @@ def verify(url: str | Path | Store) -> list[str]:
                 continue
             if record.rows is not None and rows != record.rows:
                 problems.append(f"{join(store.url, record.name)}: holds {rows} rows, its manifest says {record.rows}")
-            if record.name != QUARANTINE:
+            if plain_name(record.name) != QUARANTINE:
                 tables.append(record.name)
     return problems + _duplicate_ids(store, tables)
 

@@ -47,7 +47,7 @@ class Corpus:
 
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store, self.manifest = store, manifest
-        record = next((r for r in manifest.files if r.name == "classes.json"), None)
+        record = next((r for r in manifest.files if artifact.plain_name(r.name) == "classes.json"), None)
         if record is None:
             raise CorruptArtifact(f"{store.url}/manifest.json lists no classes.json")
         self.classes: list[str] = json.loads(artifact.read_file(store, record))

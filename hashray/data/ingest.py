@@ -211,7 +211,7 @@ def _publish(
     info: dict[str, Any],
 ) -> Manifest:
     files: list[FileRecord] = [part.file for part in parts]
-    files.append(artifact.write_file(store, "classes.json", canonical(classes)))
+    files.append(artifact.write_named(store, "classes.json", canonical(classes)))
     files.append(write_quarantine(store, parts, lost))
     bad = sum(len(part.bad) for part in parts) + len(lost)
     rows_in = sum(part.rows_in for part in parts) + len(lost)

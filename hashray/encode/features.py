@@ -182,7 +182,7 @@ def compute_features(
         arguments = {"corpus": corpus.store.url, "recipe": recipe, "gpu": workers.gpus_per_worker > 0}
         short = is_short(corpus.count("all"), trunk.config.image_size)
         parts = run_parts(store, plan, units, _FeatureWorker, arguments, workers, "features", max_bad, short)
-        classes = artifact.write_file(store, "classes.json", canonical(corpus.classes))
+        classes = artifact.write_named(store, "classes.json", canonical(corpus.classes))
         rows_in, bad = sum(part.rows_in for part in parts), sum(len(part.bad) for part in parts)
         columns = {"id": "string", "feature": f"float32[{trunk.feature_dim}]", **{n: str(t) for n, t in ROW_FIELDS}}
         manifest = artifact.publish(

@@ -282,17 +282,17 @@ def write_quarantine(store: Store, parts: Sequence[Part], before: Sequence[BadRo
     bad = [*before, *(row for part in sorted(parts, key=lambda part: part.index) for row in part.bad)]
     rows = [row.model_dump() for row in bad]
     table = pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
-    return artifact.write_file(store, artifact.QUARANTINE, table_bytes(table), rows=len(rows))
+    return artifact.write_named(store, artifact.QUARANTINE, table_bytes(table), rows=len(rows))
 
 
 def _too_many_bad(
     store: Store, parts: Mapping[int, Part], lost: Sequence[BadRow], total: int, max_bad: float, title: str
 ) -> None:
     bad = [*lost, *(row for part in parts.values() for row in part.bad)]
-    write_quarantine(store, list(parts.values()), lost)
+    table = write_quarantine(store, list(parts.values()), lost)
     first = "".join(f"\n  {row.id}: {row.reason}" for row in bad[:5])
     raise TooManyBadRows(
         f"{title}: {len(bad):,} of {total:,} rows could not be used, --max-bad allows {max_bad:g} of them; all so far "
-        f"are in {store.url}/{artifact.QUARANTINE}, the first:{first}\nMend or remove them, or raise --max-bad and run "
+        f"are in {store.url}/{table.name}, the first:{first}\nMend or remove them, or raise --max-bad and run "
         "the same command again: finished parts are kept"
     )

@@ -127,6 +127,7 @@ def evaluate_on(config: EvaluateConfig, model: Model, corpus: Corpus, features: 
         return _write(config, plan, corpus, model, metrics)
 
     manifest = run_stage(store, "evaluation", plan, work)
+    artifact.write_plain(store, manifest)
     metrics = json.loads(artifact.read_file(store, manifest.record("metrics.json")))
     _show(config, metrics["results"])
     return metrics
@@ -348,9 +349,9 @@ def _write(config: EvaluateConfig, plan: str, corpus: Corpus, model: Model, metr
     images |= corpus.images(config.database_split, [n["id"] for row in metrics["gallery"] for n in row["neighbours"]])
     page = report_page.page(metrics, pictures, images)
     require_free(store, plan)
-    files = [artifact.write_file(store, f"figures/{name}.png", data) for name, data in pictures.items()]
-    files.append(artifact.write_file(store, "report.html", page.encode()))
-    files.append(artifact.write_file(store, "metrics.json", canonical(metrics)))
+    files = [artifact.write_named(store, f"figures/{name}.png", data) for name, data in pictures.items()]
+    files.append(artifact.write_named(store, "report.html", page.encode()))
+    files.append(artifact.write_named(store, "metrics.json", canonical(metrics)))
     parents = {"model": metrics["protocol"]["model"], "corpus": metrics["protocol"]["corpus"]}
     settings = json.loads(config.model_dump_json(exclude={"pool"}))
     return artifact.publish(

@@ -172,7 +172,7 @@ def pseudo_label(
             "precision": precision(proposed, hidden.astype(np.uint8)), "per_class": (proposed == 1).sum(0).tolist(),
         }  # fmt: skip
         accepted_rows = kept.select(["id", "labels"]).rename_columns(["accepted", "labels"])
-        record = artifact.write_file(store, ACCEPTED, table_bytes(accepted_rows), rows=len(kept))
+        record = artifact.write_named(store, ACCEPTED, table_bytes(accepted_rows), rows=len(kept))
         gone = lost_before(features, corpus, "unlabelled") if features is not None else []
         bad = sum(len(part.bad) for part in parts) + len(gone)
         rows_in = corpus.count("unlabelled")

@@ -61,7 +61,9 @@ def tune(config: SweepConfig) -> Manifest:
         "start": run_of(config.base, corpus, open_init(config.base))[0],
     }  # fmt: skip
     plan = sha256_hex(canonical(settings))[:16]
-    return run_stage(store, "sweep", plan, lambda: _tune(config, corpus, store, settings, plan))
+    manifest = run_stage(store, "sweep", plan, lambda: _tune(config, corpus, store, settings, plan))
+    artifact.write_plain(store, manifest)
+    return manifest
 
 
 def _tune(config: SweepConfig, corpus: Corpus, store: Store, settings: dict[str, Any], plan: str) -> Manifest:
@@ -207,9 +209,9 @@ def spread(lines: list[dict[str, Any]]) -> dict[str, Any]:
 def _write(store: Store, trials: list[Trial], best: Trial, summary: dict[str, Any]) -> tuple[artifact.FileRecord, ...]:
     figures = {name: png(figure) for name, figure in draw(trials, summary).items()}
     tables = {"leaderboard.parquet": leaderboard(trials), "epochs.parquet": epochs_table(trials)}
-    files = [artifact.write_file(store, name, table_bytes(table), len(table)) for name, table in tables.items()]
-    files.append(artifact.write_file(store, "best.toml", best_toml(best)))
-    files.append(artifact.write_file(store, "sweep.json", canonical(summary)))
-    files += [artifact.write_file(store, f"figures/{name}.png", data) for name, data in figures.items()]
-    files.append(artifact.write_file(store, "report.html", sweep_page(trials, summary, figures).encode()))
+    files = [artifact.write_named(store, name, table_bytes(table), len(table)) for name, table in tables.items()]
+    files.append(artifact.write_named(store, "best.toml", best_toml(best)))
+    files.append(artifact.write_named(store, "sweep.json", canonical(summary)))
+    files += [artifact.write_named(store, f"figures/{name}.png", data) for name, data in figures.items()]
+    files.append(artifact.write_named(store, "report.html", sweep_page(trials, summary, figures).encode()))
     return tuple(files)

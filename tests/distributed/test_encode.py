@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import files_of, kill_command_when, png, write_corpus, write_tiny_model
+from tiny import file_of, files_of, kill_command_when, png, write_corpus, write_tiny_model
 
 from hashray import artifact
 from hashray.artifact import read_table
@@ -83,9 +82,7 @@ def test_images_that_went_away_are_put_aside_one_row_each(tmp_path: Path, capfd:
     manifest = artifact.load_manifest(tmp_path / "codes", "codes")
     assert (manifest.rows_in, manifest.rows_out, manifest.rows_quarantined) == (40, 38, 2)
     assert artifact.verify(tmp_path / "codes") == []
-    bad: list[dict[str, Any]] = pq.read_table(
-        io.BytesIO((tmp_path / "codes" / "quarantine.parquet").read_bytes())
-    ).to_pylist()
+    bad: list[dict[str, Any]] = pq.read_table(file_of(tmp_path / "codes", "quarantine.parquet")).to_pylist()
     assert [row["id"] for row in bad] == ["0005", "0023"]
     assert "not found" in bad[0]["reason"] and "OSError" in bad[1]["reason"]
     ids, _ = read_codes(tmp_path / "codes")

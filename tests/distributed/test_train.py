@@ -14,7 +14,7 @@ import torch
 from ray.exceptions import RayTaskError
 from ray.util.state import get_actor
 from safetensors.torch import load_file
-from tiny import BACKBONE, METHOD, files_of, kill_command_when, killing_worker_when, write_corpus, write_toml
+from tiny import BACKBONE, METHOD, file_of, files_of, kill_command_when, killing_worker_when, write_corpus, write_toml
 
 from hashray import artifact
 from hashray.cli import main
@@ -70,14 +70,15 @@ def config_of(**changes: Any) -> TrainConfig:
 
 def assert_same(one: Path, other: Path, tolerance: float) -> None:
     """Equal weights and, line by line, equal metrics."""
-    left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
+    left, right = (load_file(file_of(folder, "model.safetensors")) for folder in (one, other))
     assert left.keys() == right.keys()
     for name in left:
         torch.testing.assert_close(
             left[name], right[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n} {text}"
         )  # type: ignore[misc]
     lines = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, other)
+        [json.loads(line) for line in file_of(folder, "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, other)
     ]
     assert len(lines[0]) == len(lines[1]) == 4
     for a, b in zip(*lines, strict=True):
@@ -161,7 +162,7 @@ def test_two_workers_on_the_stream_train_on_every_row(corpus: str, tmp_path: Pat
     """The loop itself counts the rows of every epoch; the slices test below checks which rows they are."""
     out = tmp_path / "two"
     train(config_of(corpus=corpus, out=str(out), input="stream", workers=2))
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len(file_of(out, "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(corpus: str, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_images_on_s3_become_a_searchable_index_on_s3(
             open_store(url).write(file, before)
     fresh = str(tmp_path / "fresh")  # a whole copy of the shard in the cache would be opened in its place
     for url, file, opens in (
-        (f"{out}/model", "model.safetensors", load_model),
+        (f"{out}/model", artifact.load_manifest(f"{out}/model").record("model.safetensors").name, load_model),
         (
             f"{out}/index",
             artifact.load_manifest(f"{out}/index").files[0].name,

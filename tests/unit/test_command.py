@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny import BACKBONE, METHOD, png, wait_until, write_corpus, write_images, write_toml
+from tiny import BACKBONE, METHOD, file_of, png, wait_until, write_corpus, write_images, write_toml
 
 
 def run(*words: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +37,7 @@ def test_any_locale_reads_and_prints_every_name(tmp_path: Path, environment: dic
     done = run("ingest", tmp_path / "bilder", "--out", tmp_path / "corpus", **environment)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert '"kätzchen"' in (tmp_path / "corpus" / "classes.json").read_text(encoding="utf-8")
+    assert '"kätzchen"' in file_of(tmp_path / "corpus", "classes.json").read_text(encoding="utf-8")
 
 
 def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:

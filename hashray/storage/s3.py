@@ -31,6 +31,8 @@ MB = 1 << 20
 SINGLE_REQUEST_BYTES = 100 * MB
 READ_BLOCK_BYTES = 8 * MB
 BODY_ATTEMPTS = 4  # botocore retries a request, but not a body that breaks off half way
+# Providers of boto3 that Arrow's SDK asks too.
+ARROW_FINDS = {"env", "shared-credentials-file", "iam-role", "container-role", "assume-role-with-web-identity"}
 CONFLICT_ATTEMPTS = 6
 CONFLICT_WAIT_S = 0.05  # the first wait; each is twice the one before
 
@@ -231,21 +233,29 @@ _CLIENTS_LOCK = threading.Lock()
 def arrow_filesystem(store: Store) -> tuple[Any, str]:
     """(pyarrow filesystem, path in it) of a store, for Ray Train's own checkpoints; None is the local one.
 
-    The endpoint and the credentials are those that boto3 finds.
+    No key is in it where Arrow's SDK finds the same credentials as boto3: each process that it travels to asks the
+    provider chain itself, and asks again when a token expires.
     """
     if not isinstance(store, S3Store):
         return None, store.url
     session = boto3.Session()
     credentials = session.get_credentials()
-    keys = credentials.get_frozen_credentials() if credentials is not None else None
-    filesystem = pyarrow.fs.S3FileSystem(
-        access_key=keys.access_key if keys else None,
-        secret_key=keys.secret_key if keys else None,
-        session_token=keys.token if keys else None,
-        region=session.region_name or "us-east-1",
-        endpoint_override=store.endpoint_url,
-    )
+    keys: dict[str, str | None] = {}
+    if credentials is not None and credentials.method not in ARROW_FINDS:
+        frozen = credentials.get_frozen_credentials()
+        keys = {"access_key": frozen.access_key, "secret_key": frozen.secret_key, "session_token": frozen.token}
+    filesystem = pyarrow.fs.S3FileSystem(region=_region(store, session), endpoint_override=store.endpoint_url, **keys)
     return filesystem, f"{store.bucket}/{store.prefix}".rstrip("/")
+
+
+def _region(store: S3Store, session: Any) -> str:
+    """The configured region, else the one where Amazon says that the bucket is; other servers take any."""
+    if session.region_name or store.endpoint_url is not None:
+        return session.region_name or "us-east-1"
+    try:
+        return str(pyarrow.fs.resolve_s3_region(store.bucket))
+    except OSError as error:
+        raise StorageError(f"{store.url}: its region cannot be found ({error}); set AWS_DEFAULT_REGION") from error
 
 
 def _client(endpoint_url: str | None) -> Any:

@@ -240,7 +240,7 @@ class Loop:
                 position.notes["sums"] = sums
                 self._report({"event": "step", "epoch": number + 1, "step": position.step}, save=True)
                 position.notes.pop("sums", None)
-        rows = sums.pop("rows")
+        rows = sums.pop("rows", 0)
         if rows != plan.rows:
             raise RunError(f"epoch {number}: {rows:,.0f} rows were trained on, the plan has {plan.rows:,}")
         loss = sums.pop("loss") / plan.steps

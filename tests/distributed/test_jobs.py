@@ -26,6 +26,7 @@ from tiny import (
     wait_until,
     write_corpus,
     write_images,
+    write_tiny_model,
     write_toml,
     write_trunk,
 )
@@ -68,6 +69,12 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
+    with running_head(cpus=4) as head:
+        yield head
+
+
+@contextmanager
+def running_head(cpus: int) -> Iterator[Cluster]:
     """`ray start --head` with a token, ports and a folder of its own; ended by the ids of its processes.
 
     Not by `ray stop`, which ends every Ray of this user on the machine. In /tmp: a socket's path may not be long.
@@ -82,7 +89,7 @@ def cluster() -> Iterator[Cluster]:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         words = [
-            str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "4", "--temp-dir", name,
+            str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", str(cpus), "--temp-dir", name,
             "--port", str(port), "--dashboard-port", str(dashboard),
             "--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port()),
             "--object-store-memory", str(400 << 20),
@@ -222,3 +229,29 @@ def test_a_sweep_as_a_job_on_two_nodes_comes_out_as_on_one_though_a_node_is_lost
     for name in ("leaderboard.parquet", "epochs.parquet"):
         assert (elsewhere / name).read_bytes() == (two / name).read_bytes() == (one / name).read_bytes()
     assert len({artifact.load_manifest(out, "sweep").id for out in (elsewhere, two, one)}) == 1
+
+
+def test_a_head_without_cpus_waits_for_nodes_and_uses_all_that_come(tmp_path: Path) -> None:
+    source, out, alone = write_images(tmp_path / "images", 60), tmp_path / "out", tmp_path / "alone"
+    words = ["--rows-per-part", "3", "--out"]
+    with running_head(cpus=0) as cluster, ThreadPoolExecutor(1) as pool:
+        job = pool.submit(cluster.submit, "python", "jobs/ingest.py", source, *words, str(out))
+        wait_until(lambda: (out / "progress").exists() or job.done(), "the job to have listed its source")
+        with second_node(cluster), second_node(cluster):
+            done = job.result()
+            model, codes = tmp_path / "model", tmp_path / "codes"
+            write_tiny_model(model)
+            encoded = cluster.submit(
+                "python", "jobs/encode.py", "--model", str(model), "--corpus", str(out), "--out", str(codes)
+            )
+            indexed = cluster.submit(
+                "python", "jobs/build_index.py", "--codes", str(codes), "--out", str(tmp_path / "i")
+            )
+    for ended in (done, encoded, indexed):
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    text = " ".join((done.stdout + done.stderr).split())
+    assert "waiting for the cluster to scale up" in text
+    local = [sys.executable, "-m", "hashray", "ingest", source, *words, str(alone), "--ray", "never"]
+    subprocess.run(local, check=True, capture_output=True)
+    assert artifact.load_manifest(out).id == artifact.load_manifest(alone).id
+    assert [artifact.verify(out), artifact.verify(codes), artifact.verify(tmp_path / "i")] == [[], [], []]

@@ -157,7 +157,7 @@ class TrainConfig(Config):
         "auto", description="Place of the training rows; auto: memory below memory_limit_mib, else a stream"
     )
     memory_limit_mib: int = Field(1024, ge=1, description="Most MiB of decoded training rows in each worker")
-    shuffle_window: int = Field(16_384, ge=1, description="Rows shuffled together")
+    shuffle_window: int = Field(16_384, ge=1, description="Most rows shuffled together; 256 MiB of images at most")
     features: str | None = Field(None, description="Cached features of a frozen trunk; unset: inside the corpus")
     workers: int = Field(1, ge=1, description="Processes that share each global batch")
     cpus_per_worker: float = Field(1.0, gt=0, description="Logical CPUs of each worker, and threads of its torch")

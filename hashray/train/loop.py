@@ -165,6 +165,7 @@ class Loop:
         self.best: dict[str, Tensor] | None = None
         self.average: dict[str, Tensor] | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self.waiting_share = 0.0  # of this epoch's time so far: the wait for data
         method.trunk.amp = config.precision == "bf16"
 
     def run(self, checkpoint: Checkpoint | None = None, until: int | None = None) -> dict[str, Tensor]:
@@ -257,10 +258,19 @@ class Loop:
 
     def _progress(self, number: int, step: int, steps: int) -> None:
         if step < steps and self.workers.is_due():
-            self.report({"event": "progress", "epoch": number + 1, "step": step}, None)
+            line = {"event": "progress", "epoch": number + 1, "step": step, "waiting_share": self.waiting_share}
+            self.report(line, None)
 
     def _in_step(self, slices: Iterator[Slice]) -> Iterator[Slice]:
-        for piece in slices:
+        start_s, waited_s = time.monotonic(), 0.0
+        while True:
+            asked_s = time.monotonic()
+            piece = next(slices, None)
+            if piece is None:
+                return
+            now_s = time.monotonic()
+            waited_s += now_s - asked_s
+            self.waiting_share = waited_s / max(now_s - start_s, 1e-9)
             if piece.step != self.position.step or piece.rows != self.source.plan.batch_rows(piece.step):
                 raise RunError(
                     f"the data stream gave step {piece.step} ({piece.rows} rows) where step {self.position.step} was "

@@ -55,7 +55,7 @@ class Watch:
         elif event == "progress":
             done = (line["epoch"] - 1) * rows + min(rows, line["step"] * self.job.plan.batch_size)
             place = {"epoch": f"{line['epoch']}/{self.epochs}", "step": f"{line['step']}/{self.job.plan.steps}"}
-            self.bar.at(done, **place, **self.notes)
+            self.bar.at(done, **place, **self.notes, data_wait=f"{line['waiting_share']:.0%}")
         elif event == "epoch":
             self.notes = {"loss": f"{line['loss']:.4f}"}
             if "validation_map" in line:

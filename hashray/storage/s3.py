@@ -30,6 +30,7 @@ MB = 1 << 20
 # One request up to here, multipart above: on loopback Ceph a single put moved 80 MB/s, upload_file 31.
 SINGLE_REQUEST_BYTES = 100 * MB
 READ_BLOCK_BYTES = 8 * MB
+KEYS_A_DELETE = 1000
 BODY_ATTEMPTS = 4  # botocore retries a request, but not a body that breaks off half way
 # Providers of boto3 that Arrow's SDK asks too.
 ARROW_FINDS = {"env", "shared-credentials-file", "iam-role", "container-role", "assume-role-with-web-identity"}
@@ -162,6 +163,16 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         with self._errors(key) as where:
             where.pop("client").delete_object(**where)
+
+    def clear(self, prefix: str) -> None:
+        keys = [key for key, _ in self.list(prefix)]
+        for start in range(0, len(keys), KEYS_A_DELETE):
+            batch = [{"Key": join(self.prefix, key)} for key in keys[start : start + KEYS_A_DELETE]]
+            with self._errors() as where:
+                deletion = {"Objects": batch, "Quiet": True}
+                answer = where["client"].delete_objects(Bucket=self.bucket, Delete=deletion)
+            for fault in answer.get("Errors", []):
+                raise StorageError(f"{self.url}: {fault['Key']} cannot be deleted: {fault['Code']} {fault['Message']}")
 
     def open(self, key: str) -> BinaryIO:
         return cast(BinaryIO, io.BufferedReader(_RangedFile(self, key), READ_BLOCK_BYTES))

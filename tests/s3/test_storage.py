@@ -193,6 +193,16 @@ def test_keys_stay_inside(store, key):
             call(key)
 
 
+def test_clear_removes_what_starts_so_and_nothing_else(store, monkeypatch):
+    monkeypatch.setattr("hashray.storage.s3.KEYS_A_DELETE", 3)  # several batches
+    for i in range(8):
+        store.write(f"progress/a/{i} ü&<.json", b"x")
+    store.write("progress-not/0.json", b"x")
+    store.clear("progress/")
+    store.clear("nothing/")
+    assert [key for key, _ in store.list()] == ["progress-not/0.json"]
+
+
 def test_create_only_once(store):
     store.create("versions/1.json", b"first")
     with pytest.raises(AlreadyExists, match=r"versions/1\.json already exists"):

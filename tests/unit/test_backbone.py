@@ -169,8 +169,8 @@ def test_a_weights_name_is_used_only_when_weights_are_loaded(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("name", "weights", "allowed"),
     [
-        (SMALL, "IMAGENET1K_V9", "allowed: IMAGENET1K_V1, DEFAULT, a state-dict file or the folder of a trained model"),
-        ("resnet9", "none.pth", "allowed: a state-dict file or the folder of a trained model"),
+        (SMALL, "IMAGENET1K_V9", "allowed: IMAGENET1K_V1, DEFAULT, a state-dict file, the folder of a trained model, None"),
+        ("resnet9", "none.pth", "allowed: a state-dict file, the folder of a trained model, None"),
     ],
 )
 def test_a_missing_file_says_what_is_allowed(name: str, weights: str, allowed: str) -> None:

@@ -157,7 +157,7 @@ def test_wrong_requests(tmp_path):
     with pytest.raises(InputError, match="is not a finished artifact"):
         open_index(tmp_path / "nowhere")
     artifact.publish(open_store(tmp_path / "codes"), codes_manifest(3, 64))
-    with pytest.raises(MismatchError, match="is a codes, expected an index"):
+    with pytest.raises(MismatchError, match="is codes, expected an index"):
         open_index(tmp_path / "codes")
 
 

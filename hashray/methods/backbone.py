@@ -264,8 +264,9 @@ def _read_weights(config: BackboneConfig) -> bytes:
     except InputError as error:
         names = _weight_names(config.name)
         allowed = ", ".join([*names, "a state-dict file, the folder of a trained model, None"])
-        fault = f"no such file{perhaps(path, [*names, 'None'])}"
-        raise InputError(f"weights = {config.weights!r} for {config.name}: {fault}; allowed: {allowed}") from error
+        hint = perhaps(path, [*names, "None"])
+        fault = f"no such file{hint} Allowed" if hint else "no such file; allowed"
+        raise InputError(f"weights = {config.weights!r} for {config.name}: {fault}: {allowed}") from error
 
 
 def _load_file(net: nn.Module, config: BackboneConfig) -> None:

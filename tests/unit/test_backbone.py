@@ -169,12 +169,16 @@ def test_a_weights_name_is_used_only_when_weights_are_loaded(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("name", "weights", "allowed"),
     [
-        (SMALL, "IMAGENET1K_V9", "allowed: IMAGENET1K_V1, DEFAULT, a state-dict file, the folder of a trained model, None"),
-        ("resnet9", "none.pth", "allowed: a state-dict file, the folder of a trained model, None"),
+        (
+            SMALL,
+            "IMAGENET1K_V9",
+            r", perhaps you meant 'IMAGENET1K_V1'\? Allowed: IMAGENET1K_V1, DEFAULT, a state-dict file, the folder",
+        ),
+        ("resnet9", "none.pth", "; allowed: a state-dict file, the folder of a trained model, None"),
     ],
 )
 def test_a_missing_file_says_what_is_allowed(name: str, weights: str, allowed: str) -> None:
-    with pytest.raises(InputError, match=f"weights = '{weights}' for {name}: no such file; {allowed}"):
+    with pytest.raises(InputError, match=f"weights = '{weights}' for {name}: no such file{allowed}"):
         build(name, weights=weights)
 
 

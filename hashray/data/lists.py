@@ -24,7 +24,7 @@ def list_lists(survey: Survey, config: SourceConfig, num_classes: int | None) ->
     root = open_store(config.root).url if config.root else store.url
     names_file = open_store(config.class_names).url if config.class_names else None
     sizes = {join(store.url, key): size for key, size in survey.sizes.items()}
-    if config.root:
+    if root != store.url:  # else these are the files that were listed already
         sizes |= {join(root, key): size for key, size in open_store(root).list(on_error=lambda key, error: None)}
     merged: dict[str, SourceRow] = {}
     width: int | None = None

@@ -21,11 +21,11 @@ from pydantic import Field
 from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical, sha256_hex
 from hashray.data.census import closing_table, warnings
-from hashray.data.corpus import CORPUS_SCHEMA
+from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA
 from hashray.data.images import BadImage, decode
 from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
 from hashray.data.splits import SplitConfig, assign_splits, class_split, order_key
-from hashray.engine.parts import BadRow, Output, Part, PartWorker, run_parts, write_quarantine
+from hashray.engine.parts import BadRow, Output, Part, PartWorker, part_files, run_parts, write_quarantine
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import run_stage
 from hashray.errors import InputError
@@ -60,7 +60,7 @@ class _IngestWorker(PartWorker):
         self.keep_bytes = store == "bytes"
 
     def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
-        rows, bad, hashes = [], [], []
+        rows, images, bad, hashes = [], [], [], []
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
             fetched = list(pool.map(_fetch_or_reason, [row["uri"] for row in unit["items"]]))
         for row, data in zip(unit["items"], fetched, strict=True):
@@ -73,13 +73,14 @@ class _IngestWorker(PartWorker):
                 bad.append(BadRow(id=row["id"], uri=row["uri"], reason=str(error)))
                 continue
             hashes.append([sha256_hex(data)[:16], row["split"].startswith("query")])
-            rows.append({**row, "image": data} if self.keep_bytes else {**row, "image": None})
-            if self.keep_bytes:
-                rows[-1]["uri"] = None
-        table = pa.Table.from_pylist(rows, schema=CORPUS_SCHEMA)
+            rows.append(row)
+            images.append({"image": data, "uri": None} if self.keep_bytes else {"image": None, "uri": row["uri"]})
+        table = pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
         splits = dict(sorted(Counter(row["split"] for row in rows).items()))
         image_bytes = sum(len(data) for data in fetched if not isinstance(data, BadImage))
-        return Output(table, bad, {"splits": splits, "image_bytes": image_bytes}, {"hashes": hashes})
+        info = {"splits": splits, "image_bytes": image_bytes}
+        beside = {"images": pa.Table.from_pylist(images, schema=IMAGE_SCHEMA)}
+        return Output(table, bad, info, {"hashes": hashes}, beside)
 
 
 def cut_parts(sizes: Sequence[int], rows_per_part: int, part_bytes: int) -> list[int]:
@@ -210,7 +211,7 @@ def _publish(
     lost: list[BadRow],
     info: dict[str, Any],
 ) -> Manifest:
-    files: list[FileRecord] = [part.file for part in parts]
+    files: list[FileRecord] = part_files(parts)
     files.append(artifact.write_named(store, "classes.json", canonical(classes)))
     files.append(write_quarantine(store, parts, lost))
     bad = sum(len(part.bad) for part in parts) + len(lost)
@@ -224,7 +225,7 @@ def _publish(
         store,
         Manifest(
             kind="corpus", project_version=__version__, config=config, parents={}, files=tuple(files),
-            columns={field.name: str(field.type) for field in CORPUS_SCHEMA},
+            columns={field.name: str(field.type) for schema in (ROW_SCHEMA, IMAGE_SCHEMA) for field in schema},
             rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
             info={**info, "leaked_queries": leaked},
         ),

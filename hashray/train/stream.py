@@ -133,8 +133,6 @@ def _corpus(url: str) -> Corpus:
 def training_rows(corpus: Corpus, part: str, selection: Selection) -> pa.Table:
     """The training rows of a part; `labels` becomes one fixed-size binary of int8 [c] in {0, 1, -1}."""
     table = selection.take(corpus.read_part(corpus.manifest.record(part)))
-    image = table.column_names.index("image")
-    table = table.set_column(image, "image", table.column(image).cast(pa.large_binary()))  # take() adds up offsets
     column = bytes_column(selection.labels(corpus, table))
     return table.set_column(table.column_names.index("labels"), "labels", column)
 

@@ -92,7 +92,7 @@ def test_broken_rows_resume_and_the_same_bytes_every_time(
     (plan,) = {Path(key).parts[1] for key, _ in store.list("progress/")}
     before = {part.file.name: mtime(store, part) for part in finished_parts(store, plan, 6).values()}
     manifest = ingest(first.model_copy(update={"max_bad": 0.05}))
-    parts = [record for record in manifest.files if record.name.startswith("parts/")]
+    parts = [record for record in manifest.files if record.name.startswith("rows/")]
     assert len(parts) == 6
     assert before
     assert {name: (Path(first.out) / name).stat().st_mtime_ns for name in before} == before
@@ -380,7 +380,7 @@ def test_verify_names_the_file_of_a_flipped_byte(tmp_path: Path) -> None:
     ingest(IngestConfig(pool=HERE, source=source, out=str(out), rows_per_part=20))
     files = contents(out)
     names = {artifact.plain_name(name.split("/")[0]) for name in files}
-    assert names == {"parts", "classes.json", "quarantine.parquet", "manifest.json"}
+    assert names == {"rows", "images", "classes.json", "quarantine.parquet", "manifest.json"}
     for name, data in files.items():
         for place in (0, len(data) // 2, len(data) - 1):
             broken = bytearray(data)

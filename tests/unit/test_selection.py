@@ -26,7 +26,7 @@ def corpus(tmp_path: Path) -> Corpus:
     table = pa.table({"id": [r[0] for r in ROWS], "labels": pa.array([r[1] for r in ROWS], pa.list_(pa.int32())),
                       "split": [r[2] for r in ROWS]})  # fmt: skip
     splits = dict(Counter(r[2] for r in ROWS))
-    part = artifact.write_file(store, "parts/p.parquet", table_bytes(table), rows=6, info={"splits": splits})
+    part = artifact.write_file(store, "rows/p.parquet", table_bytes(table), rows=6, info={"splits": splits})
     names = artifact.write_file(store, "classes.json", canonical(["x", "y", "z"]))
     artifact.publish(store, Manifest(kind="corpus", project_version="0", config={}, parents={}, files=(part, names)))
     return open_corpus(store.url)

@@ -36,6 +36,7 @@ from hashray.progress import Bar
 from hashray.storage import Store
 
 RECORD_THREADS = 16
+LOST = "lost"  # an actor's answer where a part has started too often
 QUARANTINE_SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
 
 
@@ -116,7 +117,9 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (text,) = batch["unit"]
         unit = json.loads(text)
-        ray.get(self.reports.put.remote({"start": unit["index"]}))  # arrives even where this process dies at once
+        # The count survives this process, and counts no attempt to reach a node that is gone.
+        if ray.get(self.reports.start.remote(unit["index"])) > MAX_RETRIES + 1:
+            return {"part": [""], "error": [json.dumps([LOST, unit["index"]])]}
         try:
             part = self.runner.run(unit, lambda rows: self.reports.put.remote({"index": unit["index"], "rows": rows}))
         except HashrayError as error:
@@ -220,22 +223,28 @@ def _on_ray(
         compute=_pool(len(todo), workers),
         num_cpus=workers.cpus_per_worker,
         num_gpus=workers.gpus_per_worker or None,
-        max_task_retries=MAX_RETRIES,  # by default without end, also for a part that kills each worker
         runtime_env={"env_vars": memory_environment()} if keeps else None,
     )
     with listening(reports, meter.hear, meter.bar.tick), _plain_errors(meter):
         for row in dataset.iter_rows():
             if row["error"]:
                 name, text = json.loads(row["error"])
+                if name == LOST:
+                    raise meter.lost(text)
                 raise getattr(errors, name)(text if name != RunError.__name__ else f"{meter.bar.title}: {text}")
             yield Part.model_validate_json(row["part"])
 
 
 def _pool(parts: int, workers: WorkersConfig) -> ray.data.ActorPoolStrategy:
-    """As many actors as there are parts and room: on a cluster, also in nodes that come while the stage runs."""
-    if is_local() or workers.workers is not None:
-        return ray.data.ActorPoolStrategy(size=min(parts, workers.most()))
-    return ray.data.ActorPoolStrategy(min_size=1, max_size=parts, initial_size=min(parts, workers.most()))
+    """As many actors as there are parts and room: on a cluster, also in nodes that come while the stage runs.
+
+    There the pool may always shrink: an actor of a lost node starts again where an idle one gives up its place.
+    """
+    first = min(parts, workers.most())
+    if is_local():
+        return ray.data.ActorPoolStrategy(size=first)
+    most = parts if workers.workers is None else first
+    return ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=first)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ MARK = "HASHRAY_LOCAL_CLUSTER"
 BUCKET = "hashray"
 READY = "joined"  # a file that a node writes
 LONGEST_FOLDER = 44  # of a node: Ray adds 63 characters, and the path of a Unix socket ends at 107
-START_S, END_S, POLL_S, CLOCK_S = 90, 30, 0.1, 2
+START_S, END_S, POLL_S, CLOCK_S = 180, 60, 0.1, 2
 DRAIN_S = 10  # a node that is removed may finish what it does for so long
 KEY, REGION = "testing", "us-east-1"  # of the S3 server, which takes any
 

@@ -5,6 +5,9 @@ restarts a dead actor and hands its part to another). The actor writes the file,
 under progress/<plan>/. The plan is a hash of everything the result depends on, so a rerun with the same
 arguments finds the records and skips those parts, and a rerun with others does not. A file is a function of
 its part alone: a part that ran twice wrote the same bytes twice.
+A part that starts more than MAX_RETRIES + 1 times ends the stage, since it may be what kills its workers. Starts are
+counted where the parts report them and Ray retries without end: its retries also count attempts to reach a node that is
+gone, and on 2.60 a killed node used up four of them before the cluster knew of its death, some 15 s later.
 Pixels never cross the object store: one process reads, decodes, computes and writes a part.
 Short work on one machine runs in threads of this process (`WorkersConfig.runs_here`): same parts, same bytes.
 Ray's own job checkpoint is not used: it keeps all ids in RAM (ray#65685) and reads all input again (ray#65891).

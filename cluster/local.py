@@ -7,12 +7,12 @@
     python cluster/local.py status                 the nodes, and what to export
     python cluster/local.py down                   ends what `up` and `add` started, and nothing else
 
-`eval "$(python cluster/local.py up)"` exports: what a shell needs goes to standard output, the rest to standard error.
+What to export goes to standard output, for `eval "$(python cluster/local.py up)"`; the rest to standard error.
 
-A node is a process of its own session, and everything it starts stays in that session, so its id finds all of them,
-also after a crash of this command. The start time of a session's first process, or a variable in the environment of
-another, proves that the session is still the one that was started: a reused id is never killed. The state is one file,
-<state>/cluster.json. All ports are on the loopback address, and Ray asks for a token, which is in that file too.
+A node is a process of its own session, and what it starts stays in that session, so its id finds all of them, also
+after a crash. The start time of a session's first process, or a variable in the environment of another, proves that
+the session is the one that was started: a reused id is never killed. The state is one file, <state>/cluster.json. All
+ports are on the loopback address, and Ray asks for a token, which is in that file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ KEY, REGION = "testing", "us-east-1"  # of the S3 server, which takes any
 
 
 class ClusterError(Exception):
-    """A request that cannot be met; its text says why and what to do."""
+    """A request that cannot be met."""
 
 
 @dataclass
@@ -192,7 +192,8 @@ class Cluster:
         port = free_port()
         state.s3_endpoint = f"http://{LOOPBACK}:{port}"
         words = [sys.executable, "-m", "moto.server", "-H", LOOPBACK, "-p", str(port)]
-        self._wait(self._start(state, "s3", words), lambda: answers(port))
+        probe = (LOOPBACK, port)
+        self._wait(self._start(state, "s3", words), lambda: socket.socket().connect_ex(probe) == 0)
         keys = {"aws_access_key_id": KEY, "aws_secret_access_key": KEY}
         boto3.client("s3", REGION, endpoint_url=state.s3_endpoint, **keys).create_bucket(Bucket=BUCKET)
 
@@ -212,9 +213,15 @@ class Cluster:
                 else {"gcs_address": f"{LOOPBACK}:{state.port}", "include_log_monitor": False}
             )
             words = [sys.executable, str(Path(__file__).resolve()), "serve-node", json.dumps(options)]
-            started.append(self._start(state, name, words, cpus))
-        for member in started:
-            self._wait(member, (self.folder / member.name / READY).exists)
+            started.append((self._start(state, name, words, cpus), words))
+        for member, words in started:
+            ready = (self.folder / member.name / READY).exists
+            try:
+                self._wait(member, ready)
+            except ClusterError:  # Ray gives up after 30 s, which a busy machine may need
+                end_all(state.cluster, [member])
+                state.members.remove(member)
+                self._wait(self._start(state, member.name, words, member.cpus), ready)
 
     def _start(self, state: State, name: str, words: list[str], cpus: float = 0.0) -> Member:
         """Start the first process of a session, and keep its id at once."""
@@ -234,11 +241,9 @@ class Cluster:
     def _wait(self, member: Member, ready: Callable[[], bool]) -> None:
         end = time.monotonic() + START_S
         while not ready():
-            running = is_running(member)
-            if time.monotonic() > end or not running:
+            if time.monotonic() > end or not is_running(member):
                 log = (self.folder / member.name / "log").read_text(errors="replace")[-3000:]
-                how = f"is not ready after {START_S} s" if running else "has ended"
-                raise ClusterError(f"{member.name} {how}; its log ends with:\n{log}")
+                raise ClusterError(f"{member.name} does not start; its log ends with:\n{log}")
             time.sleep(POLL_S)
 
 
@@ -329,14 +334,8 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def answers(port: int) -> bool:
-    """Whether something listens at a port of the loopback."""
-    with socket.socket() as probe:
-        return probe.connect_ex((LOOPBACK, port)) == 0
-
-
 def show(state: State) -> None:
-    """The nodes on standard error, what to export on standard output."""
+    """Print the nodes on standard error, what to export on standard output."""
     for member in state.members:
         alive = member.state if member.state != "up" or is_running(member) else "ended by itself"
         cpus = "" if member.name == "s3" else f"  {member.cpus:g} CPUs"
@@ -363,8 +362,8 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     commands.add_parser("add", help="add a worker node").add_argument("--cpus", type=float, default=1)
     for name, what in (("kill", "SIGKILL a worker node"), ("remove", "drain and end a worker node")):
         commands.add_parser(name, help=what).add_argument("node", help="its name, as `status` shows it")
-    commands.add_parser("status", help="show the nodes and what to export")
-    commands.add_parser("down", help="end the cluster")
+    for name, what in (("status", "show the nodes and what to export"), ("down", "end the cluster")):
+        commands.add_parser(name, help=what)
     commands.add_parser("serve-node").add_argument("options", type=json.loads)
     return parser.parse_args(words)
 
@@ -378,8 +377,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         with cluster.changing():
             if wanted.command == "up":
-                size = wanted.object_store_mib << 20
-                show(cluster.up(wanted.nodes, wanted.cpus, wanted.head_cpus, wanted.s3, size))
+                options = wanted.nodes, wanted.cpus, wanted.head_cpus, wanted.s3, wanted.object_store_mib << 20
+                show(cluster.up(*options))
                 print(f"# up in {time.monotonic() - start_s:.0f} s", file=sys.stderr)
             elif wanted.command == "status":
                 show(cluster.read())

@@ -77,13 +77,14 @@ class Nodes:
 
     def names(self) -> list[str]:
         """The worker nodes that are up."""
-        return [m.name for m in self.cluster.read().members if m.state == "up" and m.name.startswith("n")]
+        return [name for name, member in self.cluster.read().nodes().items() if local.is_running(member)]
 
     def have(self, count: int) -> None:
-        """Make the number of worker nodes this, with nodes that nothing ran on before."""
-        for name in self.names():
+        """Make the number of worker nodes this."""
+        kept = self.names()[:count]
+        for name in set(self.cluster.read().nodes()) - set(kept):
             self.cluster.kill(name)
-        self.cluster.add(1, count)
+        self.cluster.add(1, count - len(kept))
 
     def runs(self, name: str, title: str) -> bool:
         """Whether a process with this title is alive on a node."""
@@ -122,10 +123,23 @@ def table() -> Iterator[list[dict[str, Any]]]:
     """A list for one entry a stage and event; printed at the end, and written where HASHRAY_CHAOS_RESULT says."""
     entries: list[dict[str, Any]] = []
     yield entries
-    print("\n" + "\n".join(json.dumps(entry) for entry in entries), file=sys.stderr)
+    print("\n" + as_text(entries), file=sys.stderr)
     if entries and (target := os.environ.get(RESULT)):
         kept = {"cores": os.cpu_count(), "processor": processor(), "runs": entries}
         Path(target).write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def as_text(entries: list[dict[str, Any]]) -> str:
+    """The table as docs/CLUSTER.md shows it: seconds, and how many more than without an event."""
+    events = list(dict.fromkeys(entry["event"] for entry in entries))
+    lines = ["| stage | unbroken | " + " | ".join(f"a node {event}" for event in events) + " |"]
+    lines.append("|---|---:|" + "---:|" * len(events))
+    for stage in dict.fromkeys(entry["stage"] for entry in entries):
+        cells = {entry["event"]: entry for entry in entries if entry["stage"] == stage}
+        shown = [f"{e['with_event_s']:.0f} ({e['lost_s']:+.0f})" if (e := cells.get(event)) else "" for event in events]
+        unbroken = next(iter(cells.values()))["unbroken_s"]
+        lines.append(f"| {stage} | {unbroken:.0f} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 def processor() -> str:

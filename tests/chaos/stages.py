@@ -23,8 +23,8 @@ from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.model import write_model
 from hashray.storage import open_store
 
-IMAGES, SIDE, ROWS_PER_PART = 3600, 192, 24
-CODES, CODE_BYTES, CODE_PARTS = 1_000_000, 8, 16
+IMAGES, SIDE, ROWS_PER_PART = 2400, 192, 20
+CODES, CODE_BYTES, CODE_PARTS = 800_000, 8, 16
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def all_stages(folder: Path) -> dict[str, Stage]:
     write_trunk(folder / "trunk.pth")
     training = write_toml(folder / "train.toml", {
         "method": {**METHOD, "rounds": 2}, "backbone": {"name": "resnet9", "width": 16, "image_size": 16},
-        "epochs": 10, "batch_size": 32, "validation_rows": 30, "validation_every": 4, "checkpoint_every": 1,
+        "epochs": 5, "batch_size": 32, "validation_rows": 30, "validation_every": 5, "checkpoint_every": 1,
         "workers": 2, "cpus_per_worker": 1, "input": "memory", "tensorboard": False,
     })  # fmt: skip
     sweep = write_toml(folder / "sweep.toml", {
-        **head_config(folder / "trunk.pth"), "validation_rows": 30, "cpus_per_worker": 1.0, "epochs": 6,
+        **head_config(folder / "trunk.pth"), "validation_rows": 30, "cpus_per_worker": 1.0, "epochs": 4,
         "space": {"optim.lr": {"log": [1e-4, 1e-1]}, "method.margin_ratio": {"linear": [0.05, 1.0]}},
         "search": {"trials": 6, "grace_epochs": 1, "reduction_factor": 2, "at_once": 3, "report_seeds": []},
     })  # fmt: skip

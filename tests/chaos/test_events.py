@@ -97,7 +97,8 @@ def test_a_stage_comes_out_the_same_whatever_happens_to_its_nodes(
     else:
         victim = started.wait_for(lambda: nodes.busy(stage.worker), f"a node that works at {name}")
         (nodes.cluster.kill if event == "killed" else nodes.cluster.remove)(victim)
-        assert started.process.poll() is None, f"{name} had ended before its node was {event}"
+        # A drained node may do what it has begun, and that may be the rest of the stage.
+        assert event == "removed" or started.process.poll() is None, f"{name} had ended before its node was killed"
     entry |= {"with_event_s": round(started.finish(), 1), "unbroken_s": round(seconds.get(name, 0), 1)}
     entry["lost_s"] = round(entry["with_event_s"] - entry["unbroken_s"], 1)
     assert stage.result(out) == wanted

@@ -12,7 +12,7 @@ from pathlib import Path
 import local
 import psutil
 import pytest
-from conftest import ROOT
+from nodes import ROOT
 from tiny import wait_until, write_images
 
 SCRIPT = str(ROOT / "cluster" / "local.py")

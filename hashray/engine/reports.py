@@ -25,12 +25,19 @@ class Reports:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.starts = Counter[int]()
         self.failed = False
 
     def put(self, line: dict[str, Any]) -> None:
         """Add a line. Workers do not wait for the answer."""
         self.lines.append(line)
         self.failed = self.failed or "failed" in line
+
+    def start(self, index: int) -> int:
+        """Note that a piece of work starts; return how often it has started, this time included."""
+        self.starts[index] += 1
+        self.lines.append({"start": index})
+        return self.starts[index]
 
     def has_failed(self) -> bool:
         """Whether a worker has reported an error that no retry mends."""

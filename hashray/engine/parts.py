@@ -31,7 +31,7 @@ from ray.exceptions import RayActorError
 
 from hashray import artifact, errors
 from hashray.artifact import FileRecord, table_bytes
-from hashray.engine.reports import MAX_RETRIES, Meter, listening, start_reports
+from hashray.engine.reports import MAX_RETRIES, Advance, Meter, listening, start_reports
 from hashray.engine.session import WorkersConfig, connect, is_local, memory_environment, require_room, unwrap
 from hashray.engine.stage import require_free
 from hashray.errors import AuditError, HashrayError, InputError, RunError, TooManyBadRows
@@ -144,7 +144,7 @@ class _Actor:
         if ray.get(self.reports.start.remote(unit["index"])) > MAX_RETRIES + 1:
             return {"part": [""], "error": [json.dumps([LOST, unit["index"]])]}
         try:
-            part = self.runner.run(unit, lambda rows: self.reports.put.remote({"index": unit["index"], "rows": rows}))
+            part = self.runner.run(unit, Advance(self.reports, unit["index"]))
         except HashrayError as error:
             return {"part": [""], "error": [json.dumps([type(error).__name__, str(error)])]}
         except Exception as error:  # no lost worker: the same part would fail again, so it ends the stage

@@ -26,7 +26,7 @@ from hashray.artifact.publish import (
     write_named,
     write_plain,
 )
-from hashray.artifact.tables import read_table, table_bytes
+from hashray.artifact.tables import read_columns, read_table, table_bytes
 from hashray.artifact.verify import describe, verify
 from hashray.artifact.versions import is_finished, load_manifest, newest_version, version_key
 
@@ -44,6 +44,7 @@ __all__ = [
     "newest_version",
     "plain_name",
     "publish",
+    "read_columns",
     "read_file",
     "read_table",
     "sha256_hex",

@@ -53,9 +53,12 @@ def unpack(data: bytes) -> tuple[FileRecord, ...]:
     """
     try:
         table = pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
-        *columns, texts = (table.column(name).to_pylist() for name in SCHEMA.names)
+        names, sizes, digests, rows, texts = (table.column(name).to_pylist() for name in SCHEMA.names)
         infos = from_json(f"[{','.join(texts)}]")  # one by one it takes three times as long
-        rows = [dict(zip(SCHEMA.names, row, strict=True)) for row in zip(*columns, infos, strict=True)]
-        return _RECORDS.validate_python(rows, context=FROM_JSON)
+        records = [
+            {"name": name, "bytes": size, "sha256": digest, "rows": count, "info": info}
+            for name, size, digest, count, info in zip(names, sizes, digests, rows, infos, strict=True)
+        ]
+        return _RECORDS.validate_python(records, context=FROM_JSON)
     except (pa.ArrowException, KeyError, TypeError, ValidationError) as error:
         raise ValueError(str(error)) from error

@@ -28,8 +28,9 @@ from hashray.storage import Store, join, open_store
 CHECK_THREADS = 4
 LISTED_DUPLICATES = 5
 WHOLE_BYTES = 8 << 20  # a file up to here is held by the thread that checks it
-MOST_HASHES = 16 << 20  # in memory at a time: 128 MiB, and as much again while they are joined
-MOST_PARTS = 1 << 12
+MOST_HASHES = 16 << 20  # in memory at a time: 128 MiB
+HALVED_AT_ONCE = 1 << 20
+MOST_PARTS = 1 << 10
 
 
 def describe(url: str | Path | Store) -> dict[str, Any]:
@@ -170,20 +171,25 @@ def find_duplicates(
     {'a': ['part-0', 'part-1']}
     """
     parts, part, suspects = 1, 0, set[int]()
+    kept = np.empty(most_hashes + most_hashes // 8 + 1, np.int64)  # not all parts of the hashes are equally large
     while part < parts:
-        blocks, count = list[NDArray[np.int64]](), 0
+        count = 0
         for _, ids in read():
-            hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
-            blocks.append(_in_part(hashes, part, parts))
-            count += len(blocks[-1])
-            while part == 0 and count > most_hashes and parts < MOST_PARTS:
+            hashes = _in_part(np.fromiter(map(hash, ids), np.int64, len(ids)), part, parts)
+            while part == 0 and count + len(hashes) > most_hashes and parts < MOST_PARTS:
                 parts *= 2
-                blocks = [np.concatenate([_in_part(block, 0, parts) for block in blocks])]
-                count = len(blocks[0])
-        kept = np.concatenate([np.empty(0, np.int64), *blocks])
-        del blocks
-        kept.sort()
-        suspects.update(kept[1:][kept[1:] == kept[:-1]].tolist())
+                hashes, before, count = _in_part(hashes, 0, parts), count, 0
+                for start in range(0, before, HALVED_AT_ONCE):
+                    block = _in_part(kept[start : min(before, start + HALVED_AT_ONCE)], 0, parts)
+                    kept[count : count + len(block)] = block
+                    count += len(block)
+            if count + len(hashes) > len(kept):  # very many equal ids
+                kept = np.concatenate([kept[:count], np.empty(count + len(hashes), np.int64)])
+            kept[count : count + len(hashes)] = hashes
+            count += len(hashes)
+        ordered = kept[:count]
+        ordered.sort()
+        suspects.update(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
         part += 1
     if not suspects:
         return {}

@@ -50,9 +50,9 @@ def events(text: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("ray", ["always", "never"])
 def test_a_stage_counts_what_the_server_saw(
     ray_session: Any,
-    through: Callable[..., tuple[Store, Proxy]],
+    through: Callable[..., tuple[Store, Proxy]],  # noqa: F811
     capsys: pytest.CaptureFixture[str],
-    ray: str,  # noqa: F811
+    ray: str,
 ) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     store, proxy = through(lambda number, request: 503 if number % 7 == 0 else None)

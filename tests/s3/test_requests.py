@@ -10,13 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from ray import cloudpickle
-from test_artifact import make_corpus
 from test_flaky_store import Proxy, through  # noqa: F401  # a fixture
 
-from hashray.artifact import Manifest, publish
+from hashray.artifact import Manifest, publish, write_file
 from hashray.cli import main
 from hashray.engine.parts import Output, PartWorker, run_parts
-from hashray.engine.reports import Meter
+from hashray.engine.reports import Meter, listening, start_reports
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import run_stage
 from hashray.engine.tasks import run_tasks
@@ -90,13 +89,24 @@ def test_counts_are_carried_once() -> None:
         Requests(got=1)  # type: ignore[call-arg]
 
 
+def test_a_training_worker_reports_its_counts(ray_session: Any) -> None:
+    lines: list[dict[str, Any]] = []
+    reports, before = start_reports(), requests.total()
+    with listening(reports, lines.append, lambda: None):
+        ray_session.get(reports.put.remote({"sent": Requests(get=3, bytes_down=9)}))
+        ray_session.get(reports.put.remote({"event": "start"}))
+    assert requests.total() - before == Requests(get=3, bytes_down=9)
+    assert lines == [{"event": "start"}]
+
+
 def test_verbose_says_it_on_a_terminal_and_elsewhere_it_is_a_line(
     s3_url: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("hashray.progress._verbose", False)
-    publish(open_store(s3_url), make_corpus(open_store(s3_url)))
-    local = str(tmp_path / "corpus")
-    publish(open_store(local), make_corpus(open_store(local)))
+    local = str(tmp_path / "model")
+    for store in (open_store(s3_url), open_store(local)):
+        files = (write_file(store, "weights", b"data"),)
+        publish(store, Manifest(kind="model", project_version="0", config={}, parents={}, files=files))
     assert main(["describe", s3_url]) == 0 and main(["describe", local]) == 0
     (event,) = events(capsys.readouterr().err)  # the folder asks nothing of S3
     wanted = {"event": "requests", "stage": "describe", "get": 1, "put": 0, "head": 1, "list": 1, "delete": 0}

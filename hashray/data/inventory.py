@@ -291,7 +291,7 @@ def _rows_between(
 ) -> pa.Table:
     tables = []
     for name in names:
-        with store.open(name) as handle:
+        with store.open(name, ranged=True) as handle:
             tables.append(listed.between(handle, column, share, columns))
     return pa.concat_tables(tables)
 

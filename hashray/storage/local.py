@@ -85,7 +85,7 @@ class LocalStore(Store):
         with file_errors(path, writes=True):
             path.unlink(missing_ok=True)
 
-    def open(self, key: str) -> BinaryIO:
+    def open(self, key: str, ranged: bool = False) -> BinaryIO:
         path = self.local_path(key)
         with file_errors(path):
             return path.open("rb")

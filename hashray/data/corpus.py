@@ -135,11 +135,15 @@ class Corpus:
             return np.zeros((0, int(self.manifest.info["feature_dim"])), dtype=np.float32)
         return np.concatenate([list_matrix(table.column("feature")) for table in tables])
 
-    def images(self, split: str, ids: Sequence[str]) -> dict[str, bytes]:
-        """The bytes of some rows by id, for galleries; only parts that hold such rows are read."""
+    def images(self, split: str, ids: Sequence[str], parts: Sequence[FileRecord] | None = None) -> dict[str, bytes]:
+        """The bytes of some rows by id, for galleries; only parts that hold such rows are read.
+
+        Args:
+            parts: where the rows are known to be; the row tables of the other parts are not opened.
+        """
         wanted = pa.array(sorted(set(ids)), pa.string())
         images: dict[str, bytes] = {}
-        for record in self.parts:
+        for record in self.parts if parts is None else parts:
             if not self.count_part(record, split) or len(images) == len(wanted):
                 continue
             rows = self.part_rows(record, "all")

@@ -117,7 +117,8 @@ def main() -> None:
     print(
         f"metric: {result['ratio']:.1f}x faster than {result['peer']} "
         f"({seconds['ours']:.3f} s against {seconds['peer']:.2f} s, median of {REPETITIONS}, "
-        f"{QUERIES} x {DATABASE} codes of {NUM_BITS} bits; distances by {result['distances']}; mAP {expected:.6f}, peer {unstable:.6f})"
+        f"{QUERIES} x {DATABASE} codes of {NUM_BITS} bits; distances by {result['distances']}; "
+        f"mAP {expected:.6f}, peer {unstable:.6f})"
     )
     if out:
         write_json(out, result)

@@ -9,7 +9,7 @@ sample is kept whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import merge as merge_sorted
 from itertools import islice
 from typing import Any
@@ -84,8 +84,11 @@ class Scanner:
         num_queries = sum(len(target.queries.codes) for target in targets)
         for number, piece in self._calls(title, _scan_parts, num_queries, picks, self.split, tuple(targets)):
             tables = _added(tables, piece.tables)
-            piece.tables.clear()  # only the sum is kept: a table is as large for few rows as for many
-            pieces[number] = piece
+            # Only the sum is kept: a table is as large for few rows as for many. Arrays from a task are views of Ray's
+            # store, and one of them would keep the tables there.
+            pieces[number] = replace(
+                piece, tables=[], side=piece.side.copied(), places=piece.places.copy(), taught=piece.taught.copy()
+            )
         ordered = [pieces[number] for number in sorted(pieces)]
         return _together(ordered, tables or [])
 

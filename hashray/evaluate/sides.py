@@ -73,6 +73,12 @@ class Side:
         mask = in_split(pa.array(self.splits, pa.string()), split)
         return self if mask.all() else self.take(mask)
 
+    def copied(self) -> Side:
+        """The same rows, in arrays of this process."""
+        labels = LabelRows(self.labels.ids.copy(), self.labels.rows.copy())
+        values = {name: matrix.copy() for name, matrix in self.values.items()}
+        return Side(self.ids, labels, self.splits, self.parts.copy(), values)
+
     def classes_of(self, row: int) -> tuple[int, ...]:
         """The classes of one row, as indices."""
         return tuple(np.flatnonzero(self.labels.rows[self.labels.ids[row]]).tolist())

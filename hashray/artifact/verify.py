@@ -23,6 +23,7 @@ from hashray.storage import Store, join, open_store
 
 CHECK_THREADS = 4
 LISTED_DUPLICATES = 5
+IDS_AT_ONCE = 1 << 16
 
 
 def describe(url: str | Path | Store) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def verify(url: str | Path | Store) -> list[str]:
     whole = [record for record, text in zip(manifest.files, faults, strict=True) if text is None]
     tables = []
     for record in whole:
-        if record.name.endswith(".parquet"):
+        if record.name.endswith((".parquet", ".arrow")):
             rows = _footer_rows(store, record.name)
             if isinstance(rows, str):
                 problems.append(rows)
@@ -119,15 +120,29 @@ def _check_bytes(store: Store, record: FileRecord) -> str | None:
 
 
 def _footer_rows(store: Store, name: str) -> int | str:
+    kind = "Arrow" if name.endswith(".arrow") else "Parquet"
     try:
+        if kind == "Arrow":
+            return sum(len(batch) for batch in _arrow_batches(store, name))
         return pq.ParquetFile(store.open(name)).metadata.num_rows
     except pa.ArrowInvalid as error:
-        return f"{join(store.url, name)} is no Parquet file: {error}"
+        return f"{join(store.url, name)} is no {kind} file: {error}"
+
+
+def _arrow_batches(store: Store, name: str) -> Iterator[pa.RecordBatch]:
+    with pa.ipc.open_file(store.open(name)) as reader:
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
 
 
 def _duplicate_ids(store: Store, names: list[str]) -> list[str]:
     def read() -> Iterator[tuple[str, list[Any]]]:
         for name in names:
+            if name.endswith(".arrow"):
+                for whole in _arrow_batches(store, name):
+                    for start in range(0, len(whole) if "id" in whole.schema.names else 0, IDS_AT_ONCE):
+                        yield name, whole.column("id").slice(start, IDS_AT_ONCE).to_pylist()
+                continue
             table = pq.ParquetFile(store.open(name))
             if "id" in table.schema_arrow.names:
                 for batch in table.iter_batches(columns=["id"]):

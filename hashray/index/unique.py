@@ -62,7 +62,7 @@ def _hash_block(text: NDArray[np.uint8], ends: NDArray[np.int64]) -> Hashes:
 
 
 def num_buckets(rows: int) -> int:
-    """Return the number of buckets for an index of so and so many rows."""
+    """Return the number of buckets of an index with this number of rows."""
     return max(1, -(-rows // HASHES_PER_BUCKET))
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 
-def median_seconds(contenders: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Median wall seconds of every contender; they take turns, so that a busy machine is busy for all of them."""
+def median_seconds(
+    contenders: Mapping[str, Callable[[], Any]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Median seconds of every contender by a clock; they take turns, so that a busy machine is busy for all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repetitions):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

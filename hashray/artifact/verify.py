@@ -31,6 +31,7 @@ WHOLE_BYTES = 8 << 20  # a file up to here is held by the thread that checks it
 MOST_HASHES = 16 << 20  # in memory at a time: 128 MiB
 HALVED_AT_ONCE = 1 << 20
 MOST_PARTS = 1 << 10
+IDS_AT_ONCE = 1 << 16
 
 
 def describe(url: str | Path | Store) -> dict[str, Any]:
@@ -106,6 +107,10 @@ def _check_file(store: Store, record: FileRecord) -> _Checked:
             with store.open(record.name) as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed: no readinto
             check(store, record, record.bytes, sha256)
+        if record.name.endswith(".arrow"):
+            counts = [(len(batch), "id" in batch.schema.names) for batch in _arrow_batches(store, record.name)]
+            rows, has_ids = sum(count for count, _ in counts), any(ids for _, ids in counts)
+            return _Checked(record, rows_fault=_rows_fault(name, record, rows), has_ids=has_ids)
         if not record.name.endswith(".parquet"):
             return _Checked(record)
         with store.open(record.name, ranged=True) if whole is None else io.BytesIO(whole) as file:
@@ -116,11 +121,15 @@ def _check_file(store: Store, record: FileRecord) -> _Checked:
     except CorruptArtifact as error:
         return _Checked(record, str(error))
     except pa.ArrowInvalid as error:
-        return _Checked(record, rows_fault=f"{name} is no Parquet file: {error}")
-    fault = None
-    if record.rows is not None and rows != record.rows:
-        fault = f"{name}: holds {rows} rows, its manifest says {record.rows}"
-    return _Checked(record, rows_fault=fault, has_ids=has_ids and plain_name(record.name) != QUARANTINE)
+        kind = "Arrow" if record.name.endswith(".arrow") else "Parquet"
+        return _Checked(record, rows_fault=f"{name} is no {kind} file: {error}")
+    has_ids = has_ids and plain_name(record.name) != QUARANTINE
+    return _Checked(record, rows_fault=_rows_fault(name, record, rows), has_ids=has_ids)
+
+
+def _rows_fault(name: str, record: FileRecord, rows: int) -> str | None:
+    same = record.rows is None or rows == record.rows
+    return None if same else f"{name}: holds {rows} rows, its manifest says {record.rows}"
 
 
 def _verify_versions(store: Store) -> list[str]:
@@ -138,9 +147,20 @@ def _verify_versions(store: Store) -> list[str]:
     return problems
 
 
+def _arrow_batches(store: Store, name: str) -> Iterator[pa.RecordBatch]:
+    with pa.ipc.open_file(store.open(name)) as reader:
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
+
+
 def _duplicate_ids(store: Store, tables: Sequence[FileRecord]) -> list[str]:
     def read() -> Iterator[tuple[str, list[Any]]]:
         for record in tables:
+            if record.name.endswith(".arrow"):
+                for whole in _arrow_batches(store, record.name):
+                    for start in range(0, len(whole), IDS_AT_ONCE):
+                        yield record.name, whole.column("id").slice(start, IDS_AT_ONCE).to_pylist()
+                continue
             for table in iterate_columns(store, record.model_copy(update={"rows": None}), ["id"]):
                 for batch in table.to_batches():
                     yield record.name, batch.column(0).to_pylist()

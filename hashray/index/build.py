@@ -1,13 +1,14 @@
-"""[Ray] `hashray index build`: codes -> disjoint shards -> version 1 of an index.
+"""[Ray] `hashray index build`: codes -> shards -> version 1 of an index.
 
-index/  versions/00000001.json · shards/<sha256>.faiss · ids/<sha256>.parquet · quantizers/<sha256>.faiss (ivf)
+index/  versions/00000001.json · shards/<sha256>.faiss · ids/<sha256>.arrow · quantizers/<sha256>.faiss (ivf)
 
-Shards are ranges of ids, so that a row's place over all shards is its place in the order of ids. Tasks run in two
-rounds. The first reads every part and draws a sample of its rows. From the sample, the driver takes the bounds of the
-ranges (exact up to 262,144 rows) and the training rows of the quantizer. In the second round, the task of a shard
-reads the parts whose ids reach into its range, keeps its rows, sorts, builds and writes. If parts do not follow the
-order of ids, each part is read once for every shard. Only a shard's own task holds its rows. Memory: a task needs
-three times its shard (ids and codes) and one part; the driver needs the sample and two ids a part.
+A shard is a group of neighbouring code parts, sorted by id inside; the id ranges of shards may overlap. The task of a
+group reads its parts, each once, sorts, builds and writes. For ivf, one task reads a few parts before that, with four
+times the rows of the sample that trains the quantizer (64 rows a list). Memory: a task needs three times its shard (ids
+and codes) and one part; the driver needs a record a shard.
+
+Every id is one row of the whole index. A group's task sorts its ids, and leaves their hashes under progress/; then a
+task for each 32 million rows looks for equal hashes among all groups, and the ids with these are compared.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hashray import artifact
 from hashray.artifact import FileRecord, Manifest, canonical, read_table, sha256_hex, version_key
@@ -33,17 +34,38 @@ from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import require_free, run_stage
 from hashray.engine.tasks import run_tasks
 from hashray.errors import AuditError, CorruptArtifact, InputError
-from hashray.index import shard
+from hashray.index import shard, unique
+from hashray.index.groups import Group, group_parts, sample_rows
+from hashray.index.ids import check_unique, duplicate_ids, one_array, read_ids
 from hashray.index.shard import NPROBE, SAMPLE_PER_LIST, Kind, WrittenShard
+from hashray.index.unique import Hashes
 from hashray.progress import Bar, say
 from hashray.storage import Store, check_conditional_put, join, open_store
 
 ROWS_PER_SHARD = 5_000_000  # Flat answers 5M rows of 64 bits in some 4 ms; IVF pays above that
-SAMPLE_ROWS = 1 << 18
 SHORT_ROWS = 1_000_000  # 8 MB of 64-bit codes: built here in less time than Ray takes to start
-SAMPLE_PER_SHARD = 256  # the rows of two shards then differ by some 10 %
 
-RecordT = TypeVar("RecordT", FileRecord, WrittenShard)
+
+class BuiltGroup(BaseModel):
+    """What a group's task has written: its shards, and the hashes of its ids in a file a bucket."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shards: tuple[WrittenShard, ...]
+    hashes: tuple[FileRecord, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all its shards."""
+        return sum(written.info.rows for written in self.shards)
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Every file that was written."""
+        return [*(file for written in self.shards for file in written.files), *self.hashes]
+
+
+RecordT = TypeVar("RecordT", FileRecord, BuiltGroup)
 
 
 class IndexConfig(Config):
@@ -105,15 +127,6 @@ def build_index(config: IndexConfig) -> Manifest:
 
 
 @dataclass(frozen=True)
-class _Survey:
-    """First and last id of every part, and a sample of all rows: ids ascending; codes [n, b] in stored order."""
-
-    ranges: Sequence[tuple[str, str]]
-    ids: pa.Array
-    codes: Codes
-
-
-@dataclass(frozen=True)
 class _Build:
     """One build: the input of its tasks and the place of its records."""
 
@@ -125,83 +138,91 @@ class _Build:
     plan: str
 
     def run(self, num_shards: int, nlist: int) -> tuple[list[WrittenShard], FileRecord | None]:
-        """Return the shards in ascending order of ids, and the file of their quantizer."""
-        quantizer = self._read("quantizer", FileRecord) if nlist else None
-        done: dict[int, WrittenShard] = {}
-        if not nlist or quantizer:
-            records = {n: self._read(_name(n, quantizer), WrittenShard) for n in range(num_shards)}
-            done = {n: written for n, written in records.items() if written}
-        if len(done) < num_shards:
-            survey = self._survey(num_shards, nlist)
-            if nlist and not quantizer:
-                quantizer = self._train(survey.codes, nlist)
-            rows = [sum(part.rows or 0 for part in self.parts), sum(written.info.rows for written in done.values())]
-            with Bar("build shards", rows[0], "rows", done=rows[1]) as bar:
-                meter = Meter(bar, "shard")
-                for number, written in self._build(survey, num_shards, done, quantizer, meter):
-                    done[number] = written
-                    meter.finish(number, written.info.rows)
-        return [done[n] for n in range(num_shards)], quantizer
+        """Return the shards, and the file of their quantizer."""
+        quantizer = (self._read("quantizer", FileRecord) or self._train(nlist)) if nlist else None
+        groups = group_parts([part.rows or 0 for part in self.parts], num_shards)
+        records = {n: self._read(_name(n, quantizer), BuiltGroup) for n in range(len(groups))}
+        built = {n: record for n, record in records.items() if record}
+        rows, done = self._rows, sum(record.rows for record in built.values())
+        with Bar("build shards", rows, "rows", done=done) as bar:
+            meter = Meter(bar, "group")
+            for number, record in self._build(groups, built, quantizer, meter):
+                built[number] = record
+                meter.finish(number, record.rows)
+        if len(groups) > 1:
+            self._require_unique([built[n] for n in range(len(groups))])
+        return [written for n in range(len(groups)) for written in built[n].shards], quantizer
 
-    def _survey(self, num_shards: int, nlist: int) -> _Survey:
-        starts = np.cumsum([0, *(int(part.rows or 0) for part in self.parts)])
-        size = min(starts[-1], max(SAMPLE_ROWS, SAMPLE_PER_LIST * nlist, SAMPLE_PER_SHARD * num_shards))
-        rng = np.random.default_rng(self.config.seed)
-        picks = np.sort(rng.choice(starts[-1], size, replace=False, shuffle=False))
-        mine = np.split(picks, np.searchsorted(picks, starts[1:-1]))
-        width = self.num_bits if nlist else None
-        jobs = [(self.source, part, width, mine[n] - starts[n]) for n, part in enumerate(self.parts)]
-        parts: dict[int, Any] = {}
-        with Bar("read ids", int(starts[-1]), "rows") as bar:
-            meter = Meter(bar, "part")
-            for number, surveyed in self._calls(_survey_part, dict(enumerate(jobs)), meter):
-                parts[number] = surveyed
-                meter.finish(number, self.parts[number].rows or 0)
-        order = range(len(jobs))
-        ids = shard.one_array(pa.chunked_array([parts[n][1] for n in order], pa.large_string()))
-        ids = ids.take(pc.sort_indices(ids))
-        shard.check_unique(ids)  # and so the bounds are, and no shard is empty
-        return _Survey([parts[n][0] for n in order], ids, np.concatenate([parts[n][2] for n in order]))
+    @property
+    def _rows(self) -> int:
+        return sum(part.rows or 0 for part in self.parts)
 
-    def _train(self, codes: Codes, nlist: int) -> FileRecord:
-        rng = np.random.default_rng(self.config.seed)
-        sample = codes[np.sort(rng.choice(len(codes), min(len(codes), SAMPLE_PER_LIST * nlist), replace=False))]
-        with Bar("train lists", len(sample), "rows") as bar:
+    def _train(self, nlist: int) -> FileRecord:
+        seed = self.config.seed
+        drawn = sample_rows([part.rows or 0 for part in self.parts], SAMPLE_PER_LIST * nlist, seed)
+        sample = [(self.parts[part], picks) for part, picks in drawn]
+        rows = sum(len(picks) for _, picks in sample)
+        job = (self.source, sample, self.num_bits, nlist, seed)
+        with Bar("train lists", rows, "rows") as bar:
             meter = Meter(bar, "quantizer")
-            ((_, trained),) = self._calls(_train, {0: (sample, nlist, self.config.seed)}, meter)
-            meter.finish(0, len(sample))
+            ((_, trained),) = self._calls(_train, {0: job}, meter)
+            meter.finish(0, rows)
         record = artifact.write_file(self.store, f"quantizers/{sha256_hex(trained)}.faiss", trained)
         self.store.write(self._key("quantizer"), record.model_dump_json().encode())
         return record
 
     def _build(
-        self, survey: _Survey, num_shards: int, done: Mapping[int, Any], quantizer: FileRecord | None, meter: Meter
-    ) -> Iterator[tuple[int, WrittenShard]]:
-        bounds = [None, *(survey.ids[len(survey.ids) * n // num_shards].as_py() for n in range(1, num_shards)), None]
-        trained = artifact.read_file(self.store, quantizer) if quantizer else None
-        jobs = {}
-        for number in range(num_shards):
-            low, high = bounds[number], bounds[number + 1]
-            parts = [part for part, (first, last) in zip(self.parts, survey.ranges, strict=True)
-                     if (low is None or last >= low) and (high is None or first < high)]  # fmt: skip
-            key = self._key(_name(number, quantizer))
-            jobs[number] = (self.source, self.store, parts, (low, high), self.num_bits, self.config.kind, key)
-        todo = {n: job for n, job in jobs.items() if n not in done}
-        for number, text in self._calls(_build_shard, todo, meter, trained):
-            yield number, WrittenShard.model_validate_json(text)
+        self, groups: Sequence[Group], built: Mapping[int, Any], quantizer: FileRecord | None, meter: Meter
+    ) -> Iterator[tuple[int, BuiltGroup]]:
+        buckets = unique.num_buckets(self._rows) if len(groups) > 1 else 0
+        jobs = {
+            number: (
+                self.source, self.store, [self.parts[part] for part in group.parts], group.shards, self.num_bits,
+                self.config.kind, self._key(_name(number, quantizer)), buckets,
+            )
+            for number, group in enumerate(groups) if number not in built
+        }  # fmt: skip
+        if jobs:
+            trained = artifact.read_file(self.store, quantizer) if quantizer else None
+            for number, text in self._calls(_build_group, jobs, meter, trained):
+                yield number, BuiltGroup.model_validate_json(text)
+
+    def _require_unique(self, built: Sequence[BuiltGroup]) -> None:
+        """Raise InputError where an id stands in two groups."""
+        after = dict.fromkeys(range(len(built[0].hashes)), -1)
+        with Bar("compare ids", self._rows, "rows") as bar:
+            while after:
+                meter, jobs = Meter(bar, "bucket"), {}
+                for bucket, value in after.items():
+                    jobs[bucket] = (self.store, [group.hashes[bucket] for group in built], value)
+                suspects = dict(self._calls(_equal_hashes, jobs, meter))
+                self._compare(built, np.concatenate([*suspects.values()]))
+                after = {n: int(some[-1]) for n, some in suspects.items() if len(some) == unique.SUSPECTS}
+            bar.at(self._rows)
+
+    def _compare(self, built: Sequence[BuiltGroup], suspects: Hashes) -> None:
+        """Raise InputError where ids with one of these hashes are equal: hardly ever are there any."""
+        if not len(suspects):
+            return
+        files = [written.files[1] for group in built for written in group.shards]
+        with Bar("compare ids", len(files), "shards") as bar:
+            jobs = {n: (self.store, file) for n, file in enumerate(files)}
+            answers = [ids for _, ids in self._calls(_ids_with, jobs, Meter(bar, "shard"), np.sort(suspects))]
+        twice = unique.duplicates(answers)
+        if twice:
+            raise duplicate_ids(len(twice), twice[0])
 
     def _calls(
         self, function: Any, jobs: Mapping[int, tuple[Any, ...]], meter: Meter, *shared: Any
     ) -> Iterator[tuple[int, Any]]:
-        rows = sum(part.rows or 0 for part in self.parts)
-        return run_tasks(function, jobs, self.config.pool, rows <= SHORT_ROWS, meter, shared)
+        return run_tasks(function, jobs, self.config.pool, self._rows <= SHORT_ROWS, meter, shared)
 
     def _read(self, name: str, model: type[RecordT]) -> RecordT | None:
         try:
             record = model.model_validate_json(self.store.read(self._key(name)))
         except (ValueError, InputError):  # half a record, or none: the work is done again
             return None
-        files = record.files if isinstance(record, WrittenShard) else [record]
+        files = record.files if isinstance(record, BuiltGroup) else [record]
         there = (self.store.exists(file.name) and self.store.size(file.name) == file.bytes for file in files)
         return record if all(there) else None
 
@@ -210,62 +231,94 @@ class _Build:
 
 
 def _name(number: int, quantizer: FileRecord | None) -> str:
-    """A shard's record belongs to one quantizer: shards of two must never meet in one index."""
+    """A group's record belongs to one quantizer: shards of two must never meet in one index."""
     return f"{number:06d}" + (f"-{quantizer.sha256[:12]}" if quantizer else "")
 
 
-def _ids(table: pa.Table, where: str) -> pa.ChunkedArray:
-    ids = table.column("id")
-    if ids.null_count:
-        raise CorruptArtifact(f"{where}: {ids.null_count} rows have no id")
-    return ids.cast(pa.large_string())
+def _read_part(source: Store, part: FileRecord, columns: Sequence[str]) -> pa.Table:
+    table = read_table(source, part, columns)
+    if len(table) != part.rows:
+        raise AuditError(f"{join(source.url, part.name)} holds {len(table):,} rows, its manifest says {part.rows}")
+    return table
 
 
-def _survey_part(
-    source: Store, part: FileRecord, num_bits: int | None, picks: NDArray[np.int64], advance: Callable[[int], None]
-) -> tuple[tuple[str, str], pa.Array, Codes]:
-    """First and last id of a part, and the ids (and, given `num_bits`, the codes) of the picked rows."""
-    table = read_table(source, part, ["id", "code"] if num_bits else ["id"])
-    ids = _ids(table, join(source.url, part.name))
-    if len(ids) != part.rows:
-        raise AuditError(f"{join(source.url, part.name)} holds {len(ids):,} rows, its manifest says {part.rows}")
-    ends = pc.min_max(ids)
-    codes = code_matrix(table.column("code"), num_bits)[picks] if num_bits else np.empty((0, 1), np.uint8)
-    ends_text = (ends["min"].as_py() or "", ends["max"].as_py() or "")
-    return ends_text, shard.one_array(ids.take(pa.array(picks))), codes
+def _train(
+    source: Store,
+    sample: Sequence[tuple[FileRecord, NDArray[np.int64]]],
+    num_bits: int,
+    nlist: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> bytes:
+    """Read the rows of the sample from their parts, and train the quantizer on them."""
+    codes = [code_matrix(_read_part(source, part, ["code"]).column("code"), num_bits)[picks] for part, picks in sample]
+    return shard.train_quantizer(np.concatenate(codes), nlist, seed)
 
 
-def _train(sample: Codes, nlist: int, seed: int, advance: Callable[[int], None]) -> bytes:
-    return shard.train_quantizer(sample, nlist, seed)
-
-
-def _build_shard(
+def _build_group(
     source: Store,
     store: Store,
     parts: Sequence[FileRecord],
-    bounds: tuple[str | None, str | None],
+    num_shards: int,
     num_bits: int,
     kind: str,
     record_key: str,
+    buckets: int,
     quantizer: bytes | None,
     advance: Callable[[int], None],
 ) -> str:
-    """Build and write the shard of the ids from the lower bound to below the upper one, then its record."""
-    low, high = bounds
-    ids, codes = [], []
-    for part in parts:
-        table = read_table(source, part, ["id", "code"])
-        names = _ids(table, join(source.url, part.name))
-        mine = np.ones(len(names), dtype=bool)
-        if low is not None:
-            mine &= pc.greater_equal(names, low).to_numpy()
-        if high is not None:
-            mine &= pc.less(names, high).to_numpy()
-        ids += names.filter(pa.array(mine)).chunks
-        codes.append(code_matrix(table.column("code"), num_bits)[mine])
-        advance(len(codes[-1]))
-    texts = shard.one_array(pa.chunked_array(ids, pa.large_string()))
-    written = shard.write_shard(store, texts, np.concatenate(codes), kind, quantizer)
-    text = written.model_dump_json()
+    """Build and write the shards of a group of parts, then the hashes of its ids, then its record."""
+    release = pa.default_memory_pool().release_unused  # Arrow keeps what it frees: as much again, after many parts
+    ids, codes = _read_group(source, parts, num_bits, advance)
+    release()
+    order = pc.sort_indices(ids)
+    ids = ids.take(order)  # here, where nothing else holds the ids as they were
+    release()
+    codes, order = codes[order.to_numpy()], None
+    check_unique(ids)
+    shards = []
+    for number in range(num_shards):
+        rows = slice(len(ids) * number // num_shards, len(ids) * (number + 1) // num_shards)
+        shards.append(shard.write_sorted(store, ids[rows], codes[rows], kind, quantizer))
+        release()
+    hashes = [
+        artifact.write_file(store, f"{record_key.removesuffix('.json')}-{bucket:04d}.u64", some.tobytes())
+        for bucket, some in enumerate(unique.into_buckets(unique.hash_ids(ids), buckets) if buckets else [])
+    ]
+    text = BuiltGroup(shards=tuple(shards), hashes=tuple(hashes)).model_dump_json()
     store.write(record_key, text.encode())
     return text
+
+
+def _read_group(
+    source: Store, parts: Sequence[FileRecord], num_bits: int, advance: Callable[[int], None]
+) -> tuple[pa.Array, Codes]:
+    """Ids [n] and codes uint8 [n, num_bits // 8] of all rows of these parts."""
+    codes, ids, start = np.empty((sum(part.rows or 0 for part in parts), num_bits // 8), np.uint8), [], 0
+    for part in parts:
+        table = _read_part(source, part, ["id", "code"])
+        names = table.column("id")
+        if names.null_count:
+            raise CorruptArtifact(f"{join(source.url, part.name)}: {names.null_count} rows have no id")
+        ids += names.cast(pa.string()).chunks
+        codes[start : start + len(table)] = code_matrix(table.column("code"), num_bits)
+        start += len(table)
+        advance(len(table))
+    return one_array(pa.chunked_array(ids, pa.string())), codes
+
+
+def _equal_hashes(store: Store, files: Sequence[FileRecord], after: int, advance: Callable[[int], None]) -> Hashes:
+    """Return the hashes above `after` that stand in more than one place of these files."""
+    hashes = np.empty(sum(file.bytes for file in files) // 8, np.uint64)
+    start = 0
+    for file in files:
+        some = np.frombuffer(artifact.read_file(store, file), np.uint64)
+        hashes[start : start + len(some)] = some
+        start += len(some)
+        advance(len(some))
+    return unique.equal_hashes(hashes, after)
+
+
+def _ids_with(store: Store, file: FileRecord, hashes: Hashes, advance: Callable[[int], None]) -> list[str]:
+    """Return the ids of a shard that have one of these hashes."""
+    return unique.ids_with(read_ids(artifact.read_file(store, file)), hashes)

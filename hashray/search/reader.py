@@ -2,7 +2,8 @@
 
 A local index is read in place. Files of one on S3 are kept under $HASHRAY_CACHE (default ~/.cache/hashray) by their
 sha256; nothing is ever evicted, and any file there may be deleted. Whatever their place, all bytes are verified
-before they are used. Codes are mapped, not read; ids are held in memory: their text and 4 bytes a row.
+before they are used; a file that has not changed since is not read again (`storage/cache.py`). Codes and ids are
+mapped, not read: a search touches all codes (of the lists probed), and the ids of its answer.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import faiss
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hashray import artifact
 from hashray.artifact import Manifest
 from hashray.codes import Codes, as_codes
 from hashray.errors import InputError, MismatchError
-from hashray.index.shard import Shard, ShardInfo, check_kind, one_array, open_shard, read_ids
+from hashray.index.ids import MappedIds
+from hashray.index.shard import Shard, ShardInfo, check_kind, open_shard
 from hashray.search.merge import merge
 from hashray.storage import Store, join, open_store
 from hashray.storage.cache import verified_path
@@ -35,60 +35,16 @@ ROUND_CANDIDATES = 4 << 20
 FEWEST_QUERIES = 32  # FAISS shares one scan of the codes among these
 
 
-class Ranks(NamedTuple):
-    """The rank of each row among all rows of the index, in ascending order of ids.
-
-    Shards of disjoint ranges of ids follow each other; those that overlap form one group with a table.
-    """
-
-    of_shard: list[int | NDArray[np.int64]]  # the rank of a shard's first row, or of every row
-    starts: NDArray[np.int64]  # the first rank of each group
-    ids: list[pa.Array]  # the ids of each group, ascending
-    ascending: bool  # no two shards overlap, and they stand in ascending order
-
-
-def rank_rows(first_last: Sequence[tuple[str, str]], ids: Sequence[pa.Array]) -> Ranks:
-    """Rank the rows of shards given in ascending order of their first ids; each shard's ids ascend.
-
-    Args:
-        first_last: the first and the last id of each shard.
-        ids: the ids of each shard.
-    """
-    groups: list[list[int]] = []
-    highest = ""
-    for number, (first, last) in enumerate(first_last):
-        if groups and first <= highest:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-        highest = max(highest, last)
-    of_shard: list[int | NDArray[np.int64]] = [0] * len(ids)
-    starts, merged, start = [], [], 0
-    for group in groups:
-        texts = ids[group[0]]
-        if len(group) == 1:
-            of_shard[group[0]] = start
-        else:
-            texts = one_array(pa.chunked_array([ids[number] for number in group]))
-            order = pc.sort_indices(texts).to_numpy()
-            ranks = np.empty(len(order), np.int64)
-            ranks[order] = np.arange(start, start + len(order))
-            ends = np.cumsum([len(ids[number]) for number in group])[:-1]
-            for number, part in zip(group, np.split(ranks, ends), strict=True):
-                of_shard[number] = part
-            texts = texts.take(pa.array(order))
-        starts.append(start)
-        merged.append(texts)
-        start += len(texts)
-    return Ranks(of_shard, np.array(starts, np.int64), merged, len(groups) == len(ids))
-
-
 class Index:
     """An open version of an index. Safe to search from several threads; open a new one in each process."""
 
-    def __init__(self, manifest: Manifest, version: int, shards: Sequence[Shard], ranks: Ranks, threads: int) -> None:
+    def __init__(
+        self, manifest: Manifest, version: int, shards: Sequence[tuple[Shard, MappedIds]], ascending: bool, threads: int
+    ) -> None:
+        """Take the open shards; `ascending`: every id of each is below every one of the next."""
         self.manifest, self.version, self.threads = manifest, version, threads
-        self._shards, self._ranks = list(shards), ranks
+        self._shards, self._ids = [shard for shard, _ in shards], [ids for _, ids in shards]
+        self._ascending = ascending
         self._pool = ThreadPoolExecutor(threads, "hashray-search") if threads > 1 else None
 
     @property
@@ -119,7 +75,8 @@ class Index:
 
         Returns:
             ids object [n, k] of str, None where there are fewer than k rows (or an IVF index probed fewer), and
-            distances int32 [n, k] in bits, -1 there. Of a flat index the answer is exact.
+            distances int32 [n, k] in bits, -1 there. Of a flat index the answer is exact, of an IVF index it is among
+            the rows of the lists probed.
 
         Raises:
             MismatchError: codes of another width or of another model. InputError: k is less than 1.
@@ -128,11 +85,12 @@ class Index:
         queries, most = as_codes(codes), min(k, self.rows)
         ids = np.full((len(queries), k), None, dtype=object)
         distances = np.full((len(queries), k), -1, dtype=np.int32)
+        if not most:
+            return ids, distances
         step = max(FEWEST_QUERIES * self.threads, ROUND_CANDIDATES // (len(self._shards) * most))
         for start in range(0, len(queries), step):
             place = (slice(start, start + step), slice(0, most))
-            distances[place], ranks = self._nearest(queries[start : start + step], most)
-            ids[place] = self._lookup(ranks)
+            ids[place], distances[place] = self._nearest(queries[start : start + step], most)
         return ids, distances
 
     def _check(self, codes: Any, k: int) -> None:
@@ -151,34 +109,35 @@ class Index:
                 "bits mean different things; encode the queries with the model the index was made with"
             )
 
-    def _nearest(self, queries: Codes, k: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Distances and ranks [n, k] over all shards."""
+    def _nearest(self, queries: Codes, k: int) -> tuple[NDArray[np.object_], NDArray[np.int32]]:
+        """Ids and distances [n, k] over all shards."""
         # Python threads over shards, FAISS in each with one: OpenMP's own threads spin when the machine is busy
         # (2 of them were 6 times slower than 1). With fewer shards than threads the queries are shared out too.
         shares = 1 if self._pool is None else min(len(queries), -(-self.threads // len(self._shards)))
         cuts = [len(queries) * i // shares for i in range(shares + 1)]
         jobs = [(n, slice(a, b)) for n in range(len(self._shards)) for a, b in pairwise(cuts)]
         distances = np.empty((len(self._shards), len(queries), k), np.int32)
-        ranks = np.empty(distances.shape, np.int64)
+        positions = np.empty(distances.shape, np.int64)
 
         def run(job: tuple[int, slice]) -> None:
             number, rows = job
-            distances[number, rows], places = self._shards[number].search(queries[rows], k)
-            rank = self._ranks.of_shard[number]
-            ranks[number, rows] = np.where(places < 0, -1, places + rank if isinstance(rank, int) else rank[places])
+            distances[number, rows], positions[number, rows] = self._shards[number].search(queries[rows], k)
 
         for _ in map(run, jobs) if self._pool is None else self._pool.map(run, jobs):
             pass
-        return merge(distances, ranks, self._ranks.ascending)
+        merged = merge(distances, positions, self._lookup, self._ascending)
+        for ids in self._ids:
+            ids.release()
+        return merged
 
-    def _lookup(self, ranks: NDArray[np.int64]) -> NDArray[np.object_]:
-        """The ids object [n, k] of ranks int64 [n, k], None for -1."""
-        out = np.full(ranks.shape, None, dtype=object)
-        group = np.searchsorted(self._ranks.starts, ranks, side="right") - 1
-        for number in np.unique(group[ranks >= 0]):
-            here = (group == number) & (ranks >= 0)
-            places = pa.array(ranks[here] - self._ranks.starts[number])
-            out[here] = self._ranks.ids[number].take(places).to_numpy(zero_copy_only=False)
+    def _lookup(self, shards: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.object_]:
+        """The ids object [m] of rows, given the shard int64 [m] and the position int64 [m] of each."""
+        out = np.empty(len(shards), dtype=object)
+        order = np.argsort(shards, kind="stable")
+        starts = np.searchsorted(shards[order], np.arange(len(self._ids) + 1))
+        for ids, (start, end) in zip(self._ids, pairwise(starts.tolist()), strict=True):
+            if end > start:
+                out[order[start:end]] = np.array(ids.take(positions[order[start:end]]), dtype=object)
         return out
 
 
@@ -209,15 +168,19 @@ def open_index(
         raise InputError(f"threads = {threads}: a search needs at least 1")
     kind = check_kind(manifest.info["kind"])
     infos = sorted((ShardInfo.model_validate(info) for info in manifest.info["shards"]), key=lambda info: info.first)
+    if any(info.ids.endswith(".parquet") for info in infos):
+        raise MismatchError(f"{store.url} was built by an older hashray; run `hashray index build` again, elsewhere")
     cache = Path(cache_dir or os.environ.get("HASHRAY_CACHE") or "~/.cache/hashray").expanduser()
     records = [manifest.record(name) for info in infos for name in (info.shard, info.ids)]
     with ThreadPoolExecutor(OPEN_THREADS) as pool:
         paths = list(pool.map(lambda r: verified_path(store, r.name, r.bytes, r.sha256, cache), records))
-        ids = list(pool.map(read_ids, paths[1::2]))
     num_bits, nprobe = int(manifest.info["num_bits"]), manifest.info["nprobe"]
-    shards = [open_shard(path, kind, num_bits, info.rows, nprobe) for path, info in zip(paths[::2], infos, strict=True)]
-    ranks = rank_rows([(info.first, info.last) for info in infos], ids)
-    return Index(manifest, number, shards, ranks, threads or faiss.omp_get_max_threads())
+    shards = [
+        (open_shard(codes, kind, num_bits, info.rows, nprobe), MappedIds(ids, info.rows))
+        for codes, ids, info in zip(paths[::2], paths[1::2], infos, strict=True)
+    ]
+    ascending = all(before.last < info.first for before, info in pairwise(infos))
+    return Index(manifest, number, shards, ascending, threads or faiss.omp_get_max_threads())
 
 
 def _load(store: Store, version: int | None) -> tuple[int, Manifest]:

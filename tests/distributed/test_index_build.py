@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from itertools import pairwise
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +15,10 @@ from pydantic import ValidationError
 from hashray import artifact
 from hashray.artifact import Manifest, version_key
 from hashray.codes import BIT_ORDER, hamming
+from hashray.engine.session import WorkersConfig
 from hashray.errors import AlreadyExists, AuditError, ConfigError, CorruptArtifact, InputError
 from hashray.index import build as module
+from hashray.index import unique
 from hashray.index.build import IndexConfig, build_index
 from hashray.search.reader import open_index
 from hashray.storage import open_store
@@ -71,20 +73,42 @@ def test_every_row_once_and_ties_by_id(tmp_path, monkeypatch):
     manifest = build_index(config)
     assert (manifest.rows_in, manifest.rows_out, manifest.fingerprint) == (1500, 1500, "ab" * 32)
     assert manifest.parents == {"codes": parent.id, "model": "1" * 64}
-    shards = manifest.info["shards"]
-    assert [shard["rows"] for shard in shards] == [375] * 4
-    assert all(a["last"] < b["first"] for a, b in pairwise(shards))
+    assert sorted(shard["rows"] for shard in manifest.info["shards"]) == [300, 300, 300, 600]
     assert artifact.verify(config.out) == [] and not list((tmp_path / "index").rglob("progress/*/*"))
     check_answers(config.out, ids, codes)
     before = stored(tmp_path / "index")
     assert build_index(config) == manifest and stored(tmp_path / "index") == before
-    # Bounds from a sample of the ids serve as well, and so does one shard.
-    monkeypatch.setattr(module, "SAMPLE_ROWS", 100)
-    monkeypatch.setattr(module, "SAMPLE_PER_SHARD", 20)
-    for shards in (3, 1):
+    # More shards than parts: a part makes several. The answers are the same for any number.
+    for shards in (1, 3, 11):
         other = config.model_copy(update={"out": str(tmp_path / str(shards)), "shards": shards})
-        assert sum(shard["rows"] for shard in build_index(other).info["shards"]) == 1500
+        rows = [shard["rows"] for shard in build_index(other).info["shards"]]
+        assert (sum(rows), len(rows)) == (1500, shards)
         check_answers(other.out, ids, codes)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_any_number_of_workers_writes_the_same_bytes_and_each_part_is_read_once(tmp_path, monkeypatch, kind):
+    ids, codes = draw(8, 900)
+    write_codes(tmp_path / "codes", ids, codes)
+    config = IndexConfig(codes=str(tmp_path / "codes"), out=str(tmp_path / "ray"), kind=kind, shards=3)
+    reads, read_table = Counter[str](), module.read_table
+    built = build_index(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            module, "read_table", lambda store, part, columns: (
+                reads.update([f"{part.name} {' '.join(columns)}"]), read_table(store, part, columns))[1]
+        )  # fmt: skip
+        here = config.model_copy(update={"out": str(tmp_path / "here"), "pool": WorkersConfig(ray="never")})
+        assert build_index(here) == built
+    parts = [f"parts/part-{number:05d}.parquet" for number in range(5)]
+    columns = ["id code", "code"] if kind == "ivf" else ["id code"]
+    assert reads == {f"{part} {names}": 1 for part in parts for names in columns}
+    files = {
+        where: {str(path.relative_to(tmp_path / where)): path.read_bytes()
+                for path in (tmp_path / where).rglob("*") if path.is_file()}
+        for where in ("ray", "here")
+    }  # fmt: skip
+    assert files["ray"] == files["here"]
 
 
 def test_ivf_shards_share_one_quantizer(tmp_path):
@@ -198,11 +222,9 @@ def test_codes_that_cannot_be_indexed(tmp_path, monkeypatch):
     write_codes(url, [*ids[:-2], ids[0], ids[1]], codes)
     with pytest.raises(InputError, match=rf"2 ids stand in more than one row, the first '{min(ids[:2])}'"):
         build_index(config)
-    # The sample need not hold them: then the shard's own task finds them.
-    monkeypatch.setattr(module, "SAMPLE_ROWS", 2)
-    monkeypatch.setattr(module, "SAMPLE_PER_SHARD", 1)
-    with pytest.raises(InputError, match="ids stand in more than one row"):
-        build_index(config)
+    # In one group, the task that sorts it finds them.
+    with pytest.raises(InputError, match=rf"2 ids stand in more than one row, the first '{min(ids[:2])}'"):
+        build_index(config.model_copy(update={"shards": 1}))
     assert not (tmp_path / "index" / "versions").exists()
     write_codes(tmp_path / "empty", [], codes[:0], num_parts=1)
     with pytest.raises(InputError, match="holds no codes: there is nothing to index"):
@@ -218,3 +240,20 @@ def test_codes_that_cannot_be_indexed(tmp_path, monkeypatch):
         patch.setattr(module._Build, "run", lambda *_: ([], None))
         with pytest.raises(AuditError, match="holds 200 rows, the shards 0; nothing was published"):
             build_index(IndexConfig(codes=str(tmp_path / "whole"), out=out))
+
+
+def test_ids_in_two_groups_are_compared_and_equal_hashes_are_not_enough(tmp_path, monkeypatch):
+    """Hashes of four values only: nearly all ids are suspects, in several buckets and rounds."""
+    ids, codes = draw(7, 300)
+    config = IndexConfig(codes=str(tmp_path / "codes"), out=str(tmp_path / "index"), shards=4)
+    here = config.model_copy(update={"pool": WorkersConfig(ray="never")})
+    hash_ids = unique.hash_ids
+    monkeypatch.setattr(unique, "hash_ids", lambda texts: (hash_ids(texts) >> np.uint64(62)) << np.uint64(62))
+    monkeypatch.setattr(unique, "HASHES_PER_BUCKET", 100)
+    monkeypatch.setattr(unique, "SUSPECTS", 1)
+    write_codes(tmp_path / "twice", [*ids[:-1], ids[3]], codes)
+    with pytest.raises(InputError, match=rf"1 ids stand in more than one row, the first '{ids[3]}'"):
+        build_index(here.model_copy(update={"codes": str(tmp_path / "twice")}))
+    write_codes(tmp_path / "codes", ids, codes)
+    assert build_index(here).rows_out == 300
+    check_answers(config.out, ids, codes)

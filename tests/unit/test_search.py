@@ -33,14 +33,14 @@ def codes_manifest(rows, num_bits, fingerprint=FINGERPRINT):
     )  # fmt: skip
 
 
-def write_index(url, pieces, kind="flat", version=1, nlist=4):
+def write_index(url, pieces, kind="flat", version=1, trained=None, nprobe=4):
     """Publish an index whose shards hold the (ids, codes) of `pieces`."""
     store, everything = open_store(url), np.concatenate([codes for _, codes in pieces])
-    trained = train_quantizer(everything, nlist) if kind == "ivf" else None
+    trained = trained or train_quantizer(everything, 4) if kind == "ivf" else None
     quantizer = artifact.write_file(store, f"quantizers/{sha256_hex(trained)}.faiss", trained) if trained else None
     shards = [write_shard(store, pa.array(ids), codes, kind, trained) for ids, codes in pieces]
     parent = codes_manifest(len(everything), everything.shape[1] * 8)
-    manifest = index_manifest(parent, shards, kind, {}, quantizer, {"nprobe": nlist} if trained else {})
+    manifest = index_manifest(parent, shards, kind, {}, quantizer, {"nprobe": nprobe} if trained else {})
     return artifact.publish(store, manifest, version_key(version))
 
 
@@ -112,14 +112,41 @@ def test_one_group_of_overlapping_shards_among_others(tmp_path):
     assert (answers.tolist(), distances.tolist()) == brute_force(ids, codes, codes[:20], 350)
 
 
-def test_ivf_with_every_list_probed_is_exact_for_any_shards(tmp_path):
-    ids, codes, _ = draw(2, 600, 48, words=12)
-    expected = brute_force(ids, codes, codes[:10], 600)
-    for num_shards in (1, 4):
-        url = tmp_path / str(num_shards)
-        write_index(url, split(ids, codes, num_shards), kind="ivf")
-        answers, distances = open_index(url, threads=2).search(codes[:10], 600)
-        assert (answers.tolist(), distances.tolist()) == expected and artifact.verify(url) == []
+def test_ivf_gives_the_same_answer_for_any_shards(tmp_path):
+    """The lists that are probed are of one quantizer, and so are the rows that are ranked."""
+    ids, codes, rng = draw(2, 600, 48, words=12)
+    every, some = [], []
+    for num_shards in (1, 4, 9):
+        order = rng.permutation(600)
+        pieces = [([ids[i] for i in part], codes[part]) for part in np.array_split(order, num_shards)]
+        url, trained = tmp_path / str(num_shards), train_quantizer(codes, 12)
+        write_index(url, pieces, kind="ivf", trained=trained, nprobe=12)
+        assert artifact.verify(url) == []
+        every.append([array.tolist() for array in open_index(url, threads=2).search(codes[:10], 600)])
+        write_index(url, pieces, kind="ivf", trained=trained, nprobe=2, version=2)
+        index = open_index(url, threads=2)
+        some.append([[array.tolist() for array in index.search(codes[:10], k)] for k in (1, 7, 80, 600)])
+    assert every[0] == list(brute_force(ids, codes, codes[:10], 600)) and every[1:] == every[:1] * 2
+    assert some[0][-1] != every[0] and some[1:] == some[:1] * 2
+
+
+def test_an_index_without_rows(tmp_path):
+    artifact.publish(open_store(tmp_path), index_manifest(codes_manifest(0, 32), [], "flat", {}), version_key(1))
+    index = open_index(tmp_path)
+    ids, distances = index.search(np.zeros((2, 4), np.uint8), 3)
+    assert index.rows == 0 and ids.tolist() == [[None] * 3] * 2 and distances.tolist() == [[-1] * 3] * 2
+    with pytest.raises(MismatchError, match="codes of 16 bits cannot be searched in an index of 32 bits"):
+        index.search(np.zeros((2, 2), np.uint8), 3)
+
+
+def test_an_index_of_an_older_hashray(tmp_path):
+    url, _, _ = small_index(tmp_path)
+    manifest = artifact.load_manifest(url)
+    shards = [shard | {"ids": shard["ids"].replace(".arrow", ".parquet")} for shard in manifest.info["shards"]]
+    old = manifest.model_copy(update={"info": manifest.info | {"shards": shards}})
+    artifact.publish(open_store(url), old, version_key(2))
+    with pytest.raises(MismatchError, match="was built by an older hashray; run `hashray index build` again"):
+        open_index(url)
 
 
 def test_many_queries_are_searched_in_rounds(tmp_path, monkeypatch):
@@ -215,8 +242,8 @@ def test_an_index_on_s3_through_the_cache(tmp_path, s3_url, s3_server, monkeypat
     for _ in range(2):
         answers, distances = open_index(s3_url, endpoint_url=s3_server).search(codes[:5], 20)
         assert (answers.tolist(), distances.tolist()) == expected
-    kept = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
-    assert len(kept) == 4 and {path.suffix for path in kept} == {".faiss", ".parquet"}
+    kept = sorted(path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".faiss", ".arrow"))
+    assert len(kept) == 4
     # A damaged file in the cache is fetched again; a whole one is not.
     for path in kept[1:]:
         path.write_bytes(path.read_bytes()[:-1] + b"?")

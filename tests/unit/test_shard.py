@@ -1,32 +1,30 @@
-"""One FAISS shard: exact answers in (distance, position) order, widths, files, quantizers; and the merge of several."""
+"""One shard: exact answers in (distance, position) order, widths, files, quantizers, mapped ids."""
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 
 import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hashray.codes import hamming
 from hashray.errors import ConfigError, CorruptArtifact, InputError
 from hashray.index import shard as module
+from hashray.index.ids import MappedIds, ids_bytes
 from hashray.index.shard import (
     build_shard,
     check_kind,
     default_nlist,
-    ids_bytes,
     omp_threads,
     open_shard,
-    read_ids,
     shard_bits,
     train_quantizer,
     write_shard,
 )
-from hashray.search.merge import merge
 from hashray.storage import open_store
 
 INT_MAX = np.iinfo(np.int32).max
@@ -88,20 +86,37 @@ def test_kinds_not_built_are_refused():
         build_shard(np.zeros((2, 4), np.uint8), "flta")
 
 
-def test_ivf_sorts_its_ties_and_masks_what_it_did_not_probe(tmp_path):
-    rng = np.random.default_rng(1)
-    codes, queries = tied_codes(rng, 2000, 48, words=20), tied_codes(rng, 30, 48, words=20)
+def test_a_quantizer_is_the_same_for_the_same_seed():
+    codes = tied_codes(np.random.default_rng(1), 2000, 48, words=20)
     quantizer = train_quantizer(codes, 20, seed=3)
     assert quantizer == train_quantizer(codes, 20, seed=3) != train_quantizer(codes, 20, seed=4)
-    # Every list probed, every row asked for: exact.
-    everything = opened(tmp_path, codes, "ivf", quantizer, nprobe=20).search(queries, 2000)
-    for array, expected in zip(everything, brute_force(queries, codes, 2000), strict=True):
-        np.testing.assert_array_equal(array, expected)
-    distances, positions = opened(tmp_path, codes, "ivf", quantizer, nprobe=1).search(queries, 2000)
-    missing = positions == -1
-    assert missing.any() and (distances[missing] == INT_MAX).all()
-    order = np.lexsort((np.where(missing, 9999, positions), distances), axis=1)
-    np.testing.assert_array_equal(order, np.broadcast_to(np.arange(2000), order.shape))
+
+
+def probed_rows(quantizer, codes, queries, nprobe):
+    """Which rows bool [n, rows] are in the lists that a query looks into: the nearest by distance, then by number."""
+    trained = faiss.deserialize_index_binary(np.frombuffer(quantizer, np.uint8))
+    centres = faiss.downcast_IndexBinary(trained.quantizer)
+    lists_of = [centres.search(module.pad_width(some, trained.d // 8), count)[1] for some, count in
+                ((queries, nprobe), (codes, 1))]  # fmt: skip
+    return (lists_of[0][:, :, None] == lists_of[1][None, None, :, 0]).any(1)
+
+
+@pytest.mark.parametrize("num_bits", [8, 48, 64])
+@pytest.mark.parametrize("nprobe", [1, 2, 9, 20])
+def test_ivf_ranks_all_rows_of_the_probed_lists(tmp_path, num_bits, nprobe):
+    """Nearly every distance is a tie, so that the k-th row is hardly ever the only one at its distance."""
+    rng = np.random.default_rng(nprobe)
+    codes, queries = tied_codes(rng, 2000, num_bits, words=20), tied_codes(rng, 30, num_bits, words=20)
+    quantizer = train_quantizer(codes, 20, seed=3)
+    shard = opened(tmp_path, codes, "ivf", quantizer, nprobe)
+    near, probed = hamming(queries, codes), probed_rows(quantizer, codes, queries, nprobe)
+    for k in (1, 3, 50, 700, 2000):
+        distances, positions = shard.search(queries, k)
+        for query in range(30):
+            ranked = sorted((int(near[query, row]), int(row)) for row in np.flatnonzero(probed[query]))[:k]
+            ranked += [(INT_MAX, -1)] * (k - len(ranked))
+            assert list(zip(distances[query].tolist(), positions[query].tolist(), strict=True)) == ranked
+    assert shard.search(queries[:0], 3)[0].shape == (0, 3)
 
 
 def test_ivf_finds_what_is_near(tmp_path):
@@ -157,7 +172,7 @@ def test_a_written_shard_ascends_by_id(tmp_path, ids):
     written = write_shard(store, pa.array([ids[i] for i in shuffled]), codes[shuffled], "flat")
     again = write_shard(store, pa.array(ids, pa.large_string()), codes, "flat")
     assert written == again and sorted(store.list()) == [(file.name, file.bytes) for file in written.files[::-1]]
-    stored = read_ids(tmp_path / written.info.ids)
+    stored = MappedIds(tmp_path / written.info.ids, len(ids)).array
     assert stored.to_pylist() == sorted(ids) and stored.type == pa.string()
     assert (written.info.first, written.info.last, written.info.rows) == (min(ids), max(ids), len(ids))
     shard = open_shard(tmp_path / written.info.shard, "flat", 32, len(ids))
@@ -172,32 +187,42 @@ def test_an_id_twice(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_delta_encoded_ids_are_small():
-    ids = pa.array([f"photos/2024/holiday/{i:08}.jpg" for i in range(100_000)])
-    assert len(ids_bytes(ids)) < 500_000  # 3.2 MB of text
+def test_mapped_ids(tmp_path, monkeypatch):
+    ids = sorted(["", "é", "\0", "a\0", *(f"photos/{i:07}.jpg" for i in range(200_000))])
+    path = tmp_path / "ids.arrow"
+    for array in (pa.array(ids), pa.array(ids, pa.large_string()), pa.array(["x", *ids])[1:]):
+        data = ids_bytes(array)
+        assert not path.exists() or path.read_bytes() == data
+        path.write_bytes(data)
+    mapped = MappedIds(path, len(ids))
+    for places in ([0, 3, 1], [199_999, 5, 5], []):
+        assert mapped.take(np.array(places, np.int64)) == [ids[place] for place in places]
+        mapped.release()
+    with pytest.raises(CorruptArtifact, match="holds 200,004 ids, its version says 7"):
+        MappedIds(path, 7)
+    for wrong in (b"", b"no Arrow file", path.read_bytes()[:-20]):
+        (tmp_path / "wrong").write_bytes(wrong)
+        with pytest.raises(CorruptArtifact, match="is no Arrow file of ids"):
+            MappedIds(tmp_path / "wrong", 3)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("id", pa.int64())])) as writer:
+        writer.write_batch(pa.record_batch([pa.array([1, 2])], names=["id"]))
+    with pytest.raises(CorruptArtifact, match="expected one batch of one text column, id"):
+        MappedIds(path, 2)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_merge_against_sorting(data):
-    """Both ways give ascending (distance, position), whatever is padding and however the distances tie."""
-    shards, queries, k = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 4)), data.draw(st.integers(1, 8))
-    ascending = data.draw(st.booleans())
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    sizes = rng.integers(0, 12, shards)
-    rows = np.arange(sizes.sum()) if ascending else rng.permutation(sizes.sum())
-    distances = np.full((shards, queries, k), rng.choice([INT_MAX, np.iinfo(np.int32).min, 0]), np.int32)
-    positions = np.full((shards, queries, k), -1, np.int64)
-    everything: list[list[tuple[int, int]]] = [[] for _ in range(queries)]
-    for number, mine in enumerate(np.split(rows, np.cumsum(sizes)[:-1])):
-        for query in range(queries):
-            answers = sorted((int(rng.integers(0, 3)), int(row)) for row in mine)
-            everything[query] += answers
-            for place, (distance, row) in enumerate(answers[:k]):
-                distances[number, query, place], positions[number, query, place] = distance, row
-    best, places = merge(distances, positions, ascending)
-    for query in range(queries):
-        expected = sorted(everything[query])[:k]
-        expected += [(-1, -1)] * (k - len(expected))
-        assert list(zip(best[query].tolist(), places[query].tolist(), strict=True)) == expected
-    assert best.dtype == np.int32 and best.shape == places.shape == (queries, k)
+def test_released_ids_are_no_memory_of_the_process(tmp_path):
+    """All ids are touched, and after each release hardly any of their pages is mapped."""
+    path = tmp_path / "ids.arrow"
+    path.write_bytes(ids_bytes(pa.array([f"{i:020}" for i in range(1_000_000)])))
+    mapped = MappedIds(path, 1_000_000)
+
+    def resident():
+        text = Path("/proc/self/smaps").read_text()
+        return int(re.search(rf"{path}\n.*\nKern.*\nMMU.*\nRss: +(\d+) kB", text)[1])
+
+    for touched in (True, False):
+        if touched:
+            mapped.take(np.arange(0, 1_000_000, 50))
+        else:
+            mapped.release()
+        assert (resident() > 10_000) == touched

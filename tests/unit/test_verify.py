@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,6 +69,26 @@ def test_duplicate_ids(store):
         f"{store.url}/part-00001.parquet: duplicate id 'a', in 2 rows of part-00000.parquet, part-00001.parquet",
         f"{store.url}/part-00000.parquet: duplicate id 'b', in 2 rows of part-00000.parquet",
     ]
+
+
+def arrow(ids: list[str]) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, pa.schema([("id", pa.string())])) as writer:
+        writer.write_batch(pa.record_batch([pa.array(ids)], names=["id"]))
+    return sink.getvalue().to_pybytes()
+
+
+def test_ids_in_arrow_files(store):
+    """As an index has them: counted, and compared among all its shards."""
+    files = [
+        write_file(store, f"ids/{name}.arrow", data, rows=rows)
+        for name, data, rows in (("a", arrow(["a", "c"]), 2), ("b", arrow(["b", "c"]), 3), ("c", b"not one", None))
+    ]
+    publish(store, make_corpus(store, files=files))
+    counted, unreadable, twice = verify(store.url)
+    assert counted == f"{store.url}/ids/b.arrow: holds 2 rows, its manifest says 3"
+    assert unreadable.startswith(f"{store.url}/ids/c.arrow is no Arrow file: ")
+    assert twice == f"{store.url}/ids/b.arrow: duplicate id 'c', in 2 rows of ids/a.arrow, ids/b.arrow"
 
 
 def test_many_duplicate_ids_are_summed_up(store):

@@ -37,7 +37,7 @@ from timing import write_json
 from hashray import artifact
 from hashray.artifact import Manifest, canonical, table_bytes
 from hashray.codes import Codes, binarize
-from hashray.data.corpus import CORPUS_SCHEMA
+from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA
 from hashray.data.images import EXTENSIONS, decode_rows
 from hashray.encode.codes import EncodeConfig, encode
 from hashray.engine.parts import write_quarantine
@@ -77,9 +77,13 @@ def write_corpus(url: str, images: Images, rows_per_part: int) -> None:
             {"id": name, "image": data, "uri": None, "labels": [0], "split": "database"}
             for name, data in images[start : start + rows_per_part]
         ]
-        table, info = pa.Table.from_pylist(rows, schema=CORPUS_SCHEMA), {"splits": {"database": len(rows)}}
-        name = f"parts/part-{start // rows_per_part:05d}.parquet"
-        files.append(artifact.write_file(store, name, table_bytes(table), rows=len(rows), info=info))
+        info = {"splits": {"database": len(rows)}}
+        for folder, schema in (("rows", ROW_SCHEMA), ("images", IMAGE_SCHEMA)):
+            name, data = (
+                f"{folder}/part-{start // rows_per_part:05d}.parquet",
+                pa.Table.from_pylist(rows, schema=schema),
+            )
+            files.append(artifact.write_file(store, name, table_bytes(data), rows=len(rows), info=info))
     files += [artifact.write_file(store, "classes.json", canonical(["0"])), write_quarantine(store, [])]
     count = len(images)
     manifest = Manifest(kind="corpus", project_version="", config={}, parents={}, files=tuple(files), rows_in=count,

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ import torch
 from PIL import Image
 
 from hashray import artifact
-from hashray.artifact import Manifest, canonical, table_bytes
-from hashray.data.corpus import CORPUS_SCHEMA
-from hashray.engine.parts import Part, write_quarantine
+from hashray.artifact import FileRecord, Manifest, canonical, table_bytes
+from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA
+from hashray.engine.parts import Part, part_files, write_quarantine
 from hashray.methods import build_method, parse_method_config
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.model import write_model
-from hashray.storage import open_store
+from hashray.storage import Store, open_store
 
 CLASSES = ("ant", "bee", "cat")
 SIZE = 16
@@ -71,6 +71,16 @@ def write_images(url: str | Path, rows: int) -> str:
     return str(url)
 
 
+def write_part(store: Store, index: int, items: Sequence[Mapping[str, Any]]) -> tuple[FileRecord, FileRecord]:
+    """A part of a corpus from rows with all its columns: the file of the row table and that of the images."""
+    info, name = {"splits": dict(Counter(item["split"] for item in items))}, f"part-{index:05d}.parquet"
+    rows, images = (pa.Table.from_pylist(list(items), schema=schema) for schema in (ROW_SCHEMA, IMAGE_SCHEMA))
+    return (
+        artifact.write_file(store, f"rows/{name}", table_bytes(rows), rows=len(items), info=info),
+        artifact.write_file(store, f"images/{name}", table_bytes(images), rows=len(items)),
+    )
+
+
 def write_corpus(
     url: str | Path,
     rows: int,
@@ -97,19 +107,15 @@ def write_corpus(
              "uri": reference and f"{reference}/{i:04d}.png", "labels": labels_of(i), "split": split_of(i)}
             for i in numbers
         ]  # fmt: skip
-        table = pa.Table.from_pylist(items, schema=CORPUS_SCHEMA)
-        info = {"splits": dict(Counter(item["split"] for item in items))}
-        record = artifact.write_file(
-            store, f"parts/part-{index:05d}.parquet", table_bytes(table), rows=len(items), info=info
-        )
-        parts.append(Part(index=index, file=record, rows_in=len(items)))
+        record, images = write_part(store, index, items)
+        parts.append(Part(index=index, file=record, beside=(images,), rows_in=len(items)))
     classes = artifact.write_file(store, "classes.json", canonical(list(CLASSES)))
     return artifact.publish(
         store,
         Manifest(
             kind="corpus", project_version="0", config=dict(config or {}), parents={},
             rows_in=rows, rows_out=rows, rows_quarantined=0,
-            files=(*[part.file for part in parts], classes, write_quarantine(store, parts)),
+            files=(*part_files(parts), classes, write_quarantine(store, parts)),
             info={"num_classes": len(CLASSES)},
         ),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from pydantic_core import to_jsonable_python
 from hashray.errors import CorruptArtifact, MismatchError
 from hashray.storage.base import check_key
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUARANTINE = "quarantine.parquet"
 
 
@@ -97,8 +97,8 @@ def named(name: str, data: bytes) -> str:
 def plain_name(name: str) -> str:
     """The name that `named` was given; any other name as it is.
 
-    >>> plain_name("figures/scores-2d711642b726.png"), plain_name("parts/part-00000-2d711642.parquet")
-    ('figures/scores.png', 'parts/part-00000-2d711642.parquet')
+    >>> plain_name("figures/scores-2d711642b726.png"), plain_name("rows/part-00000-2d711642.parquet")
+    ('figures/scores.png', 'rows/part-00000-2d711642.parquet')
     """
     return re.sub(r"-[0-9a-f]{12}(\.[^./]+)$", r"\1", name)
 
@@ -118,7 +118,7 @@ def from_bytes(data: bytes, name: str) -> Manifest:
 
     Raises:
         CorruptArtifact: a byte is not what it was.
-        MismatchError: a newer hashray wrote it.
+        MismatchError: a newer or an older hashray wrote it, in another format.
     """
     corrupt = CorruptArtifact(
         f"{name} is corrupt: its bytes are not what was published (the id inside does not match them); "
@@ -138,6 +138,11 @@ def from_bytes(data: bytes, name: str) -> Manifest:
             f"{name} was written by a newer hashray ({fields.get('project_version')}, format {version}; this one "
             f"reads up to {FORMAT_VERSION}); upgrade hashray"
         )
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise MismatchError(
+            f"{name} was written by an older hashray ({fields.get('project_version')}, format {version}; this one "
+            f"reads format {FORMAT_VERSION}). Run the stage that made it again, into another folder"
+        )
     try:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
@@ -153,10 +158,19 @@ def audit(manifest: Manifest) -> list[str]:
     rows_in, rows_out, bad = manifest.rows_in, manifest.rows_out, manifest.rows_quarantined
     if rows_in is not None and rows_out is not None and bad is not None and rows_in != rows_out + bad:
         faults.append(f"{rows_in} rows came in, but {rows_out} went out and {bad} to quarantine")
-    parts = [record.rows for record in manifest.files if record.name.rpartition("/")[2].startswith("part-")]
-    counted = [rows for rows in parts if rows is not None]
-    if rows_out is not None and counted and len(counted) == len(parts) and sum(counted) != rows_out:
-        faults.append(f"the part files hold {sum(counted)} rows, rows_out is {rows_out}")
+    folders: dict[str, dict[str, int | None]] = {}
+    for record in manifest.files:
+        folder, _, name = record.name.rpartition("/")
+        if name.startswith("part-"):
+            folders.setdefault(folder, {})[name] = record.rows
+    for folder, parts in folders.items():
+        counted = [rows for rows in parts.values() if rows is not None]
+        if rows_out is not None and counted and len(counted) == len(parts) and sum(counted) != rows_out:
+            faults.append(
+                f"the part files{f' of {folder}/' if folder else ''} hold {sum(counted)} rows, rows_out is {rows_out}"
+            )
+    if any(parts != next(iter(folders.values())) for parts in folders.values()):
+        faults.append(f"the parts of {' and '.join(f'{folder}/' for folder in folders)} are not aligned")
     for record in manifest.files:
         if plain_name(record.name) == QUARANTINE and None not in (record.rows, bad) and record.rows != bad:
             faults.append(f"{QUARANTINE} holds {record.rows} rows, rows_quarantined is {bad}")

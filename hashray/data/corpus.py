@@ -1,25 +1,28 @@
 """The corpus: schema, label protocol, reading. No Ray.
 
-corpus/  parts/part-00000-<plan>.parquet … (id, image, uri, labels, split)
+corpus/  rows/part-00000-<plan>.parquet … (id, labels, split) · images/part-00000-<plan>.parquet … (image, uri)
          classes.json · quarantine.parquet · manifest.json
 
-`image` holds the bytes as found, or is null where the corpus keeps a reference in `uri`. `labels` are class
-indices into classes.json. A features artifact (a corpus seen through a frozen trunk) has the same rows
-with `feature` in the place of `image` and `uri`, and is read by the same class.
+The row tables are small and read by everybody. A part of images has the same rows in the same order as the row table
+of its name. `image` holds the bytes as they were, or is null where the corpus keeps a reference in `uri`. `labels`
+are class indices into classes.json. A features artifact (a corpus seen through a frozen trunk) has features/ (feature)
+in the place of images/, and is read by the same class.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hashray import artifact
@@ -30,8 +33,9 @@ from hashray.data.sources import fetch
 from hashray.errors import CorruptArtifact, InputError, perhaps
 from hashray.storage import Store, open_store
 
-ROW_FIELDS = [("labels", pa.list_(pa.int32())), ("split", pa.string())]
-CORPUS_SCHEMA = pa.schema([("id", pa.string()), ("image", pa.binary()), ("uri", pa.string()), *ROW_FIELDS])
+READ_THREADS = 8
+ROW_SCHEMA = pa.schema([("id", pa.string()), ("labels", pa.list_(pa.int32())), ("split", pa.string())])
+IMAGE_SCHEMA = pa.schema([("image", pa.large_binary()), ("uri", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,17 @@ class Corpus:
 
     @cached_property
     def parts(self) -> list[FileRecord]:
-        """The part files, in order; `info["splits"]` counts the rows of each split in each."""
-        return [r for r in self.manifest.files if r.name.startswith("parts/")]
+        """The files of the row tables, in order; `info["splits"]` counts the rows of each split in each."""
+        return [r for r in self.manifest.files if r.name.startswith("rows/")]
+
+    def beside(self, record: FileRecord) -> FileRecord:
+        """The file of images or of features with the rows of this part."""
+        folder = "features" if self.manifest.kind == "features" else "images"
+        return self.manifest.record(record.name.replace("rows", folder, 1))
+
+    def input_bytes(self, record: FileRecord) -> int:
+        """Bytes of what a part gives to a trunk: of its encoded images, or of its features."""
+        return int(record.info.get("image_bytes", self.beside(record).bytes))
 
     def count(self, split: str) -> int:
         """Rows in a split; "all" is every row."""
@@ -83,30 +96,53 @@ class Corpus:
             )
         return count
 
-    def read_part(self, record: FileRecord, split: str = "all", columns: Sequence[str] | None = None) -> pa.Table:
-        """One part, verified, only the rows of a split."""
-        if split == "all":
-            return read_table(self.store, record, columns)
-        table = read_table(self.store, record, columns and list(dict.fromkeys([*columns, "split"])))
-        table = table.filter(pa.array(in_split(table.column("split"), split)))
-        return table if columns is None else table.select(list(columns))
+    def read_part(self, record: FileRecord, split: str = "all") -> pa.Table:
+        """One part, verified, only the rows of a split: (id, labels, split) and (image, uri) or (feature)."""
+        table, beside = read_table(self.store, record), read_table(self.store, self.beside(record))
+        if len(table) != len(beside):
+            raise CorruptArtifact(
+                f"{self.store.url}/{record.name} has {len(table)} rows, the file beside it {len(beside)}"
+            )
+        for name in beside.column_names:
+            table = table.append_column(name, beside.column(name))
+        return table if split == "all" else _of_split(table, split)
+
+    def row_tables(self, split: str) -> Iterator[pa.Table]:
+        """Yield (id, labels, split) of the rows of a split, part by part, some parts ahead; no image is read."""
+        records = iter([record for record in self.parts if split == "all" or self.count_part(record, split)])
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            ahead = deque(pool.submit(self.part_rows, record, split) for record in islice(records, READ_THREADS))
+            while ahead:
+                table = ahead.popleft().result()
+                ahead.extend(pool.submit(self.part_rows, record, split) for record in islice(records, 1))
+                yield table
+
+    def chosen(self, split: str, ids: Collection[str]) -> Iterator[pa.Table]:
+        """Yield the rows of a split with these ids, with their columns, from the parts that hold any."""
+        wanted = pa.array(sorted(set(ids)), pa.string())
+        left = len(wanted)
+        for record in self.parts:
+            if not left:
+                return
+            if not self.count_part(record, split):
+                continue
+            rows = self.part_rows(record, "all")
+            mine = pc.and_(pc.is_in(rows.column("id"), wanted), pa.array(in_split(rows.column("split"), split)))
+            if count := pc.sum(mine).as_py():
+                left -= count
+                yield self.read_part(record).filter(mine)
 
     def rows(self, split: str) -> Rows:
         """Ids and labels of a split, in corpus order; no image is read."""
-        tables = [self.part_rows(record, split) for record in self.parts if self.count_part(record, split)]
+        tables = list(self.row_tables(split))
         ids = [row_id for table in tables for row_id in table.column("id").to_pylist()]
         labels = [np.zeros((0, self.num_classes), dtype=np.uint8), *[self.label_matrix(table) for table in tables]]
         return Rows(ids, np.concatenate(labels))
 
     def part_rows(self, record: FileRecord, split: str) -> pa.Table:
-        """(id, labels, split) of a part's rows of a split: only these columns, pages checked by their checksums."""
-        try:
-            with self.store.open(record.name) as handle:
-                file = pq.ParquetFile(handle, page_checksum_verification=True)
-                table = file.read(columns=["id", "labels", "split"])
-        except (pa.ArrowException, OSError, InputError) as error:
-            raise CorruptArtifact(f"{self.store.url}/{record.name} cannot be read: {error}") from error
-        return table if split == "all" else table.filter(pa.array(in_split(table.column("split"), split)))
+        """(id, labels, split) of a part's rows of a split, verified; no image is read."""
+        table = read_table(self.store, record)
+        return table if split == "all" else _of_split(table, split)
 
     def label_matrix(self, table: pa.Table) -> NDArray[np.uint8]:
         """Multi-hot labels uint8 [n, num_classes] of rows of this corpus."""
@@ -127,21 +163,23 @@ class Corpus:
 
     def features(self, split: str) -> NDArray[np.float32]:
         """Cached features float32 [n, d] of a split, in corpus order; only of a features artifact."""
-        tables = [self.read_part(r, split, ["split", "feature"]) for r in self.parts if self.count_part(r, split)]
+        tables = [self.read_part(record, split) for record in self.parts if self.count_part(record, split)]
         if not tables:
             return np.zeros((0, int(self.manifest.info["feature_dim"])), dtype=np.float32)
         return np.concatenate([list_matrix(table.column("feature")) for table in tables])
 
     def images(self, split: str, ids: Sequence[str]) -> dict[str, bytes]:
-        """The bytes of some rows by id, for galleries."""
-        wanted = set(ids)
-        images: dict[str, bytes] = {}
-        for record in self.parts:
-            if self.count_part(record, split) and len(images) < len(wanted):
-                table = self.read_part(record, split)
-                keep = table.filter(pc.is_in(table.column("id"), pa.array(sorted(wanted))))
-                images.update({row_id: data for row_id, data in iterate_bytes(keep) if isinstance(data, bytes)})
-        return images
+        """The bytes of some rows by id, for galleries; only parts that hold such rows are read."""
+        return {
+            row_id: data
+            for table in self.chosen(split, ids)
+            for row_id, data in iterate_bytes(table)
+            if isinstance(data, bytes)
+        }
+
+
+def _of_split(table: pa.Table, split: str) -> pa.Table:
+    return table.filter(pa.array(in_split(table.column("split"), split)))
 
 
 def iterate_bytes(table: pa.Table) -> Iterator[tuple[str, bytes | BadImage]]:

@@ -3,51 +3,60 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 from hashray.data.images import image_endings
-from hashray.data.labels import SPLIT_WORDS
-from hashray.data.listing import SourceConfig, SourceRow, Survey, read_text
-from hashray.data.lists import Rows
+from hashray.data.labels import SPLIT_WORDS, Labels
+from hashray.data.listing import SourceConfig, SourceRow, Survey, Unit, read_text
 from hashray.errors import InputError
-from hashray.storage import join
+from hashray.storage import Store, join
 
 CONTAINERS = {"images", "image", "imgs", "img", "jpegimages"}  # folders that say nothing of a class
 ANNOTATIONS = "annotations.txt"
 
 
-def list_folder(survey: Survey, config: SourceConfig, num_classes: int | None) -> Rows:
-    """`[split/]class/…/file`; images at the top have no class.
+def scan_folder(survey: Survey, unit: Unit, config: SourceConfig) -> Iterator[SourceRow]:
+    """Yield an image a row; its value is its folders and, from a file beside them, its annotated class."""
+    annotations = sorted({*unit.annotations, *(key for key in survey.keys if key.endswith(ANNOTATIONS))})
+    keys = survey.take(image_endings())
+    survey.take_back(key for key in annotations if key in survey.sizes)
+    for key in keys:
+        *folders, name = PurePosixPath(key).parts
+        above = [path for path in annotations if key.startswith(path[: path.rfind("/") + 1])]
+        label = next((text for path in above if (text := _annotated(survey.store, path).get(name))), None)
+        yield SourceRow(key, join(survey.url, key), [folders, label], None, survey.sizes[key])
+
+
+def read_folders(
+    survey: Survey, values: Iterable[tuple[tuple[str, ...], str | None]]
+) -> dict[tuple[tuple[str, ...], str | None], tuple[Labels, str | None]]:
+    """The labels and the split of every value of `scan_folder`: `[split/]class/…/file`; at the top there is no class.
 
     First folders are splits when all have a split's name. CIFAR-100 has a class "train": among other classes,
     a folder of that name which holds no folders is a class too. A folder around everything (CUB_200_2011/images/…) is
     no class, and neither is one called "images"; inside a split, only "images" is none. In a split without classes,
     `*annotations.txt` beside the images gives each file's class, as in Tiny-ImageNet.
     """
-    annotations = [key for key in survey.keys if key.endswith(ANNOTATIONS)]
-    keys = survey.take(image_endings())
-    survey.take_back(annotations)
-    paths = {key: PurePosixPath(key).parts[:-1] for key in keys}
-    paths = _without_wrappers(survey, paths)
+    paths = _without_wrappers(survey, {value: value[0] for value in values})
     splits = _splits(survey.url, paths)
-    groups: dict[str | None, dict[str, tuple[str, ...]]] = defaultdict(dict)
-    for key, folders in paths.items():
+    groups: dict[str | None, Paths] = defaultdict(dict)
+    for value, folders in paths.items():
         in_split = bool(folders) and folders[0] in splits
-        groups[folders[0] if in_split else None][key] = folders[1:] if in_split else folders
-    rows = {}
+        groups[folders[0] if in_split else None][value] = folders[1:] if in_split else folders
+    meaning: dict[tuple[tuple[str, ...], str | None], tuple[Labels, str | None]] = {}
     for name, group in groups.items():
-        classes = _without_wrappers(survey, group, in_split=name is not None)
-        labels = _annotated(survey, [key for key in annotations if name is None or f"{name}/" in key])
-        for key, folders in classes.items():
-            label = folders[:1] or labels.get(PurePosixPath(key).name, ())
-            split = SPLIT_WORDS[name.lower()] if name else None
-            rows[key] = SourceRow(key, join(survey.url, key), label, split, survey.sizes[key])
-    return [rows[key] for key in keys], None
+        for value, folders in _without_wrappers(survey, group, in_split=name is not None).items():
+            annotated = () if value[1] is None else (value[1],)
+            meaning[value] = folders[:1] or annotated, SPLIT_WORDS[name.lower()] if name else None
+    return meaning
 
 
-def _without_wrappers(
-    survey: Survey, paths: dict[str, tuple[str, ...]], in_split: bool = False
-) -> dict[str, tuple[str, ...]]:
+Paths = dict[tuple[tuple[str, ...], str | None], tuple[str, ...]]
+
+
+def _without_wrappers(survey: Survey, paths: Paths, in_split: bool = False) -> Paths:
     """Paths without a first folder that holds everything and is no class.
 
     That is a container, or, outside a split, a folder with several folders, a container or a split below it.
@@ -68,7 +77,7 @@ def _without_wrappers(
     return paths
 
 
-def _splits(url: str, paths: dict[str, tuple[str, ...]]) -> set[str]:
+def _splits(url: str, paths: Paths) -> set[str]:
     """The first folders that are splits: all of them or none.
 
     Raises:
@@ -87,12 +96,12 @@ def _splits(url: str, paths: dict[str, tuple[str, ...]]) -> set[str]:
     return set()
 
 
-def _annotated(survey: Survey, keys: list[str]) -> dict[str, tuple[str, ...]]:
+@lru_cache(maxsize=8)
+def _annotated(store: Store, key: str) -> dict[str, str]:
     """The class of each file by name, from lines of `file<TAB>class…`."""
-    labels: dict[str, tuple[str, ...]] = {}
-    for key in keys:
-        for line in read_text(survey.store, key).splitlines():
-            name, tab, rest = line.partition("\t")
-            if tab and rest.strip():
-                labels[name] = (rest.split("\t")[0].strip(),)
+    labels: dict[str, str] = {}
+    for line in read_text(store, key).splitlines():
+        name, tab, rest = line.partition("\t")
+        if tab and rest.strip():
+            labels[name] = rest.split("\t")[0].strip()
     return labels

@@ -1,31 +1,38 @@
 """[Ray] `hashray ingest`: a source of images -> a corpus.
 
-The driver lists the source (ids, labels, splits; no image), names the classes, draws the splits and cuts
-the rows into units; workers fetch each unit's bytes, decode every image once to know that it can be used,
-and write the part. A row that cannot be decoded is quarantined with the reason.
+Tasks list the source (ids, labels, splits; no image) into files of rows. From what these add up to, the driver names
+the classes and plans the splits. Workers then take a part at a time: they fetch its bytes, decode every image once to
+know that it can be used, and write its row table and its images. A row that cannot be decoded is quarantined with the
+reason. The driver holds nothing that grows with rows but those put aside.
 """
 
 from __future__ import annotations
 
+import io
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
+from numpy.typing import NDArray
 from pydantic import Field
 
 from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical, sha256_hex
+from hashray.data import listed
 from hashray.data.census import closing_table, warnings
-from hashray.data.corpus import CORPUS_SCHEMA
+from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA
 from hashray.data.images import BadImage, decode
-from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
-from hashray.data.splits import SplitConfig, assign_splits, class_split, order_key
-from hashray.engine.parts import BadRow, Output, Part, PartWorker, run_parts, write_quarantine
+from hashray.data.inventory import Inventory, take_inventory
+from hashray.data.sources import Meaning, SourceConfig, fetch
+from hashray.data.splits import Candidates, Labels, Seen, SplitConfig, SplitRule, class_split, plan_splits
+from hashray.engine.parts import BadRow, Output, Part, PartWorker, part_files, run_parts, write_quarantine
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import run_stage
 from hashray.errors import InputError
@@ -35,6 +42,7 @@ from hashray.storage import Store, open_store
 FETCH_THREADS = 8
 SHORT_ROWS = 5_000  # threads decode as fast as actors; above, a crashing decoder costs too much
 MOST_CLASSES = 1_000_000
+HASHES = np.dtype([("hash", np.uint64), ("query", np.bool_)])
 
 
 class IngestConfig(SplitConfig):
@@ -55,15 +63,45 @@ class IngestConfig(SplitConfig):
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How listed rows become rows of a corpus.
+
+    Attributes:
+        listed: url of the files of listed rows.
+        labels: class indices by value; splits: the split by value, where folders name splits.
+        hashes: where the hashes of the images' bytes go, to compare queries with the others.
+    """
+
+    listed: str
+    labels: Mapping[str, Labels]
+    splits: Mapping[str, str | None]
+    rule: SplitRule
+    keep_bytes: bool
+    out: Store
+    hashes: str
+
+    def rows(self, block: str, group: int) -> list[dict[str, Any]]:
+        """The rows of a part: id, uri, labels and split."""
+        table = pq.ParquetFile(io.BytesIO(open_store(self.listed).read(block))).read_row_group(group)
+        rows = []
+        for item in listed.iterate(table):
+            labels, given = self.labels[item["value"]], self.splits.get(item["value"], item["split"])
+            split = self.rule.of(item["id"], labels, given)
+            rows.append({"id": item["id"], "uri": item["locator"], "labels": labels, "split": split})
+        return rows
+
+
 class _IngestWorker(PartWorker):
-    def __init__(self, store: str) -> None:
-        self.keep_bytes = store == "bytes"
+    def __init__(self, reading: _Reading) -> None:
+        self.reading = reading
 
     def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
-        rows, bad, hashes = [], [], []
+        rows, images, bad, hashes = [], [], [], []
+        items = self.reading.rows(unit["block"], unit["group"])
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            fetched = list(pool.map(_fetch_or_reason, [row["uri"] for row in unit["items"]]))
-        for row, data in zip(unit["items"], fetched, strict=True):
+            fetched = list(pool.map(_fetch_or_reason, [row["uri"] for row in items]))
+        for row, data in zip(items, fetched, strict=True):
             advance(1)
             try:
                 if isinstance(data, BadImage):
@@ -72,30 +110,17 @@ class _IngestWorker(PartWorker):
             except BadImage as error:
                 bad.append(BadRow(id=row["id"], uri=row["uri"], reason=str(error)))
                 continue
-            hashes.append([sha256_hex(data)[:16], row["split"].startswith("query")])
-            rows.append({**row, "image": data} if self.keep_bytes else {**row, "image": None})
-            if self.keep_bytes:
-                rows[-1]["uri"] = None
-        table = pa.Table.from_pylist(rows, schema=CORPUS_SCHEMA)
+            hashes.append((int(sha256_hex(data)[:16], 16), row["split"].startswith("query")))
+            rows.append(row)
+            keep = self.reading.keep_bytes
+            images.append({"image": data, "uri": None} if keep else {"image": None, "uri": row["uri"]})
+        table = np.array(hashes, dtype=HASHES)
+        self.reading.out.write(f"{self.reading.hashes}{unit['index']:06d}.bin", table.tobytes())
         splits = dict(sorted(Counter(row["split"] for row in rows).items()))
         image_bytes = sum(len(data) for data in fetched if not isinstance(data, BadImage))
-        return Output(table, bad, {"splits": splits, "image_bytes": image_bytes}, {"hashes": hashes})
-
-
-def cut_parts(sizes: Sequence[int], rows_per_part: int, part_bytes: int) -> list[int]:
-    """Where each part begins, so that it holds at most these rows and, unless it is one row, these bytes of images.
-
-    >>> cut_parts([1, 1, 9, 1, 1, 1], rows_per_part=2, part_bytes=4)
-    [0, 2, 3, 5]
-    """
-    starts: list[int] = []
-    held = 0
-    for i, size_bytes in enumerate(sizes):
-        if not starts or i - starts[-1] == rows_per_part or held + size_bytes > part_bytes:
-            starts.append(i)
-            held = 0
-        held += size_bytes
-    return starts
+        info = {"splits": splits, "image_bytes": image_bytes}
+        beside = {"images": pa.Table.from_pylist(images, schema=IMAGE_SCHEMA)}
+        return Output(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), bad, info, beside=beside)
 
 
 def _fetch_or_reason(locator: str) -> bytes | BadImage:
@@ -112,48 +137,82 @@ def ingest(config: IngestConfig) -> Manifest:
         InputError: the source, its labels or its splits cannot be used. TooManyBadRows: above `max_bad`.
         AlreadyExists: `out` holds a corpus of another source or configuration.
     """
-    source = open_store(config.source).url
-    require_apart(source, open_store(config.out).url)
+    source, store = open_store(config.source).url, open_store(config.out)
+    require_apart(source, store.url)
     say(f"listing {source}")
-    listing = list_source(source, config.reader)
-    lost = [BadRow(**row._asdict()) for row in listing.survey.lost]
-    classes, labels = name_classes(listing)
-    ids = [row.id for row in listing.rows]
-    splits = assign_splits(ids, labels, [row.split for row in listing.rows], config, classes)
-    _warn(listing, labels, splits, classes, config.strict)
-    items: list[dict[str, Any]] = [
-        {"id": row.id, "uri": row.locator, "labels": labels[i], "split": splits[i]}
-        for i, row in enumerate(listing.rows)
-    ]
-    sizes = {row.id: row.size_bytes for row in listing.rows}
-    if config.store == "reference" and not by_reference_allowed(items[0]["uri"]):
+    bounds = (config.seed, config.rows_per_part, config.part_bytes)
+    with take_inventory(source, config.reader, *bounds, config.pool, store) as inventory:
+        return _ingest(config, source, store, inventory)
+
+
+def _ingest(config: IngestConfig, source: str, store: Store, inventory: Inventory) -> Manifest:
+    classes, labels = name_classes(inventory.meaning)
+    counts, splits = _count(inventory, labels), inventory.meaning.splits
+    rule = plan_splits(config, counts, lambda n: _candidates(inventory, labels, n), classes)
+    final = rule.count(counts)
+    _warn(inventory, final, classes, config.strict)
+    if config.store == "reference" and inventory.format == "parquet":
         raise InputError("--store reference: a row of a Parquet file is no object of its own; use --store bytes")
-    if listing.random_access:  # mixed on disk, so that a training window sees every class
-        items.sort(key=lambda item: order_key(config.seed, str(item["id"])))
-    starts = cut_parts([sizes[str(item["id"])] for item in items], config.rows_per_part, config.part_bytes)
+    lost = [BadRow(**row._asdict()) for row in inventory.survey.lost]
     exclude = {"out", "max_bad", "pool", "source", "strict"}
     result_of = config.model_dump(mode="json", exclude=exclude) | {"source": source}
-    depends_on: dict[str, Any] = {"config": result_of, "items": items, "starts": starts, "classes": classes}
-    depends_on |= {"version": artifact.FORMAT_VERSION}
-    depends_on |= {"lost": listing.survey.lost} if lost else {}
-    plan = sha256_hex(canonical(depends_on))[:16]
-    store = open_store(config.out)
+    blocks = [[block.name, block.part_rows] for block in inventory.blocks]
+    depends_on = {"config": result_of, "blocks": blocks, "classes": classes, "lost": inventory.survey.lost}
+    plan = sha256_hex(canonical(depends_on | {"version": artifact.FORMAT_VERSION}))[:16]
 
     def work() -> Manifest:
-        chunks = [items[start:stop] for start, stop in pairwise([*starts, len(items)])]
-        units = [{"index": i, "rows": len(chunk), "items": chunk} for i, chunk in enumerate(chunks)]
+        units = [
+            {"rows": rows, "block": block.name, "group": group}
+            for block in inventory.blocks
+            for group, rows in enumerate(block.part_rows)
+        ]
+        units = [{"index": i, **unit} for i, unit in enumerate(units)]
+        short = inventory.rows <= SHORT_ROWS
+        place = inventory.store if config.pool.runs_here(short) else inventory.copied_to(store)
+        hashes = f"progress/hashes-{plan}/"
+        reading = _Reading(place.url, labels, splits, rule, config.store == "bytes", store, hashes)
         parts = run_parts(
-            store, plan, units, _IngestWorker, {"store": config.store}, config.pool, "ingest", config.max_bad,
-            len(items) <= SHORT_ROWS, lost,
-        )  # fmt: skip
-        info = {"plan": plan, "format": listing.format, "num_classes": len(classes)}
+            store, plan, units, _IngestWorker, {"reading": reading}, config.pool, "ingest", config.max_bad, short, lost
+        )
+        info: dict[str, Any] = {"plan": plan, "format": inventory.format, "num_classes": len(classes)}
         if config.split_protocol == "class-split":
-            info["class_split"] = class_split(labels, classes, config)
+            info["class_split"] = class_split(counts, classes, config)
+        info["leaked_queries"] = _leaked(store, hashes)
         return _publish(store, result_of, classes, parts, lost, info)
 
     manifest = run_stage(store, "corpus", plan, work)
-    show_table("What ingest saw", ["", ""], closing_table(listing, splits, classes))
+    show_table("What ingest saw", ["", ""], closing_table(inventory.survey, inventory.format, final, classes))
     return manifest
+
+
+def _count(inventory: Inventory, labels: Mapping[str, Labels]) -> dict[tuple[Labels, str | None], Seen]:
+    counts: dict[tuple[Labels, str | None], Seen] = {}
+    for (value, split), group in inventory.tally.items():
+        name = labels[value], inventory.meaning.splits.get(value, split)
+        before = counts.get(name, Seen(0, group.id))
+        counts[name] = before._replace(rows=before.rows + group.rows)
+    return counts
+
+
+def _candidates(inventory: Inventory, labels: Mapping[str, Labels], count: int) -> list[tuple[Labels, Candidates]]:
+    return [(labels[value], candidates) for value, candidates in inventory.smallest(count)]
+
+
+def _leaked(store: Store, hashes: str) -> int:
+    """Count the query images that occur, byte for byte, outside the query split too."""
+
+    def read() -> Iterator[NDArray[Any]]:
+        keys = [key for key, _ in store.list(hashes)]
+        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+            for data in pool.map(store.read, keys):
+                yield np.frombuffer(data, HASHES)
+
+    queries = np.concatenate([np.zeros(0, np.uint64), *(table["hash"][table["query"]] for table in read())])
+    elsewhere = [np.intersect1d(table["hash"][~table["query"]], queries) for table in read()] if len(queries) else []
+    leaked = int(np.isin(queries, np.concatenate([np.zeros(0, np.uint64), *elsewhere])).sum())
+    if leaked:
+        say(f"warning: {leaked:,} query images occur, byte for byte, outside the query split too")
+    return leaked
 
 
 def require_apart(source: str, out: str) -> None:
@@ -167,23 +226,23 @@ def require_apart(source: str, out: str) -> None:
         raise InputError(f"--out {out} is inside the source {source}; choose a folder beside it")
 
 
-def _warn(listing: Listing, labels: list[list[int]], splits: list[str], classes: list[str], strict: bool) -> None:
-    sentences = warnings(listing, labels, splits, classes)
+def _warn(inventory: Inventory, counts: Mapping[tuple[Labels, str], int], classes: list[str], strict: bool) -> None:
+    sentences = warnings(inventory.survey, counts, classes, inventory.twins)
     if strict and sentences:
         raise InputError("--strict refuses this source:\n  " + "\n  ".join(sentences))
     for sentence in sentences:
         say(f"warning: {sentence}")
 
 
-def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
-    """Class names in order of their integer, and each row's labels as ascending integers.
+def name_classes(meaning: Meaning) -> tuple[list[str], dict[str, Labels]]:
+    """Class names in order of their integer, and the labels of each value as ascending integers.
 
     Names are sorted; numbers keep their own value and are named by the source's class names or by themselves.
 
     Raises:
         InputError: names and numbers mixed, or a name that is not among the class names.
     """
-    seen = {label for row in listing.rows for label in row.labels}
+    seen = {label for labels in meaning.labels.values() for label in labels}
     kinds = {type(label) for label in seen}
     if len(kinds) > 1:
         raise InputError(f"labels are names and numbers mixed, for example {sorted(map(str, seen))[:4]}; use one kind")
@@ -191,15 +250,17 @@ def name_classes(listing: Listing) -> tuple[list[str], list[list[int]]]:
         top = max(int(label) for label in seen)
         if top >= MOST_CLASSES:
             raise InputError(f"label {top} is no class index: they count from 0 to {MOST_CLASSES - 1:,} at most")
-        classes = listing.class_names or [str(i) for i in range(top + 1)]
+        classes = meaning.class_names or [str(i) for i in range(top + 1)]
         index: dict[Any, int] = {i: i for i in range(len(classes))}
     else:
-        classes = listing.class_names or sorted(map(str, seen))
+        classes = meaning.class_names or sorted(map(str, seen))
         index = {name: i for i, name in enumerate(classes)}
         unknown = sorted(str(label) for label in seen if label not in index)
         if unknown:
             raise InputError(f"{len(unknown)} labels are not among the class names, the first {unknown[0]!r}")
-    return classes, [sorted({index[label] for label in row.labels}) for row in listing.rows]
+    return classes, {
+        value: tuple(sorted({index[label] for label in labels})) for value, labels in meaning.labels.items()
+    }
 
 
 def _publish(
@@ -210,23 +271,18 @@ def _publish(
     lost: list[BadRow],
     info: dict[str, Any],
 ) -> Manifest:
-    files: list[FileRecord] = [part.file for part in parts]
+    files: list[FileRecord] = part_files(parts)
     files.append(artifact.write_named(store, "classes.json", canonical(classes)))
     files.append(write_quarantine(store, parts, lost))
     bad = sum(len(part.bad) for part in parts) + len(lost)
     rows_in = sum(part.rows_in for part in parts) + len(lost)
-    hashes = [pair for part in parts for pair in part.notes["hashes"]]
-    elsewhere = {name for name, is_query in hashes if not is_query}
-    leaked = sum(is_query and name in elsewhere for name, is_query in hashes)
-    if leaked:
-        say(f"warning: {leaked:,} query images occur, byte for byte, outside the query split too")
     manifest = artifact.publish(
         store,
         Manifest(
             kind="corpus", project_version=__version__, config=config, parents={}, files=tuple(files),
-            columns={field.name: str(field.type) for field in CORPUS_SCHEMA},
+            columns={field.name: str(field.type) for schema in (ROW_SCHEMA, IMAGE_SCHEMA) for field in schema},
             rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
-            info={**info, "leaked_queries": leaked},
+            info=info,
         ),
     )  # fmt: skip
     store.clear("progress/")

@@ -10,6 +10,8 @@ from typing import Any
 from hashray.errors import InputError
 
 Labels = tuple[int | str, ...]
+UNREADABLE = "unreadable"  # in the place of a label that is no JSON, such as bytes
+EXPECTED = "expected a class index, a class name or a list of them"
 SPLIT_WORDS = {
     "train": "train", "training": "train", "test": "query", "query": "query", "queries": "query",
     "database": "database", "db": "database", "gallery": "database", "unlabelled": "unlabelled",
@@ -101,7 +103,7 @@ def _flat(value: Any, row: int, place: Callable[[int], str]) -> Labels:
         elif isinstance(item, int) or (isinstance(item, float) and item.is_integer()):
             out.append(int(item))
         else:
-            raise InputError(f"{place(row)}: label {value!r}; expected a class index, a class name or a list of them")
+            raise InputError(f"{place(row)}: label {value!r}; {EXPECTED}")
     return tuple(out)
 
 

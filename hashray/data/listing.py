@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from hashray.config import Config
-from hashray.data.labels import Labels
 from hashray.errors import InputError
 from hashray.storage import Store, join, open_store, split_url
 
@@ -39,18 +38,21 @@ class SourceConfig(Config):
     split_column: str | None = Field(None, description="Parquet column of split names")
 
 
-@dataclass(frozen=True)
-class SourceRow:
-    """One image of a source, not yet opened. `labels` are indices or names as the source has them.
+class SourceRow(NamedTuple):
+    """One image of a source, not yet opened.
 
-    `size_bytes` is the size of its encoded bytes: exact, or the mean of a Parquet row group, or 0 where it is unknown.
+    Attributes:
+        value: its labels as the source has them, JSON-able; what they mean depends on the values of all rows.
+        size_bytes: of its encoded bytes: exact, or the mean of a Parquet row group, or None where it is unknown.
+        place: where the row stands, for errors; unset: its locator.
     """
 
     id: str
     locator: str
-    labels: Labels
+    value: Any
     split: str | None = None
-    size_bytes: int = 0
+    size_bytes: int | None = None
+    place: str | None = None
 
 
 class LostRow(NamedTuple):
@@ -76,6 +78,9 @@ class Survey:
         columns_read: Parquet columns that are used.
         columns_ignored: Parquet columns that are not.
         notes: what was recognised without being asked for, such as a usual column name.
+        class_names: names of the classes that the source itself has, and the file that has them.
+        elsewhere: labels of tar shards whose image is in another shard, by sample.
+        complete: whether `keys` are all files, not only the first.
     """
 
     url: str
@@ -91,6 +96,34 @@ class Survey:
     seen: int = 0
     members: int = 0
     members_skipped: Counter[str] = field(default_factory=Counter)
+    class_names: list[str] | None = None
+    elsewhere: dict[str, list[Any]] = field(default_factory=dict)
+    complete: bool = True
+
+    def add(self, other: Survey) -> None:
+        """Count what another survey saw of the same source."""
+        self.seen, self.members = self.seen + other.seen, self.members + other.members
+        self.lost += other.lost
+        self.skipped.update(other.skipped)
+        self.members_skipped.update(other.members_skipped)
+        for mine, theirs in (
+            (self.columns_read, other.columns_read),
+            (self.columns_ignored, other.columns_ignored),
+            (self.notes, other.notes),
+        ):
+            mine.update(theirs)
+        if other.class_names:
+            self.name_classes(other.class_names, self.url)
+        for sample, values in other.elsewhere.items():
+            self.elsewhere.setdefault(sample, []).extend(values)
+
+    def name_classes(self, names: list[str], where: str) -> None:
+        """Note the class names of a file; those of all files must agree."""
+        if self.class_names and names != self.class_names:
+            raise InputError(
+                f"{where}: its class names are {names[:4]}…, other files have {self.class_names[:4]}…; make them agree"
+            )
+        self.class_names = names
 
     def take(self, endings: tuple[str, ...]) -> list[str]:
         """The files with one of these endings; the others count as skipped. A file that the url names is taken."""
@@ -110,19 +143,27 @@ class Survey:
         self.lost.append(LostRow(name, join(self.store.url, name), reason))
 
 
-@dataclass(frozen=True)
-class Listing:
-    """All rows of a source. `class_names` is set where the source itself numbers its classes."""
+class Unit(NamedTuple):
+    """A share of a source that one task lists: these files, or all files under these prefixes.
 
-    format: Format
-    rows: list[SourceRow]
-    class_names: list[str] | None
-    random_access: bool
-    survey: Survey
+    Attributes:
+        keys: files and their sizes in bytes.
+        named: the sizes of all files of the source, by url, where they are few: for lists, which name files.
+        annotations: files beside images that may give the class of one.
+    """
+
+    number: int
+    keys: tuple[tuple[str, int], ...] = ()
+    prefixes: tuple[str, ...] = ()
+    annotations: tuple[str, ...] = ()
+    named: Mapping[str, int] = {}  # a NamedTuple's defaults are never changed
 
 
-def look(url: str) -> Survey:
-    """Look at every file of a source once. A path that cannot be used never ends it: it is counted, with the reason.
+def look(url: str, most: int | None = None) -> Survey:
+    """Look at the files of a source once. A path that cannot be used never ends it: it is counted, with the reason.
+
+    Args:
+        most: the number of files to look at; unset: all.
 
     Raises:
         InputError: there is nothing at all.
@@ -131,24 +172,51 @@ def look(url: str) -> Survey:
         folder, name = split_url(url)
         return Survey(url, open_store(folder), [name], True, seen=1)
     survey = Survey(url, open_store(url), [], False)
+    look_under(survey, "", most)
+    if not survey.seen:
+        raise InputError(f"{url} not found, or an empty folder; nothing to ingest")
+    return survey
+
+
+def look_under(survey: Survey, prefix: str, most: int | None = None) -> None:
+    """Add the files under a prefix to a survey."""
     faults: list[tuple[str, OSError]] = []
-    for key, size_bytes in survey.store.list(on_error=lambda key, error: faults.append((key, error))):
-        survey.seen += 1
-        junk = kind_of_junk(key)
-        if junk is not None:
-            survey.skipped[junk] += 1
-        elif not key.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in key):
-            survey.lose(key, "the file name is not UTF-8: rename it")
-        else:
-            survey.keys.append(key)
-            survey.sizes[key] = size_bytes
+    for key, size_bytes in survey.store.list(prefix, on_error=lambda key, error: faults.append((key, error))):
+        if most is not None and survey.seen >= most:
+            survey.complete = False
+            break
+        sort_in(survey, key, size_bytes)
+    _lose(survey, faults)
+
+
+def look_at_level(survey: Survey, prefix: str) -> list[str]:
+    """Add the files of one level to a survey; return the prefixes below it."""
+    faults: list[tuple[str, OSError]] = []
+    prefixes, files = survey.store.level(prefix, on_error=lambda key, error: faults.append((key, error)))
+    for key, size_bytes in files:
+        sort_in(survey, key, size_bytes)
+    _lose(survey, faults)
+    return prefixes
+
+
+def _lose(survey: Survey, faults: list[tuple[str, OSError]]) -> None:
     for key, error in faults:
         if kind_of_junk(key) is None:
             survey.seen += 1
             survey.lose(key, f"{error.strerror or error}")
-    if not survey.seen:
-        raise InputError(f"{url} not found, or an empty folder; nothing to ingest")
-    return survey
+
+
+def sort_in(survey: Survey, key: str, size_bytes: int) -> None:
+    """Count a file: as junk, as an image that cannot be listed, or as one that a reader may take."""
+    survey.seen += 1
+    junk = kind_of_junk(key)
+    if junk is not None:
+        survey.skipped[junk] += 1
+    elif not key.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in key):
+        survey.lose(key, "the file name is not UTF-8: rename it")
+    else:
+        survey.keys.append(key)
+        survey.sizes[key] = size_bytes
 
 
 def kind_of_junk(key: str) -> str | None:

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
-from hashray.data.labels import SPLIT_WORDS, check_index, whole_number
-from hashray.data.listing import SourceConfig, SourceRow, Survey, read_text
+from hashray.data.labels import SPLIT_WORDS, Labels, check_index, whole_number
+from hashray.data.listing import SourceConfig, SourceRow, Survey, Unit, read_text
 from hashray.errors import InputError
 from hashray.storage import join, open_store
 
 LIST_ENDINGS = (".txt", ".lst")
-Rows = tuple[list[SourceRow], list[str] | None]
 
 
-def list_lists(survey: Survey, config: SourceConfig, num_classes: int | None) -> Rows:
-    """Lines of `path index` or `path 0 1 0 …` (multi-hot); a file's stem with a split's name is a split.
+def scan_lists(survey: Survey, unit: Unit, config: SourceConfig, num_classes: int | None) -> Iterator[SourceRow]:
+    """Yield the lines `path index` or `path 0 1 0 …` (multi-hot); a file's stem with a split's name is a split.
 
-    A path that stands in several lists is one row with all their splits: in the public lists the training list is
-    part of the database list. Its labels must agree.
+    A path may stand in several lists; `merge_rows` makes one row of it.
     """
-    store, keys = survey.store, survey.take(LIST_ENDINGS)
+    store = survey.store
     root = open_store(config.root).url if config.root else store.url
     names_file = open_store(config.class_names).url if config.class_names else None
-    sizes = {join(store.url, key): size for key, size in survey.sizes.items()}
-    if root != store.url:  # else these are the files that were listed already
-        sizes |= {join(root, key): size for key, size in open_store(root).list(on_error=lambda key, error: None)}
-    merged: dict[str, SourceRow] = {}
     width: int | None = None
-    for key in keys:
+    taken = set[str]()
+    for key in survey.take(LIST_ENDINGS):
         if join(store.url, key) == names_file:
             continue
         split = SPLIT_WORDS.get(PurePosixPath(key).stem.lower())
@@ -44,20 +39,46 @@ def list_lists(survey: Survey, config: SourceConfig, num_classes: int | None) ->
                 survey.lose(name.replace("\0", "\\0"), f"{place}: the path holds a NUL")
                 continue
             path, locator = _locate(name, root, bool(config.root))
-            old = merged.get(path)
-            if old is None:
-                merged[path] = SourceRow(path, locator, labels, split, sizes.get(locator, 0))
-            elif old.labels != labels:
-                raise InputError(
-                    f"{place}: {path} has labels {labels}, elsewhere {old.labels}; a row has one label set"
-                )
-            elif split is None or old.split is None or split in old.split.split("+"):
-                raise InputError(f"{place}: {path} stands twice in the lists of one split; ids must be unique")
-            else:
-                merged[path] = replace(old, split="+".join(sorted({*old.split.split("+"), split})))
-    named = {row.locator for row in merged.values()}
-    survey.take_back(key for key in set(survey.keys) - set(keys) if join(store.url, key) in named)
-    return list(merged.values()), [str(i) for i in range(width)] if width and width > 1 else None
+            size_bytes = unit.named.get(locator)
+            if size_bytes is not None and locator not in taken:
+                taken.add(locator)
+                if not locator.lower().endswith(LIST_ENDINGS):
+                    survey.take_back([locator])
+            yield SourceRow(path, locator, [count, *labels], split, size_bytes, place)
+
+
+def read_fields(values: Sequence[Sequence[int]], places: Sequence[str]) -> tuple[list[Labels], int | None]:
+    """The labels of every value of `scan_lists`, and the number of classes where lines are multi-hot.
+
+    Raises:
+        InputError: lines with different numbers of label fields.
+    """
+    width = 0
+    for (count, *_), place in zip(values, places, strict=True):
+        if count and width and count != width:
+            raise InputError(f"{place}: {count} label fields, other lines have {width}")
+        width = count or width
+    return [tuple(labels) for _, *labels in values], width if width > 1 else None
+
+
+def merge_rows(rows: list[SourceRow]) -> SourceRow:
+    """The one row of a path that stands in several lists: with all their splits, and labels that must agree.
+
+    In the public lists the training list is part of the database list.
+
+    Raises:
+        InputError: other labels, or twice in the lists of one split.
+    """
+    first, *others = rows
+    splits = [first.split]
+    for row in others:
+        if row.value[1:] != first.value[1:]:
+            labels, before = tuple(row.value[1:]), tuple(first.value[1:])
+            raise InputError(f"{row.place}: {row.id} has labels {labels}, elsewhere {before}; a row has one label set")
+        if row.split is None or row.split in splits or None in splits:
+            raise InputError(f"{row.place}: {row.id} stands twice in the lists of one split; ids must be unique")
+        splits.append(row.split)
+    return first if len(rows) == 1 else first._replace(split="+".join(sorted(map(str, splits))))
 
 
 def _locate(name: str, root: str, root_given: bool) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -11,9 +11,8 @@ from urllib.parse import urlencode
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hashray.data.labels import read_labels, split_of_path, split_word, whole_number
-from hashray.data.listing import SourceConfig, SourceRow, Survey, hive_values
-from hashray.data.lists import Rows
+from hashray.data.labels import split_of_path, split_word, whole_number
+from hashray.data.listing import SourceConfig, SourceRow, Survey, Unit, hive_values
 from hashray.errors import InputError, perhaps
 from hashray.storage import join, open_store, split_url
 
@@ -42,17 +41,12 @@ class Columns(NamedTuple):
     split: str | None
 
 
-def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) -> Rows:
-    """Rows of Parquet files, in file order; only the columns of ids, labels and splits are read.
+def scan_parquet(survey: Survey, unit: Unit, config: SourceConfig) -> Iterator[SourceRow]:
+    """Yield the rows of Parquet files, in file order; only the columns of ids, labels and splits are read.
 
     A column may be a folder's `name=value` (a Hive partition). A split stands in its column, in a partition, or in the
-    name of the file or folder. Class names are those of Hugging Face's metadata, where the schema has them: then each
-    label must be one of them, and -1 is no label, as in Hugging Face's test splits.
+    name of the file or folder. Class names are those of Hugging Face's metadata, where the schema has them.
     """
-    rows: list[tuple[str, str, str | None, int]] = []
-    values: list[Any] = []
-    places: list[tuple[str, int, int]] = []
-    class_names: list[str] | None = None
     for key in survey.take(ENDINGS):
         url, hive = join(survey.store.url, key), hive_values(key)
         try:
@@ -60,42 +54,34 @@ def list_parquet(survey: Survey, config: SourceConfig, num_classes: int | None) 
                 file = pq.ParquetFile(handle)
                 columns = _columns(file.schema_arrow, hive, config, url)
                 _account(survey, columns, file.schema_arrow.names)
-                class_names = _class_names(file.schema_arrow, columns.label, class_names, url)
-                stored = [name for name in columns[1:] if name and name not in hive]
+                _note_class_names(survey, file.schema_arrow, columns.label, url)
                 for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, columns=stored)
-                    count = file.metadata.row_group(group).num_rows
-                    place = f"{url}, row group {group}"
-                    size_bytes = _mean_bytes(file.metadata.row_group(group), columns.image)
-
-                    def column(name: str | None, table: Any = table, count: int = count, hive: Any = hive) -> list[Any]:
-                        if name is None:
-                            return [None] * count
-                        return [_number(hive[name])] * count if name in hive else table.column(name).to_pylist()
-
-                    ids = column(columns.id) if columns.id else [f"{key}:{group}:{row}" for row in range(count)]
-                    if None in ids:
-                        raise InputError(f"{place}, row {ids.index(None)}: {columns.id!r} is null")
-                    words = column(columns.split) if columns.split else [split_of_path(key)] * count
-                    places += [(url, group, row) for row in range(count)]
-                    values += column(columns.label)
-                    rows += [
-                        (
-                            str(row_id),
-                            f"parquet:{url}#" + urlencode({"column": columns.image, "group": group, "row": row}),
-                            split_word(word, f"{place}, row {row}"),
-                            size_bytes,
-                        )
-                        for row, row_id, word in zip(range(count), ids, words, strict=True)
-                    ]
+                    yield from _scan_group(file, group, columns, key, url, hive)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{url} is not a Parquet file, or broken: {error}") from error
-    if class_names:
-        num_classes = num_classes or len(class_names)
-        values = [None if value == -1 else value for value in values]
-    labels, width = read_labels(values, num_classes, lambda i: "{}, row group {}, row {}".format(*places[i]))
-    listed = [SourceRow(*rows[i][:2], labels[i], *rows[i][2:]) for i in range(len(rows))]
-    return listed, class_names or ([str(i) for i in range(width)] if width else None)
+
+
+def _scan_group(
+    file: Any, group: int, columns: Columns, key: str, url: str, hive: dict[str, str]
+) -> Iterator[SourceRow]:
+    table = file.read_row_group(group, columns=[name for name in columns[1:] if name and name not in hive])
+    count = file.metadata.row_group(group).num_rows
+    place = f"{url}, row group {group}"
+    size_bytes = _mean_bytes(file.metadata.row_group(group), columns.image)
+
+    def column(name: str | None) -> list[Any]:
+        if name is None:
+            return [None] * count
+        return [_number(hive[name])] * count if name in hive else table.column(name).to_pylist()
+
+    ids = column(columns.id) if columns.id else [f"{key}:{group}:{row}" for row in range(count)]
+    if None in ids:
+        raise InputError(f"{place}, row {ids.index(None)}: {columns.id!r} is null")
+    words = column(columns.split) if columns.split else [split_of_path(key)] * count
+    before = f"parquet:{url}#" + urlencode({"column": columns.image, "group": group})
+    for row, row_id, value, word in zip(range(count), ids, column(columns.label), words, strict=True):
+        where = f"{place}, row {row}"
+        yield SourceRow(str(row_id), f"{before}&row={row}", value, split_word(word, where), size_bytes, where)
 
 
 def _mean_bytes(group: Any, column: str) -> int:
@@ -150,17 +136,16 @@ def _account(survey: Survey, columns: Columns, names: Sequence[str]) -> None:
         survey.notes[f"labels are read from column {columns.label!r}"] = None
 
 
-def _class_names(schema: pa.Schema, label: str | None, before: list[str] | None, url: str) -> list[str] | None:
-    """Class names from Hugging Face's metadata of the label column; those of all files must agree."""
+def _note_class_names(survey: Survey, schema: pa.Schema, label: str | None, url: str) -> None:
+    """Class names from Hugging Face's metadata of the label column."""
     text = (schema.metadata or {}).get(b"huggingface")
     try:
         feature = json.loads(text or b"{}").get("info", {}).get("features", {}).get(label, {})
         names = feature.get("names") or feature.get("feature", {}).get("names")
     except (ValueError, AttributeError):  # somebody else's metadata of this name
-        return before
-    if names and before and names != before:
-        raise InputError(f"{url}: its class names are {names[:4]}…, other files have {before[:4]}…; make them agree")
-    return names or before
+        return
+    if names:
+        survey.name_classes(names, url)
 
 
 @lru_cache(maxsize=2)

@@ -1,63 +1,67 @@
 """Where images come from: folder, list file, Parquet, tar shards. One file for each format. No Ray.
 
-A source is read in two steps. `list_source` is cheap: it gives, for every row, its id, its labels, the split that the
-source gives it and a locator of its bytes; no image is opened. `fetch` then takes locators to bytes, anywhere, in any
-order. A new format is a file with a `list_x(survey, config, num_classes)`, named in READERS.
+A source is read in three steps. A format's `scan` yields the rows of a unit (a share of the source) without opening
+an image: ids, locators of their bytes, labels as the source has them. `read_values` then says what the labels and
+splits mean; that depends on all of them together, and on nothing else. `fetch` takes locators to bytes, anywhere, in
+any order. A new format is a file with a `scan_x`, named in `scan`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
+from typing import NamedTuple
 from urllib.parse import parse_qs
 
-from hashray.data.folders import list_folder
+from hashray.data.folders import ANNOTATIONS, read_folders, scan_folder
 from hashray.data.images import image_endings
-from hashray.data.labels import SPLIT_WORDS
-from hashray.data.listing import Format, Listing, SourceConfig, SourceRow, Survey, look, read_class_names
-from hashray.data.lists import LIST_ENDINGS, list_lists
+from hashray.data.labels import EXPECTED, SPLIT_WORDS, UNREADABLE, Labels, read_labels
+from hashray.data.listing import Format, SourceConfig, SourceRow, Survey, Unit, look, look_at_level, look_under
+from hashray.data.lists import LIST_ENDINGS, read_fields, scan_lists
 from hashray.data.parquet import ENDINGS as PARQUET_ENDINGS
-from hashray.data.parquet import image_column, list_parquet
-from hashray.data.tars import list_tar, refuse_compressed
+from hashray.data.parquet import image_column, scan_parquet
+from hashray.data.tars import refuse_compressed, scan_tars
 from hashray.errors import InputError
-from hashray.storage import open_store, split_url
+from hashray.storage import join, open_store, split_url
 
-__all__ = [
-    "Format",
-    "Listing",
-    "SourceConfig",
-    "SourceRow",
-    "by_reference_allowed",
-    "fetch",
-    "list_source",
-]
-
-READERS = {"folder": list_folder, "list": list_lists, "parquet": list_parquet, "tar": list_tar}
 FORMATS: dict[str, Format] = {
     ".tar": "tar", **dict.fromkeys(PARQUET_ENDINGS, "parquet"), **dict.fromkeys(LIST_ENDINGS, "list"),
 }  # fmt: skip
+UNIT_FILES = 20_000  # of a folder
+UNIT_BYTES = 128 << 20  # of containers
+MOST_PREFIXES, MOST_LEVELS = 256, 4
 _one_reader = threading.Lock()
 
 
-def list_source(url: str, config: SourceConfig) -> Listing:
-    """List every row of a source without opening an image.
+class Meaning(NamedTuple):
+    """What the labels and splits of a source mean.
+
+    Attributes:
+        labels: labels by value (as JSON text); indices or names.
+        splits: the split by value, where the source's folders name splits.
+        class_names: set where the source itself numbers its classes.
+    """
+
+    labels: Mapping[str, Labels]
+    splits: Mapping[str, str | None]
+    class_names: list[str] | None
+
+
+def is_random_access(kind: Format) -> bool:
+    """Whether each row is an object of its own, so that a corpus may have another order than its source."""
+    return kind in ("folder", "list")
+
+
+def guess_format(survey: Survey) -> Format:
+    """The format, from a file's ending, from lists named after splits, or from the files of a folder.
 
     Raises:
-        InputError: nothing there, no image in it, a malformed line, a label out of range, with place and reason.
+        InputError: none is recognised.
     """
-    survey = look(url)
-    kind = config.format or _guess(survey)
-    names = read_class_names(config.class_names)
-    rows, named = READERS[kind](survey, config, len(names) if names else None)
-    if not rows:
-        endings = ", ".join(image_endings()[:10])
-        raise InputError(f"{url} ({kind}) holds no images; image files end in {endings} or in what else Pillow decodes")
-    return Listing(kind, rows, names or named, kind in ("folder", "list"), survey)
-
-
-def _guess(survey: Survey) -> Format:
-    """The format, from a file's ending, from lists named after splits, or from the files of a folder."""
     suffixes = [PurePosixPath(key).suffix.lower() for key in survey.keys]
     if survey.is_file:
         refuse_compressed(survey.url)
@@ -66,8 +70,9 @@ def _guess(survey: Survey) -> Format:
         if suffixes[0] in image_endings():
             raise InputError(f"{survey.url} is one image; give the folder that holds it, with a folder for each class")
     keys = set(survey.keys)
-    if any(word + suffix in keys for word in SPLIT_WORDS for suffix in LIST_ENDINGS):
-        return "list"
+    for key in (word + suffix for word in SPLIT_WORDS for suffix in LIST_ENDINGS):
+        if key in keys or (not survey.complete and survey.store.exists(key)):
+            return "list"
     lists, endings = False, image_endings()
     for key, suffix in zip(survey.keys, suffixes, strict=True):
         refuse_compressed(key)
@@ -87,6 +92,109 @@ def _guess(survey: Survey) -> Format:
     )
 
 
+def units_of(survey: Survey, kind: Format) -> tuple[Survey, list[Unit]]:
+    """The shares of a source that tasks list, in order, and a survey of what they do not count themselves.
+
+    The shares are a function of the source alone. A folder of which not all files were looked at is shared out by its
+    prefixes.
+    """
+    if not survey.complete:
+        if kind == "folder":
+            return _units_of_prefixes(survey)
+        survey = look(survey.url)  # shards and lists are few beside their rows
+    if kind == "tar":
+        for key in survey.keys:
+            refuse_compressed(join(survey.store.url, key) if survey.is_file else key)
+    annotations = tuple(key for key in survey.keys if key.endswith(ANNOTATIONS)) if kind == "folder" else ()
+    named: dict[str, int] = {}
+    keys = survey.keys
+    if kind == "list":
+        named = {join(survey.store.url, key): size for key, size in survey.sizes.items()}
+        keys = survey.take(LIST_ENDINGS)
+    units: list[list[tuple[str, int]]] = [[]]
+    held = 0
+    for key in keys:
+        size_bytes = survey.sizes.get(key, 0)
+        if units[-1] and (len(units[-1]) == UNIT_FILES if kind == "folder" else held + size_bytes > UNIT_BYTES):
+            units.append([])
+            held = 0
+        units[-1].append((key, size_bytes))
+        held += size_bytes
+    return survey, [Unit(n, tuple(unit), (), annotations, named) for n, unit in enumerate(units)]
+
+
+def _units_of_prefixes(survey: Survey) -> tuple[Survey, list[Unit]]:
+    """Go down level by level until there are prefixes enough for any cluster."""
+    top = Survey(survey.url, survey.store, [], False)
+    prefixes = [""]
+    for _ in range(MOST_LEVELS):
+        below: list[str] = []
+        for prefix in prefixes:
+            below += look_at_level(top, prefix)
+        prefixes = below
+        if not 0 < len(prefixes) < MOST_PREFIXES:
+            break
+    annotations = tuple(key for key in top.keys if key.endswith(ANNOTATIONS))
+    count = min(len(prefixes), MOST_PREFIXES)
+    shares = [prefixes[len(prefixes) * n // count : len(prefixes) * (n + 1) // count] for n in range(count)]
+    units = [Unit(n, (), tuple(share), annotations) for n, share in enumerate(shares)]
+    if top.keys:
+        units.append(Unit(count, tuple((key, top.sizes[key]) for key in top.keys), (), annotations))
+    return replace(top, keys=[], sizes={}), units
+
+
+def scan(
+    url: str, is_file: bool, kind: Format, unit: Unit, config: SourceConfig, num_classes: int | None
+) -> tuple[Survey, Iterator[SourceRow]]:
+    """The rows of a unit, and the survey that counts what is seen while they are read.
+
+    Raises:
+        InputError: a malformed line or file, with its place.
+    """
+    store = open_store(split_url(url)[0] if is_file else url)
+    survey = Survey(url, store, [key for key, _ in unit.keys], is_file, dict(unit.keys))
+    for prefix in unit.prefixes:
+        look_under(survey, prefix)
+    if kind == "list":
+        return survey, scan_lists(survey, unit, config, num_classes)
+    scanner = {"folder": scan_folder, "parquet": scan_parquet, "tar": scan_tars}[kind]
+    return survey, scanner(survey, unit, config)
+
+
+def read_values(survey: Survey, kind: Format, values: Mapping[str, str], num_classes: int | None) -> Meaning:
+    """The meaning of the values of all rows.
+
+    Args:
+        values: the place of the first row of each value, in the order of the source.
+        num_classes: how many class names there are, if a file gives them.
+
+    Raises:
+        InputError: a label out of range or of no known kind, with the place of its row.
+    """
+    texts = list(values)
+    parsed = [json.loads(text) for text in texts]
+    if kind == "folder":
+        keys = {text: (tuple(value[0]), value[1]) for text, value in zip(texts, parsed, strict=True)}
+        meaning = read_folders(survey, keys.values())
+        return Meaning(
+            {text: meaning[key][0] for text, key in keys.items()},
+            {text: meaning[key][1] for text, key in keys.items()}, None,
+        )  # fmt: skip
+    places = list(values.values())
+    for value, place in zip(parsed, places, strict=True):
+        if isinstance(value, dict) and UNREADABLE in value:
+            raise InputError(f"{place}: label {value[UNREADABLE]}; {EXPECTED}")
+    if kind == "list":
+        labels, width = read_fields(parsed, places)
+    else:
+        if survey.class_names:  # Hugging Face's: each label is one of them, and -1 is none, as in its test splits
+            num_classes = num_classes or len(survey.class_names)
+            parsed = [None if value == -1 else value for value in parsed]
+        labels, width = read_labels(parsed, num_classes, places.__getitem__)
+    named = survey.class_names or ([str(i) for i in range(width)] if width else None)
+    return Meaning(dict(zip(texts, labels, strict=True)), {}, named)
+
+
 def fetch(locator: str) -> bytes:
     """The encoded bytes of one image: a file, a range of one, or a row of a Parquet column.
 
@@ -104,8 +212,3 @@ def fetch(locator: str) -> bytes:
     folder, name = split_url(span[1] if span else locator)
     store = open_store(folder)
     return store.read_range(name, int(span[2]), int(span[3])) if span else store.read(name)
-
-
-def by_reference_allowed(locator: str) -> bool:
-    """Whether a corpus may keep the locator instead of the bytes: one addressable object or range an image."""
-    return not locator.startswith("parquet:")

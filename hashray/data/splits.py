@@ -3,14 +3,18 @@
 A row's `split` names every split it is in, joined by "+" in alphabetical order: "database+train" is a
 training image that is also in the database. Order among rows is that of sha256(seed, id), so a protocol
 is a function of the ids, the labels and the seed, never of the order in which a source was listed.
+
+No table of all rows is needed: a protocol is planned from how often each set of labels and each given split occur, and
+from the first rows of each set of labels in the seeded order. The plan, a `SplitRule`, then decides row by row.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -77,73 +81,136 @@ def order_key(seed: int, row_id: str) -> bytes:
     return hashlib.sha256(f"{seed}\0{row_id}".encode()).digest()
 
 
-def assign_splits(
-    ids: Sequence[str],
-    labels: Sequence[Sequence[int]],
-    given: Sequence[str | None],
-    config: SplitConfig,
-    classes: Sequence[str] | None = None,
-) -> list[str]:
-    """The split of every row.
+Labels = tuple[int, ...]
+
+
+class Seen(NamedTuple):
+    """How many rows have some labels and a given split, and the id of one of them."""
+
+    rows: int
+    id: str
+
+
+class Candidates(NamedTuple):
+    """The ids of some rows with equal labels that come first in the seeded order, and whether there are more."""
+
+    ids: tuple[str, ...]
+    more: bool
+
+
+Counts = Mapping[tuple[Labels, str | None], Seen]
+Draw = Callable[[int], Sequence[tuple[Labels, Candidates]]]
+CLASS_SPLIT = {
+    ("database", "seen"): "database+database-seen+train",
+    ("database", "unseen"): "database+database-unseen",
+    ("query", "seen"): "query+query-seen",
+    ("query", "unseen"): "query+query-unseen",
+    ("database", "pseudo"): "database-pseudo",
+    ("query", "pseudo"): "query-pseudo",
+}
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """The split of every row of a source.
+
+    Attributes:
+        rest: of rows that nothing below decides.
+        given: by the split that a row came with.
+        drawn: by id, of rows that were drawn; with their labels.
+        parts: class-split: seen, unseen or pseudo, by class.
+    """
+
+    rest: str = ""
+    given: Mapping[str | None, str] = field(default_factory=dict)
+    drawn: Mapping[str, tuple[str, Labels]] = field(default_factory=dict)
+    parts: Mapping[int, str] | None = None
+
+    def of(self, row_id: str, labels: Labels, given: str | None) -> str:
+        """The split of one row."""
+        word = self.drawn[row_id][0] if row_id in self.drawn else self.given.get(given, self.rest)
+        return word if self.parts is None else CLASS_SPLIT[word, self.parts[labels[0]]]
+
+    def count(self, counts: Counts) -> Counter[tuple[Labels, str]]:
+        """How many rows have each set of labels and each split."""
+        out = Counter[tuple[Labels, str]]()
+        for (labels, given), seen in counts.items():
+            out[labels, self.given.get(given, self.rest)] += seen.rows
+        for word, labels in self.drawn.values():
+            out[labels, self.rest] -= 1
+            out[labels, word] += 1
+        if self.parts is None:
+            return +out
+        parts = Counter[tuple[Labels, str]]()
+        for (labels, word), count in out.items():
+            parts[labels, CLASS_SPLIT[word, self.parts[labels[0]]]] += count
+        return +parts
+
+
+def plan_splits(config: SplitConfig, counts: Counts, draw: Draw, classes: Sequence[str] | None = None) -> SplitRule:
+    """The rule of a protocol for a source.
 
     Args:
-        ids: n unique row ids; labels: class indices of each row; given: the split each row came with.
+        counts: how often each set of labels (class indices) and given split occur.
+        draw: gives, for a number n, the first n rows of each set of labels; a set may come in several pieces.
         classes: names of the classes, for the text of errors.
 
     Raises:
-        InputError: ids twice, too few rows in a class, splits missing that the protocol needs, or a query
-            row that is also in another split.
+        InputError: too few rows in a class, splits missing that the protocol needs, or a query row that is also in
+            another split.
     """
-    _check_unique(ids)
+    seed = config.seed
     if config.split_protocol == "as-given":
-        splits = _as_given(given)
-    elif config.split_protocol == "adalabelhash-cifar10":
-        splits = _train_is_database(given)
-    elif config.split_protocol == "cifar10-semi":
-        splits = _per_class(ids, labels, config.seed, 100, 500, "database+unlabelled", "database+train", classes)
-    elif config.split_protocol == "class-split":
-        splits = _class_split(ids, labels, given, config, classes)
-    else:
-        train = "database+train" if config.train_in_database else "train"
-        splits = _per_class(
-            ids, labels, config.seed, config.query_per_class, config.train_per_class, "database", train, classes
-        )
-    check_disjoint(ids, splits)
-    return splits
+        return SplitRule(given=_as_given(counts))
+    if config.split_protocol == "adalabelhash-cifar10":
+        return SplitRule(given=_train_is_database(counts))
+    if config.split_protocol == "class-split":
+        return _class_split(counts, draw, config, classes)
+    if config.split_protocol == "cifar10-semi":
+        drawn = _per_class(counts, draw, seed, 100, 500, "database+train", classes)
+        return SplitRule("database+unlabelled", drawn=drawn)
+    train = "database+train" if config.train_in_database else "train"
+    drawn = _per_class(counts, draw, seed, config.query_per_class, config.train_per_class, train, classes)
+    return SplitRule("database", drawn=drawn)
 
 
-def check_disjoint(ids: Sequence[str], splits: Sequence[str]) -> None:
-    """Refuse a query (or validation) row that is in another split as well: its score would be a leak."""
+def check_disjoint(splits: Mapping[str, Seen]) -> None:
+    """Refuse a query (or validation) row that is in another split as well: its score would be a leak.
+
+    Raises:
+        InputError: there are such rows.
+    """
     for alone in ("query", "validation"):
-        kinds = [{part.partition("-")[0] for part in split.split("+")} for split in splits]
-        shared = [i for i, kind in enumerate(kinds) if alone in kind and len(kind) > 1]
+        shared = [split for split in splits if _is_shared(alone, split)]
         if shared:
+            count, first = sum(splits[split].rows for split in shared), splits[shared[0]].id
             raise InputError(
-                f"{len(shared)} {alone} rows are in another split too, the first {ids[shared[0]]!r} "
-                f"({splits[shared[0]]}); a {alone} row may be in no other split: remove them from one of the lists"
+                f"{count} {alone} rows are in another split too, the first {first!r} "
+                f"({shared[0]}); a {alone} row may be in no other split: remove them from one of the lists"
             )
 
 
-def _check_unique(ids: Sequence[str]) -> None:
-    if len(set(ids)) < len(ids):
-        twice = [(name, count) for name, count in Counter(ids).most_common(3) if count > 1]
-        raise InputError(
-            f"{len(ids) - len(set(ids)):,} ids occur more than once, for example "
-            + ", ".join(f"{name!r} ({count} times)" for name, count in twice)
-            + "; ids must be unique in a corpus"
-        )
+def _is_shared(alone: str, split: str) -> bool:
+    kinds = {part.partition("-")[0] for part in split.split("+")}
+    return alone in kinds and len(kinds) > 1
 
 
-def _as_given(given: Sequence[str | None]) -> list[str]:
+def _as_given(counts: Counts) -> dict[str | None, str]:
+    given: dict[str | None, Seen] = {}
+    for (_, split), seen in counts.items():
+        before = given.get(split, Seen(0, seen.id))
+        given[split] = before._replace(rows=before.rows + seen.rows)
     present = {part for split in given if split for part in split.split("+")}
     if not present:
-        return ["database"] * len(given)
-    missing = sum(split is None for split in given)
-    if missing:
-        raise InputError(f"{missing:,} of {len(given):,} rows came with no split while others have one; name them all")
-    splits = [_train_wins(str(split)) for split in given]
+        return {None: "database"}
+    total = sum(seen.rows for seen in given.values())
+    if None in given:
+        missing = given[None].rows
+        raise InputError(f"{missing:,} of {total:,} rows came with no split while others have one; name them all")
+    splits = {split: _train_wins(str(split)) for split in given}
     if "database" not in present:
-        splits = [_in_database(split) for split in splits]
+        splits = {split: _in_database(word) for split, word in splits.items()}
+    check_disjoint({word: given[split] for split, word in splits.items()})
     return splits
 
 
@@ -158,81 +225,91 @@ def _in_database(split: str) -> str:
     return "+".join(sorted(parts | {"database"})) if parts & {"train", "unlabelled"} else split
 
 
-def _train_is_database(given: Sequence[str | None]) -> list[str]:
-    counts = Counter(given)
-    if not counts["train"] or not counts["query"] or len(counts) != 2:
+def _train_is_database(counts: Counts) -> dict[str | None, str]:
+    given = Counter[str | None]()
+    for (_, split), seen in counts.items():
+        given[split] += seen.rows
+    if not given["train"] or not given["query"] or len(given) != 2:
         raise InputError(
-            f"this protocol needs a source split into train and test; found {dict(counts)}. "
+            f"this protocol needs a source split into train and test; found {dict(given)}. "
             "Give a folder with train/ and test/, or choose per-class"
         )
-    return ["database+train" if split == "train" else "query" for split in given]
+    return {"train": "database+train", "query": "query"}
 
 
-def class_split(labels: Sequence[Sequence[int]], classes: Sequence[str], config: SplitConfig) -> dict[str, list[str]]:
+def class_split(counts: Counts, classes: Sequence[str], config: SplitConfig) -> dict[str, list[str]]:
     """class-split: names of the seen, unseen and pseudo-unseen classes, of rows with one label each."""
     names: dict[str, list[str]] = {}
-    for label, part in sorted(config.parts_of_classes(sorted({row_labels[0] for row_labels in labels})).items()):
+    for label, part in sorted(config.parts_of_classes(_present(counts)).items()):
         names.setdefault(part, []).append(classes[label])
     return names
 
 
-def _class_split(
-    ids: Sequence[str],
-    labels: Sequence[Sequence[int]],
-    given: Sequence[str | None],
-    config: SplitConfig,
-    classes: Sequence[str] | None,
-) -> list[str]:
-    several = [i for i, row_labels in enumerate(labels) if len(row_labels) != 1]
-    if several:
-        raise InputError(
-            f"protocol class-split needs exactly one class a row; {ids[several[0]]!r} has {len(labels[several[0]])}"
-        )
-    part = config.parts_of_classes(sorted({row_labels[0] for row_labels in labels}))
-    if any(given):
-        halves = ["query" if split == "query" else "database" for split in _train_is_database(given)]
-    else:
-        halves = _per_class(ids, labels, config.seed, config.query_per_class, 0, "database", "database", classes)
-    words = {
-        ("database", "seen"): "database+database-seen+train",
-        ("database", "unseen"): "database+database-unseen",
-        ("query", "seen"): "query+query-seen",
-        ("query", "unseen"): "query+query-unseen",
-        ("database", "pseudo"): "database-pseudo",
-        ("query", "pseudo"): "query-pseudo",
-    }
-    return [words[half, part[row_labels[0]]] for half, row_labels in zip(halves, labels, strict=True)]
+def _present(counts: Counts) -> list[int]:
+    return sorted({label for labels, _ in counts for label in labels})
+
+
+def _class_split(counts: Counts, draw: Draw, config: SplitConfig, classes: Sequence[str] | None) -> SplitRule:
+    for (labels, _), seen in counts.items():
+        if len(labels) != 1:
+            raise InputError(f"protocol class-split needs exactly one class a row; {seen.id!r} has {len(labels)}")
+    parts = config.parts_of_classes(_present(counts))
+    if any(given for _, given in counts):
+        halves = {
+            given: "query" if word == "query" else "database" for given, word in _train_is_database(counts).items()
+        }
+        return SplitRule(given=halves, parts=parts)
+    drawn = _per_class(counts, draw, config.seed, config.query_per_class, 0, "database", classes)
+    return SplitRule("database", drawn=drawn, parts=parts)
 
 
 def _per_class(
-    ids: Sequence[str],
-    labels: Sequence[Sequence[int]],
-    seed: int,
-    queries: int,
-    trains: int,
-    rest: str,
-    train: str,
-    classes: Sequence[str] | None,
-) -> list[str]:
-    order = sorted(range(len(ids)), key=lambda i: order_key(seed, ids[i]))
-    members: dict[int, list[int]] = {}
-    for i in order:
-        for label in labels[i]:
-            members.setdefault(label, []).append(i)
+    counts: Counts, draw: Draw, seed: int, queries: int, trains: int, train: str, classes: Sequence[str] | None
+) -> dict[str, tuple[str, Labels]]:
+    members = Counter[int]()
+    for (labels, _), seen in counts.items():
+        members.update(dict.fromkeys(labels, seen.rows))
     if not members:
         raise InputError("this split protocol draws rows per class, and no row has a class")
-    splits = [rest] * len(ids)
+    size, drawn = queries + trains, None
+    while drawn is None:  # rows of several classes that are drawn for one of them may leave too few for another
+        drawn = _draw(draw(size), members, seed, (("query", queries), (train, trains)), classes)
+        size *= 2
+    return drawn
+
+
+def _draw(
+    groups: Sequence[tuple[Labels, Candidates]],
+    members: Mapping[int, int],
+    seed: int,
+    words: Sequence[tuple[str, int]],
+    classes: Sequence[str] | None,
+) -> dict[str, tuple[str, Labels]] | None:
+    """The drawn rows, or None where the candidates do not show which rows come next."""
+    rows: dict[int, list[tuple[bytes, str, Labels]]] = {}
+    known_to: dict[int, bytes] = {}  # up to this key, a class's candidates are all its rows
+    for labels, candidates in groups:
+        keyed = [(order_key(seed, row_id), row_id, labels) for row_id in candidates.ids]
+        for label in labels:
+            rows.setdefault(label, []).extend(keyed)
+            if candidates.more:
+                known_to[label] = min(known_to.get(label, keyed[-1][0]), keyed[-1][0])
+    drawn: dict[str, tuple[str, Labels]] = {}
+    for label_rows in rows.values():
+        label_rows.sort()
     # Rarest class first, so that a row with several classes is counted where it is needed most.
-    for word, wanted in (("query", queries), (train, trains)):
-        for label in sorted(members, key=lambda name: (len(members[name]), name)):
-            free = [i for i in members[label] if splits[i] == rest]
+    for word, wanted in words:
+        for label in sorted(members, key=lambda name: (members[name], name)):
             # A multi-label row already drawn for another class counts for none but that one.
+            free = [row for row in rows[label] if row[1] not in drawn]
+            known = [row for row in free if label not in known_to or row[0] <= known_to[label]]
+            if len(known) < wanted and label in known_to:
+                return None
             if len(free) < wanted:
                 name = repr(classes[label]) if classes else label
                 raise InputError(
                     f"class {name} has {len(free)} rows left for {word!r}, the protocol draws {wanted} of each class: "
                     "add images of it, leave it out, or lower --query-per-class or --train-per-class of per-class"
                 )
-            for i in free[:wanted]:
-                splits[i] = word
-    return splits
+            drawn |= {row_id: (word, labels) for _, row_id, labels in known[:wanted]}
+    return drawn

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from posixpath import normpath
 from typing import Any
 
 from hashray.data.images import image_endings
-from hashray.data.labels import read_labels, split_of_path, whole_number
-from hashray.data.listing import SourceConfig, SourceRow, Survey, kind_of_junk
-from hashray.data.lists import Rows
+from hashray.data.labels import split_of_path, whole_number
+from hashray.data.listing import SourceConfig, SourceRow, Survey, Unit, kind_of_junk
 from hashray.errors import InputError
 from hashray.storage import join
 
@@ -40,45 +40,27 @@ def refuse_compressed(key: str) -> None:
         raise InputError(f"{key} is a compressed tar, in which no image can be read alone; decompress it to .tar first")
 
 
-def list_tar(survey: Survey, config: SourceConfig, num_classes: int | None) -> Rows:
-    """WebDataset shards, in order: members of one key (the name up to its first dot) are one sample.
+def scan_tars(survey: Survey, unit: Unit, config: SourceConfig) -> Iterator[SourceRow]:
+    """Yield the samples of WebDataset shards, in order: members of one key (the name up to its first dot) are one.
 
     Its label is in `.cls` or `.label`, else `.json` (under a usual name), else `.txt`; it may stand in another shard
     than the image. A shard's split is a word of its name ("imagenet1k-train-0000.tar") or of its folder's.
     """
-    for key in survey.keys:
-        refuse_compressed(join(survey.store.url, key) if survey.is_file else key)
-    shards = {key: _read_tar(survey, key) for key in survey.take((".tar",))}
-    elsewhere = _labels_elsewhere(shards)
-    rows: list[tuple[str, str, str | None, int]] = []
-    values: list[Any] = []
-    places: list[str] = []
-    for key, shard in shards.items():
+    for key in survey.take((".tar",)):
+        refuse_compressed(key)
+        shard = _read_tar(survey, key)
         url, split = join(survey.store.url, key), split_of_path(key)
         survey.members += shard.members
         survey.members_skipped += shard.skipped
+        for sample, value in shard.labels.items():
+            if sample not in shard.images:
+                survey.elsewhere.setdefault(sample, []).append(value)
         for sample, reason in shard.lost.items():
             survey.lose(f"{key}/{sample}", reason)
         for sample, member in shard.images.items():
-            rows.append(
-                (f"{key}/{sample}", f"{url}#offset={member.offset_data}&size={member.size}", split, member.size)
-            )
-            values.append(shard.labels.get(sample, elsewhere.get(sample)))
-            places.append(f"{url}, member {member.name}")
-    labels, width = read_labels(values, num_classes, places.__getitem__)
-    listed = [SourceRow(*rows[i][:2], labels[i], *rows[i][2:]) for i in range(len(rows))]
-    return listed, [str(i) for i in range(width)] if width else None
-
-
-def _labels_elsewhere(shards: dict[str, _Shard]) -> dict[str, Any]:
-    """Labels whose image stands in another shard, by sample name: where one label and one image have that name."""
-    orphans, bare = defaultdict[str, list[Any]](list), Counter[str]()
-    for shard in shards.values():
-        for sample, value in shard.labels.items():
-            if sample not in shard.images:
-                orphans[sample].append(value)
-        bare.update(sample for sample in shard.images if sample not in shard.labels)
-    return {sample: values[0] for sample, values in orphans.items() if len(values) == 1 and bare[sample] == 1}
+            locator = f"{url}#offset={member.offset_data}&size={member.size}"
+            place = f"{url}, member {member.name}"
+            yield SourceRow(f"{key}/{sample}", locator, shard.labels.get(sample), split, member.size, place)
 
 
 def _read_tar(survey: Survey, key: str) -> _Shard:

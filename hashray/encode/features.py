@@ -1,6 +1,7 @@
 """[Ray] Cached features of a frozen trunk: one scan of the corpus, kept as an artifact, trained on many times.
 
-features/  parts/part-00000.parquet … (id, feature, labels, split) · classes.json · quarantine.parquet · manifest.json
+features/  rows/part-00000-<plan>.parquet … (id, labels, split) · features/part-00000-<plan>.parquet … (feature)
+           classes.json · quarantine.parquet · manifest.json
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from numpy.typing import NDArray
 from hashray import __version__, artifact
 from hashray.artifact import Manifest, canonical, read_table, sha256_hex
 from hashray.data.columns import list_column
-from hashray.data.corpus import ROW_FIELDS, Corpus, iterate_bytes, open_corpus
+from hashray.data.corpus import ROW_SCHEMA, Corpus, iterate_bytes, open_corpus
 from hashray.data.images import Pixels, Resize, decode_rows
-from hashray.engine.parts import BadRow, Output, PartWorker, run_parts, write_quarantine
+from hashray.engine.parts import BadRow, Output, PartWorker, part_files, run_parts, write_quarantine
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import run_stage
 from hashray.methods.backbone import (
@@ -120,8 +121,8 @@ class _FeatureWorker(TrunkWorker):
         config = self.trunk.config
         rows, features, bad = map_part(table, config.image_size, config.resize, self._features, BATCH_ROWS, advance)
         column = list_column(features.reshape(len(rows), self.trunk.feature_dim))
-        out = rows.select(["id", "labels", "split"]).append_column("feature", column)
-        return Output(out, bad, {"splits": dict(sorted(Counter(out.column("split").to_pylist()).items()))})
+        info = {"splits": dict(sorted(Counter(rows.column("split").to_pylist()).items()))}
+        return Output(rows.select(ROW_SCHEMA.names), bad, info, beside={"features": pa.table({"feature": column})})
 
     @torch.inference_mode()
     def _features(self, pixels: Pixels) -> Any:
@@ -184,14 +185,14 @@ def compute_features(
         parts = run_parts(store, plan, units, _FeatureWorker, arguments, workers, "features", max_bad, short)
         classes = artifact.write_named(store, "classes.json", canonical(corpus.classes))
         rows_in, bad = sum(part.rows_in for part in parts), sum(len(part.bad) for part in parts)
-        columns = {"id": "string", "feature": f"float32[{trunk.feature_dim}]", **{n: str(t) for n, t in ROW_FIELDS}}
+        columns = {f.name: str(f.type) for f in ROW_SCHEMA} | {"feature": f"float32[{trunk.feature_dim}]"}
         manifest = artifact.publish(
             store,
             Manifest(
                 kind="features", project_version=__version__, config=_settings(trunk),
                 parents={"corpus": corpus.manifest.id},
                 columns=columns, fingerprint=fingerprint, rows_in=rows_in, rows_out=rows_in - bad,
-                rows_quarantined=bad, files=(*[part.file for part in parts], classes, write_quarantine(store, parts)),
+                rows_quarantined=bad, files=(*part_files(parts), classes, write_quarantine(store, parts)),
                 info={"plan": plan, "feature_dim": trunk.feature_dim},
             ),
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """[Ray] A stage as parts, each done exactly once: how rows are never lost and reruns resume.
 
-A part is a fixed range of rows that becomes one file. A pool of actors takes parts one at a time (Ray Data
-restarts a dead actor and hands its part to another). The actor writes the file, then a small record of it
-under progress/<plan>/. The plan is a hash of everything the result depends on, so a rerun with the same
+A part is a fixed range of rows that becomes one file, or several with the same rows. A pool of actors takes parts one
+at a time (Ray Data restarts a dead actor and hands its part to another). The actor writes the files, then a small
+record of them under progress/<plan>/. The plan is a hash of everything the result depends on, so a rerun with the same
 arguments finds the records and skips those parts, and a rerun with others does not. A file is a function of
 its part alone: a part that ran twice wrote the same bytes twice.
 A part that starts more than MAX_RETRIES + 1 times ends the stage, since it may be what kills its workers. Starts are
@@ -31,7 +31,7 @@ from ray.exceptions import RayActorError
 
 from hashray import artifact, errors
 from hashray.artifact import FileRecord, table_bytes
-from hashray.engine.reports import MAX_RETRIES, Meter, listening, start_reports
+from hashray.engine.reports import MAX_RETRIES, Advance, Meter, listening, start_reports
 from hashray.engine.session import WorkersConfig, connect, is_local, memory_environment, require_room, unwrap
 from hashray.engine.stage import require_free
 from hashray.errors import AuditError, HashrayError, InputError, RunError, TooManyBadRows
@@ -53,23 +53,36 @@ class BadRow(BaseModel):
 
 
 class Part(BaseModel):
-    """A finished part: its file, the rows it took, and those it put aside. `notes` stay out of manifests."""
+    """A finished part: its file, the rows it took, and those it put aside. `notes` stay out of manifests.
+
+    `beside` are files of the same rows in the same order, with other columns.
+    """
 
     model_config = ConfigDict(frozen=True)
     index: int
     file: FileRecord
+    beside: tuple[FileRecord, ...] = ()
     rows_in: int
     bad: tuple[BadRow, ...] = ()
     notes: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        return (self.file, *self.beside)
+
 
 class Output(NamedTuple):
-    """What a worker makes of a part: its rows, the rows put aside, `info` for the manifest, notes for the driver."""
+    """What a worker makes of a part: its rows, the rows put aside, `info` for the manifest, notes for the driver.
+
+    `beside` holds more columns of the same rows, in files of their own, by the name of their folder; where there are
+    such, the rows' own folder is rows/, else parts/.
+    """
 
     table: pa.Table
     bad: list[BadRow]
     info: dict[str, Any] = {}  # noqa: RUF012  # a NamedTuple's defaults are never changed
     notes: dict[str, Any] = {}  # noqa: RUF012
+    beside: dict[str, pa.Table] = {}  # noqa: RUF012
 
 
 class PartWorker(ABC):
@@ -98,14 +111,21 @@ class _Runner:
         if self.worker is None:
             self.worker = self.make()
         output = self.worker.process(unit, advance)
-        name = part_name(self.plan, unit["index"])
+        name = part_name(self.plan, unit["index"], "rows" if output.beside else "parts")
         if len(output.table) + len(output.bad) != unit["rows"]:
             raise AuditError(f"{name}: {unit['rows']} rows in, {len(output.table)} out, {len(output.bad)} quarantined")
+        beside = []
+        for folder, table in output.beside.items():
+            other = part_name(self.plan, unit["index"], folder)
+            if len(table) != len(output.table):
+                raise AuditError(f"{other}: {len(table)} rows, and {len(output.table)} in {name}")
+            beside.append(artifact.write_file(self.store, other, table_bytes(table), rows=len(table)))
         record = artifact.write_file(
             self.store, name, table_bytes(output.table), rows=len(output.table), info=output.info
         )
         part = Part(
-            index=unit["index"], file=record, rows_in=unit["rows"], bad=tuple(output.bad), notes=output.notes
+            index=unit["index"], file=record, beside=tuple(beside), rows_in=unit["rows"], bad=tuple(output.bad),
+            notes=output.notes,
         )  # fmt: skip
         self.store.write(_record_key(self.plan, part.index), part.model_dump_json().encode())
         return part
@@ -124,7 +144,7 @@ class _Actor:
         if ray.get(self.reports.start.remote(unit["index"])) > MAX_RETRIES + 1:
             return {"part": [""], "error": [json.dumps([LOST, unit["index"]])]}
         try:
-            part = self.runner.run(unit, lambda rows: self.reports.put.remote({"index": unit["index"], "rows": rows}))
+            part = self.runner.run(unit, Advance(self.reports, unit["index"]))
         except HashrayError as error:
             return {"part": [""], "error": [json.dumps([type(error).__name__, str(error)])]}
         except Exception as error:  # no lost worker: the same part would fail again, so it ends the stage
@@ -264,9 +284,9 @@ def _plain_errors(meter: Meter) -> Iterator[None]:
         raise plain from error
 
 
-def part_name(plan: str, index: int) -> str:
+def part_name(plan: str, index: int, folder: str = "parts") -> str:
     """Where a unit's part goes: with the plan in its name, so that no other run ever writes over it."""
-    return f"parts/part-{index:05d}-{plan[:8]}.parquet"
+    return f"{folder}/part-{index:05d}-{plan[:8]}.parquet"
 
 
 def finished_parts(store: Store, plan: str, count: int) -> dict[int, Part]:
@@ -275,7 +295,7 @@ def finished_parts(store: Store, plan: str, count: int) -> dict[int, Part]:
     def read(key: str) -> Part | None:
         try:
             part = Part.model_validate_json(store.read(key))
-            return part if store.size(part.file.name) == part.file.bytes else None
+            return part if all(store.size(file.name) == file.bytes for file in part.files) else None
         except (ValueError, InputError):  # half a record, or its part is gone: the unit runs again
             return None
 
@@ -287,6 +307,11 @@ def finished_parts(store: Store, plan: str, count: int) -> dict[int, Part]:
 
 def _record_key(plan: str, index: int) -> str:
     return f"progress/{plan}/{index:06d}.json"
+
+
+def part_files(parts: Sequence[Part]) -> list[FileRecord]:
+    """The files of all parts, for a manifest: folder by folder, each in order."""
+    return [file for folder in zip(*(part.files for part in parts), strict=True) for file in folder]
 
 
 def write_quarantine(store: Store, parts: Sequence[Part], before: Sequence[BadRow] = ()) -> FileRecord:

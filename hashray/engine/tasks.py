@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, RayError, RayTaskError
 
-from hashray.engine.reports import MAX_RETRIES, Meter, listening, start_reports
+from hashray.engine.reports import MAX_RETRIES, Advance, Meter, listening, start_reports
 from hashray.engine.session import WorkersConfig, connect, require_room, unwrap
 from hashray.errors import HashrayError
 
@@ -78,4 +78,4 @@ def run_tasks(
 
 def _call(function: Callable[..., Any], number: int, reports: Any, *arguments: Any) -> Any:
     ray.get(reports.put.remote({"start": number}))  # arrives even where this process dies at once
-    return function(*arguments, lambda rows: reports.put.remote({"index": number, "rows": rows}))
+    return function(*arguments, Advance(reports, number))

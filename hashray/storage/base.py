@@ -15,6 +15,7 @@ from typing import BinaryIO
 from hashray.errors import AlreadyExists, StorageError
 
 TEMP_PREFIX = ".hashray-tmp-"
+Level = tuple[list[str], list[tuple[str, int]]]
 
 
 class Store(ABC):
@@ -76,6 +77,10 @@ class Store(ABC):
             on_error: gets the key and the error of a path that cannot be looked at, such as a folder without
                 permission; unset, the error is raised.
         """
+
+    @abstractmethod
+    def level(self, prefix: str = "", on_error: Callable[[str, OSError], None] | None = None) -> Level:
+        """Return the prefixes ("a/b/") and the objects (key, bytes) directly below the prefix "a/", each sorted."""
 
     @abstractmethod
     def delete(self, key: str) -> None:

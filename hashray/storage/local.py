@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, final
 
 from hashray.errors import AlreadyExists, InputError, StorageError, StoreUnavailable
-from hashray.storage.base import TEMP_PREFIX, Store, check_key, check_prefix, check_range
+from hashray.storage.base import TEMP_PREFIX, Level, Store, check_key, check_prefix, check_range
 
 COPY_BLOCK_BYTES = 8 << 20
 
@@ -72,9 +72,13 @@ class LocalStore(Store):
         folder = check_prefix(prefix).rpartition("/")[0]
         start = self.root / folder
         with file_errors(start):
-            above = [path.stat() for path in start.resolve().parents] if start.is_dir() else []
-            places = tuple((status.st_dev, status.st_ino) for status in above)
-            yield from _walk(start, f"{folder}/" if folder else "", prefix, places, on_error)
+            yield from _walk(start, f"{folder}/" if folder else "", prefix, self._above(start), on_error)
+
+    def level(self, prefix: str = "", on_error: Callable[[str, OSError], None] | None = None) -> Level:
+        folder = self.root / check_prefix(prefix)
+        with file_errors(folder):
+            items = [*_walk(folder, prefix, prefix, self._above(folder), on_error, deep=False)]
+        return [key for key, _ in items if key.endswith("/")], [item for item in items if not item[0].endswith("/")]
 
     def delete(self, key: str) -> None:
         path = self.local_path(key)
@@ -85,6 +89,12 @@ class LocalStore(Store):
         path = self.local_path(key)
         with file_errors(path):
             return path.open("rb")
+
+    def _above(self, folder: Path) -> tuple[tuple[int, int], ...]:
+        """Device and inode of every folder above, on the way by the names as they are, links and all."""
+        inside = folder.parents[: len(folder.parts) - len(self.root.parts)]
+        above = [*self.root.resolve().parents, *inside] if folder.is_dir() else []
+        return tuple((status.st_dev, status.st_ino) for status in map(Path.stat, above))
 
     def _place(self, key: str, fill: Callable[[Path], None], commit: Callable[[Path, Path], None]) -> None:
         target = self.local_path(key)
@@ -167,6 +177,7 @@ def _walk(
     prefix: str,
     above: tuple[tuple[int, int], ...],
     on_error: Callable[[str, OSError], None] | None,
+    deep: bool = True,
 ) -> Iterator[tuple[str, int]]:
     entries: list[tuple[str, os.DirEntry[str]]] = []
     try:
@@ -188,7 +199,9 @@ def _walk(
         return
     for name, entry in sorted(entries, key=lambda pair: pair[0]):
         key = base + name
-        if name.endswith("/"):
+        if name.endswith("/") and not deep:
+            yield key, 0
+        elif name.endswith("/"):
             if key.startswith(prefix[: len(key)]):
                 yield from _walk(folder / entry.name, key, prefix, (*above, here), on_error)
         elif key.startswith(prefix) and not name.startswith(TEMP_PREFIX):

@@ -23,7 +23,16 @@ from botocore import exceptions as boto
 from botocore.config import Config
 
 from hashray.errors import AlreadyExists, InputError, StorageError, StoreUnavailable
-from hashray.storage.base import TEMP_PREFIX, Store, check_key, check_prefix, check_range, join, no_conditional_put
+from hashray.storage.base import (
+    TEMP_PREFIX,
+    Level,
+    Store,
+    check_key,
+    check_prefix,
+    check_range,
+    join,
+    no_conditional_put,
+)
 from hashray.storage.local import file_errors, place, write_synced
 
 MB = 1 << 20
@@ -145,20 +154,30 @@ class S3Store(Store):
     def list(
         self, prefix: str = "", on_error: Callable[[str, OSError], None] | None = None
     ) -> Iterator[tuple[str, int]]:
+        for _, files in self._pages(prefix):
+            yield from files
+
+    def level(self, prefix: str = "", on_error: Callable[[str, OSError], None] | None = None) -> Level:
+        pages = [*self._pages(prefix, Delimiter="/")]
+        return [key for keys, _ in pages for key in keys], [file for _, files in pages for file in files]
+
+    def _pages(self, prefix: str, **options: str) -> Iterator[Level]:
+        """Yield the common prefixes and the objects (key, bytes) of each page of a listing."""
         check_prefix(prefix)
         base = f"{self.prefix}/" if self.prefix else ""
-        token: dict[str, str] = {}
         while True:
             with self._errors() as where:
-                page = where["client"].list_objects_v2(Bucket=self.bucket, Prefix=base + prefix, **token)
-            for item in page.get("Contents", ()):
-                key = item["Key"][len(base) :]
-                # Consoles write "folder/" markers of no bytes: they are no objects of ours.
-                if key and not key.endswith("/") and not key.rpartition("/")[2].startswith(TEMP_PREFIX):
-                    yield key, int(item["Size"])
+                page = where["client"].list_objects_v2(Bucket=self.bucket, Prefix=base + prefix, **options)
+            files = [(item["Key"][len(base) :], int(item["Size"])) for item in page.get("Contents", ())]
+            # Consoles write "folder/" markers of no bytes: they are no objects of ours.
+            yield (
+                [item["Prefix"][len(base) :] for item in page.get("CommonPrefixes", ())],
+                [(key, size) for key, size in files
+                 if key and not key.endswith("/") and not key.rpartition("/")[2].startswith(TEMP_PREFIX)],
+            )  # fmt: skip
             if not page.get("IsTruncated"):
                 return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+            options["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
         with self._errors(key) as where:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hashray.artifact import (
+    FORMAT_VERSION,
     Manifest,
     canonical,
     describe,
@@ -32,7 +33,7 @@ from hashray.artifact import (
     version_key,
     write_file,
 )
-from hashray.artifact.manifest import from_bytes, to_bytes
+from hashray.artifact.manifest import audit, from_bytes, to_bytes
 from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputError, MismatchError
 from hashray.storage import Store, open_store
 from hashray.storage.cache import sha256_file, verified_path
@@ -174,7 +175,7 @@ def test_a_manifest_of_other_bytes_is_corrupt(corpus, change):
 
 
 def test_a_consistent_file_that_is_no_manifest(corpus):
-    fields = {"kind": "corpus", "format_version": 1}
+    fields = {"kind": "corpus", "format_version": FORMAT_VERSION}
     corpus.write("manifest.json", canonical({**fields, "id": sha256_hex(canonical(fields))}))
     with pytest.raises(CorruptArtifact, match=r"manifest\.json is no manifest of hashray's: "):
         load_manifest(corpus)
@@ -231,15 +232,33 @@ def test_wrong_kind(corpus):
         load_manifest(corpus, "index")
 
 
-def test_written_by_a_newer_hashray(corpus):
+@pytest.mark.parametrize(
+    ("version", "text"),
+    [
+        (3, r"newer hashray \(9\.0, format 3; this one reads up to 2\); upgrade hashray"),
+        (
+            1,
+            r"older hashray \(9\.0, format 1; this one reads format 2\)\. Run the stage that made it again, into anoth",
+        ),
+    ],
+)
+def test_written_by_another_hashray(corpus, version, text):
     fields = json.loads(corpus.read("manifest.json"))
     del fields["id"]
-    fields |= {"format_version": 2, "project_version": "9.0", "kind": "hologram", "unheard_of": True}
+    fields |= {"format_version": version, "project_version": "9.0", "kind": "hologram", "unheard_of": True}
     corpus.write("manifest.json", canonical({**fields, "id": sha256_hex(canonical(fields))}))
-    with pytest.raises(
-        MismatchError, match=r"newer hashray \(9\.0, format 2; this one reads up to 1\); upgrade hashray"
-    ):
+    with pytest.raises(MismatchError, match=text):
         load_manifest(corpus)
+
+
+def test_parts_of_two_folders_must_be_aligned(store):
+    files = [
+        write_file(store, f"{folder}/part-{n}.parquet", b"x", rows=rows)
+        for folder, counts in (("rows", (2, 1)), ("images", (1, 2)))
+        for n, rows in enumerate(counts)
+    ]
+    manifest = Manifest(kind="corpus", project_version="0", config={}, parents={}, files=tuple(files), rows_out=3)
+    assert audit(manifest) == ["the parts of rows/ and images/ are not aligned"]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from listing import Listing, list_source
 
 from hashray.data.labels import read_labels
-from hashray.data.sources import Listing, SourceConfig, by_reference_allowed, fetch, list_source
+from hashray.data.sources import SourceConfig, fetch
 from hashray.errors import InputError
 from hashray.storage import open_store
 
@@ -58,12 +59,11 @@ IMAGES = [b"one", b"two", b"three"]
 def test_parquet_with_usual_names(url: str) -> None:
     columns = {"id": ["a", "b", "c"], "image": IMAGES, "label": [1, 0, 1], "split": ["train", "Test", "db+train"]}
     listing = listed(url, {"a.parquet": parquet(columns), "b.parquet": parquet({**columns, "id": ["d", "e", "f"]})})
-    assert (listing.format, listing.random_access) == ("parquet", False)
+    assert listing.format == "parquet"
     assert [row.id for row in listing.rows] == list("abcdef")
     assert [row.labels for row in listing.rows[:3]] == [(1,), (0,), (1,)]
     assert [row.split for row in listing.rows[:3]] == ["train", "query", "database+train"]
     assert [fetch(row.locator) for row in reversed(listing.rows)] == IMAGES[::-1] * 2
-    assert not by_reference_allowed(listing.rows[0].locator)
 
 
 def test_parquet_as_datasets_of_huggingface_have_it(url: str) -> None:
@@ -164,13 +164,12 @@ def test_webdataset_shards(url: str) -> None:
         "0.tar": tar({"0.png": "five", "0.cls": "0"}),
     }  # fmt: skip
     listing = listed(url, shards)
-    assert (listing.format, listing.random_access, listing.class_names) == ("tar", False, None)
+    assert (listing.format, listing.class_names) == ("tar", None)
     assert {row.id: (row.labels, row.split, fetch(row.locator)) for row in listing.rows} == {
         "train-0000.tar/a/0001": ((3,), "train", b"one"), "train-0000.tar/a/0002": ((0, 2), "train", b"two"),
         "test_7.tar/0": ((4,), "query", b"three"), "database/0.tar/0": ((), "database", b"four"),
         "0.tar/0": ((0,), None, b"five"),
     }  # fmt: skip
-    assert all(by_reference_allowed(row.locator) for row in listing.rows)
 
 
 def test_labels_in_tar_shards(tmp_path: Path) -> None:

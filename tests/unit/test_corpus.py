@@ -15,7 +15,7 @@ from tiny import deny
 from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical, read_table, table_bytes
 from hashray.data.columns import in_split, list_matrix, multi_hot
-from hashray.data.corpus import CORPUS_SCHEMA, ROW_FIELDS, Corpus, iterate_bytes, open_corpus
+from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA, Corpus, iterate_bytes, open_corpus
 from hashray.data.images import BadImage
 from hashray.errors import CorruptArtifact, InputError, MismatchError, StorageError, StoreUnavailable
 from hashray.storage import open_store
@@ -31,20 +31,22 @@ def row(i: int, split: str, labels: list[int], **fields: Any) -> dict[str, Any]:
 def write(
     folder: Path,
     parts: list[list[dict[str, Any]]],
-    schema: pa.Schema = CORPUS_SCHEMA,
+    beside: pa.Schema = IMAGE_SCHEMA,
     kind: str = "corpus",
     **info: Any,
 ) -> Corpus:
     store = open_store(folder)
     files: list[FileRecord] = []
     for i, rows in enumerate(parts):
-        table = pa.Table.from_pylist(rows, schema=schema)
+        other = "images" if kind == "corpus" else kind
+        table, columns = (pa.Table.from_pylist(rows, schema=schema) for schema in (ROW_SCHEMA, beside))
         counts: dict[str, int] = {}
         for item in rows:
             counts[item["split"]] = counts.get(item["split"], 0) + 1
-        files.append(
-            artifact.write_file(store, f"parts/part-{i}.parquet", table_bytes(table), len(rows), {"splits": counts})
-        )
+        files += [
+            artifact.write_file(store, f"rows/part-{i}.parquet", table_bytes(table), len(rows), {"splits": counts}),
+            artifact.write_file(store, f"{other}/part-{i}.parquet", table_bytes(columns), len(rows)),
+        ]
     files.append(artifact.write_file(store, "classes.json", canonical(["ant", "bee", "cat"])))
     artifact.publish(
         store,
@@ -107,12 +109,14 @@ def test_rows_of_a_split(corpus: Corpus) -> None:
     assert nothing.labels.shape == (0, 3)
 
 
-def test_reading_parts_and_columns(corpus: Corpus) -> None:
+def test_reading_parts(corpus: Corpus) -> None:
     first = corpus.parts[0]
     assert corpus.read_part(first, "query").column("id").to_pylist() == ["id1"]
-    only = corpus.read_part(first, "database", ["id", "labels"])
-    assert only.column_names == ["id", "labels"]
-    assert only.column("id").to_pylist() == ["id0", "id2"]
+    both = corpus.read_part(first, "database")
+    assert both.column_names == ["id", "labels", "split", "image", "uri"]
+    assert both.column("image").to_pylist() == [b"bytes 0", b"bytes 2"]
+    assert corpus.part_rows(first, "database").equals(both.select(ROW_SCHEMA.names))
+    assert corpus.beside(first).name == "images/part-0.parquet"
     assert read_table(corpus.store, first, ["split"]).column_names == ["split"]
     assert corpus.images("query", ["id3", "id1", "id0", "none"]) == {"id1": b"bytes 1", "id3": b"bytes 3"}
 
@@ -132,9 +136,7 @@ def test_references_are_followed_and_bad_ones_are_rows_not_errors(
     (tmp_path / "a#b.png").write_bytes(b"some bytes")
     names = ("a#b.png", "none.png", "a#b.png#offset=5&size=5", "denied.png")
     uris = [f"{tmp_path}/{name}" for name in names]
-    table = pa.Table.from_pylist(
-        [row(i, "database", [], image=None, uri=uri) for i, uri in enumerate(uris)], schema=CORPUS_SCHEMA
-    )
+    table = pa.table({"id": [f"id{i}" for i in range(4)], "image": pa.nulls(4, pa.large_binary()), "uri": uris})
     deny(monkeypatch, tmp_path / "denied.png")
     images = dict(iterate_bytes(table))
     assert images["id0"] == b"some bytes"
@@ -154,7 +156,7 @@ def test_references_are_followed_and_bad_ones_are_rows_not_errors(
 
 
 def test_features(tmp_path: Path) -> None:
-    schema = pa.schema([("id", pa.string()), ("feature", pa.list_(pa.float32(), 2)), *ROW_FIELDS])
+    schema = pa.schema([("feature", pa.list_(pa.float32(), 2))])
     parts = [
         [{"id": f"{p}{i}", "feature": [p, i], "labels": [0], "split": SPLITS[(p + i) % 2]} for i in range(3)]
         for p in range(2)
@@ -163,13 +165,13 @@ def test_features(tmp_path: Path) -> None:
     assert features.features("all").tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
     assert features.features("train").tolist() == [[0, 1], [1, 0], [1, 2]]
     assert features.features("query").shape == (0, 2)
-    assert list_matrix(features.read_part(features.parts[0], "query", ["feature"]).column("feature")).shape == (0, 2)
+    assert list_matrix(features.read_part(features.parts[0], "query").column("feature")).shape == (0, 2)
     with pytest.raises(MismatchError, match="is features, expected a corpus"):
         open_corpus(str(tmp_path / "f"))
 
 
 def test_the_same_table_is_the_same_file() -> None:
-    table = pa.Table.from_pylist([row(i, "database", [i % 3]) for i in range(2500)], schema=CORPUS_SCHEMA)
+    table = pa.Table.from_pylist([row(i, "database", [i % 3]) for i in range(2500)], schema=ROW_SCHEMA)
     assert table_bytes(table) == table_bytes(pa.concat_tables([table.slice(0, 7), table.slice(7)]).combine_chunks())
 
 
@@ -178,13 +180,13 @@ def test_a_damaged_or_missing_part_is_named(corpus: Corpus) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(CorruptArtifact, match=r"parts/part-0\.parquet is corrupt: sha256"):
+    with pytest.raises(CorruptArtifact, match=r"rows/part-0\.parquet is corrupt: sha256"):
         corpus.read_part(corpus.parts[0])
     path.write_bytes(b"PAR1")
-    with pytest.raises(CorruptArtifact, match=r"parts/part-0\.parquet cannot be read"):
+    with pytest.raises(CorruptArtifact, match=r"rows/part-0\.parquet has 4 bytes"):
         corpus.rows("all")
     path.unlink()
-    with pytest.raises(CorruptArtifact, match=r"parts/part-0\.parquet cannot be read: .*not found"):
+    with pytest.raises(CorruptArtifact, match=r"rows/part-0\.parquet is missing"):
         corpus.rows("all")
     (Path(corpus.store.url) / "classes.json").write_text("[]")
     with pytest.raises(CorruptArtifact, match=r"classes\.json"):

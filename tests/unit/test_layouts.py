@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from listing import Listing, assign_splits, list_source
 
 from hashray.data.census import closing_table, warnings
 from hashray.data.ingest import IngestConfig, ingest, name_classes, require_apart
-from hashray.data.sources import Listing, SourceConfig, fetch, list_source
-from hashray.data.splits import SplitConfig, assign_splits
+from hashray.data.sources import SourceConfig, fetch
+from hashray.data.splits import SplitConfig
 from hashray.errors import InputError
 
 
@@ -62,7 +63,7 @@ def test_hugging_face_parquet_has_its_split_in_the_file_name_and_its_classes_in_
         columns = {"image": image, "label": [i % 2 for i in range(count)]}
         table(tmp_path / "data" / f"{split}-00000-of-00001.parquet", columns, features)
     listing = listed(tmp_path)
-    assert name_classes(listing)[0] == ["cat", "dog"]
+    assert name_classes(listing.meaning)[0] == ["cat", "dog"]
     assert Counter(row.split for row in listing.rows) == {"train": 3, "query": 2}
     features["label"]["names"] = ["dog", "cat"]
     table(tmp_path / "data/test-00001-of-00001.parquet", {"image": [b"x"], "label": [0]}, features)
@@ -200,16 +201,18 @@ def test_mixed_names_and_numbers_are_refused(tmp_path: Path) -> None:
     tar(tmp_path / "label.tar", {"0.jpg": "x", "0.label": "cat"})
     tar(tmp_path / "json.tar", {"2.jpg": "x", "2.json": '{"class_id": 1}'})
     with pytest.raises(InputError, match="names and numbers mixed"):
-        name_classes(listed(tmp_path))
+        name_classes(listed(tmp_path).meaning)
     assert listed(tmp_path / "json.tar").rows[0].labels == (1,)
 
 
 def census(listing: Listing) -> tuple[dict[str, str], list[str]]:
-    classes, labels = name_classes(listing)
+    classes, indices = name_classes(listing.meaning)
+    labels = [indices[row.value] for row in listing.rows]
     ids, given = [row.id for row in listing.rows], [row.split for row in listing.rows]
     splits = assign_splits(ids, labels, given, SplitConfig())
-    lines = {line[0]: line[1] for line in closing_table(listing, splits, classes)}
-    return lines, warnings(listing, labels, splits, classes)
+    counts = Counter(zip(labels, splits, strict=True))
+    lines = {line[0]: line[1] for line in closing_table(listing.survey, listing.format, counts, classes)}
+    return lines, warnings(listing.survey, counts, classes, listing.twins)
 
 
 def test_the_closing_table_accounts_for_everything(tmp_path: Path) -> None:

@@ -200,10 +200,10 @@ def test_a_flipped_byte_is_found_in_every_file(tmp_path, kind):
 def test_a_version_of_a_newer_hashray(tmp_path):
     url, _, _ = small_index(tmp_path)
     path = tmp_path / "index" / version_key(1)
-    fields = json.loads(path.read_text()) | {"format_version": 2, "project_version": "9.1"}
+    fields = json.loads(path.read_text()) | {"format_version": 3, "project_version": "9.1"}
     del fields["id"]
     path.write_bytes(canonical({**fields, "id": sha256_hex(canonical(fields))}))
-    with pytest.raises(MismatchError, match=r"written by a newer hashray \(9.1, format 2; .* upgrade hashray"):
+    with pytest.raises(MismatchError, match=r"written by a newer hashray \(9.1, format 3; .* upgrade hashray"):
         open_index(url)
 
 

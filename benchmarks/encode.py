@@ -38,7 +38,7 @@ from hashray import artifact
 from hashray.artifact import Manifest, canonical, table_bytes
 from hashray.codes import Codes, binarize
 from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA
-from hashray.data.images import EXTENSIONS, decode_rows
+from hashray.data.images import USUAL_ENDINGS, decode_rows
 from hashray.encode.codes import EncodeConfig, encode
 from hashray.engine.parts import write_quarantine
 from hashray.engine.session import WorkersConfig, connect
@@ -54,7 +54,7 @@ Images = list[tuple[str, bytes]]
 def read_images(folder: str | None, count: int) -> Images:
     """`count` images as (id, bytes): from a folder, or 32-pixel PNGs of smooth random colours."""
     if folder is not None:
-        paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in EXTENSIONS)[:count]
+        paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in USUAL_ENDINGS)[:count]
         if len(paths) < count:
             raise SystemExit(f"{folder} holds {len(paths)} images, {count} are needed")
         return [(str(path), path.read_bytes()) for path in paths]

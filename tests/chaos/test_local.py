@@ -42,6 +42,7 @@ def state_with(folder: Path, *members: local.Member) -> local.Cluster:
     return cluster
 
 
+@pytest.mark.slow
 def test_a_cluster_takes_a_job_loses_a_node_and_is_ended(folder: Path, tmp_path: Path) -> None:
     bystander = subprocess.Popen(SLEEP, start_new_session=True)
     up = call(folder, "up", "--nodes", "2", "--s3", "--object-store-mib", "100")

@@ -133,7 +133,7 @@ def plan_job(config: TrainConfig, data: Corpus) -> TrainJob:
         config=config, source=data.store.url, num_classes=data.num_classes,
         validation=tuple(sorted(validation)), validation_given=given,
         table=LabelTable.of(torch.as_tensor(known[known.any(1)].astype(np.uint8))), plan=plan,
-        in_memory=_fits_memory(config, plan.rows),
+        in_memory=fits_memory(config, plan.rows),
     )  # fmt: skip
 
 
@@ -173,7 +173,8 @@ def run_of(config: TrainConfig, corpus: Corpus, init: Model | None) -> tuple[str
     return sha256_hex(canonical({"config": settings, "parents": parents}))[:16], parents
 
 
-def _fits_memory(config: TrainConfig, rows: int) -> bool:
+def fits_memory(config: TrainConfig, rows: int) -> bool:
+    """Whether each worker holds all training rows in memory; else they are streamed."""
     size_bytes = rows * 3 * config.backbone.image_size**2
     auto = config.backbone.frozen or size_bytes <= config.memory_limit_mib << 20
     return config.input == "memory" or (config.input == "auto" and auto)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-all check bench pin results clean
+.PHONY: help install demo test test-all test-chaos check bench pin results clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test: install  ## all tests but the slow ones
 
 test-all: install  ## all tests
 	$(BIN)/python -m pytest
+
+test-chaos: install  ## every stage while nodes of a cluster on this machine come, go and die
+	$(BIN)/python -m pytest -s tests/chaos
 
 check: install  ## style, types, layers
 	$(BIN)/ruff check .

@@ -12,9 +12,12 @@ in the place of images/, and is read by the same class.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,7 @@ from hashray.data.sources import fetch
 from hashray.errors import CorruptArtifact, InputError, perhaps
 from hashray.storage import Store, open_store
 
+READ_THREADS = 8
 ROW_SCHEMA = pa.schema([("id", pa.string()), ("labels", pa.list_(pa.int32())), ("split", pa.string())])
 IMAGE_SCHEMA = pa.schema([("image", pa.large_binary()), ("uri", pa.string())])
 
@@ -66,6 +70,10 @@ class Corpus:
         folder = "features" if self.manifest.kind == "features" else "images"
         return self.manifest.record(record.name.replace("rows", folder, 1))
 
+    def input_bytes(self, record: FileRecord) -> int:
+        """Bytes of what a part gives to a trunk: of its encoded images, or of its features."""
+        return int(record.info.get("image_bytes", self.beside(record).bytes))
+
     def count(self, split: str) -> int:
         """Rows in a split; "all" is every row."""
         return sum(self.count_part(record, split) for record in self.parts)
@@ -99,9 +107,34 @@ class Corpus:
             table = table.append_column(name, beside.column(name))
         return table if split == "all" else _of_split(table, split)
 
+    def row_tables(self, split: str) -> Iterator[pa.Table]:
+        """Yield (id, labels, split) of the rows of a split, part by part, some parts ahead; no image is read."""
+        records = iter([record for record in self.parts if split == "all" or self.count_part(record, split)])
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            ahead = deque(pool.submit(self.part_rows, record, split) for record in islice(records, READ_THREADS))
+            while ahead:
+                table = ahead.popleft().result()
+                ahead.extend(pool.submit(self.part_rows, record, split) for record in islice(records, 1))
+                yield table
+
+    def chosen(self, split: str, ids: Collection[str]) -> Iterator[pa.Table]:
+        """Yield the rows of a split with these ids, with their columns, from the parts that hold any."""
+        wanted = pa.array(sorted(set(ids)), pa.string())
+        left = len(wanted)
+        for record in self.parts:
+            if not left:
+                return
+            if not self.count_part(record, split):
+                continue
+            rows = self.part_rows(record, "all")
+            mine = pc.and_(pc.is_in(rows.column("id"), wanted), pa.array(in_split(rows.column("split"), split)))
+            if count := pc.sum(mine).as_py():
+                left -= count
+                yield self.read_part(record).filter(mine)
+
     def rows(self, split: str) -> Rows:
         """Ids and labels of a split, in corpus order; no image is read."""
-        tables = [self.part_rows(record, split) for record in self.parts if self.count_part(record, split)]
+        tables = list(self.row_tables(split))
         ids = [row_id for table in tables for row_id in table.column("id").to_pylist()]
         labels = [np.zeros((0, self.num_classes), dtype=np.uint8), *[self.label_matrix(table) for table in tables]]
         return Rows(ids, np.concatenate(labels))
@@ -137,17 +170,12 @@ class Corpus:
 
     def images(self, split: str, ids: Sequence[str]) -> dict[str, bytes]:
         """The bytes of some rows by id, for galleries; only parts that hold such rows are read."""
-        wanted = pa.array(sorted(set(ids)), pa.string())
-        images: dict[str, bytes] = {}
-        for record in self.parts:
-            if not self.count_part(record, split) or len(images) == len(wanted):
-                continue
-            rows = self.part_rows(record, "all")
-            mine = pc.and_(pc.is_in(rows.column("id"), wanted), pa.array(in_split(rows.column("split"), split)))
-            if pc.any(mine).as_py():
-                table = self.read_part(record).filter(mine)
-                images.update({row_id: data for row_id, data in iterate_bytes(table) if isinstance(data, bytes)})
-        return images
+        return {
+            row_id: data
+            for table in self.chosen(split, ids)
+            for row_id, data in iterate_bytes(table)
+            if isinstance(data, bytes)
+        }
 
 
 def _of_split(table: pa.Table, split: str) -> pa.Table:

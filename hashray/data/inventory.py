@@ -41,7 +41,8 @@ from hashray.storage import Store, open_store, split_url
 LISTED_AT_ONCE = 100_000  # files: above, tasks look at a folder's files
 SHORT_BYTES = 1 << 30  # of containers
 MIXED_ROWS = 250_000  # of a share of the seeded order
-EQUAL_ROWS = 2_000_000  # of a share of the hashes of ids: a task holds these ids
+BLOCK_ROWS = 1 << 17  # of a file: what a listing task holds
+EQUAL_ROWS = 500_000  # of a share of the hashes of ids: a task holds these ids
 SIZE_THREADS = 16
 SHOWN = 5
 LISTED = "progress/listed/"
@@ -120,12 +121,11 @@ class Inventory:
 
 @dataclass(frozen=True)
 class _Listed:
-    """What a task made of its share: a file of rows, and its account."""
+    """A file of rows that a task wrote."""
 
     name: str
     part_rows: tuple[int, ...]
     tally: Tally
-    survey: Survey | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class _Plan:
     part_bytes: int
     store: Store
 
-    def write(self, table: pa.Table, survey: Survey | None, mixed: bool) -> _Listed:
+    def write(self, table: pa.Table, mixed: bool) -> _Listed:
         """Write rows in their last order, a row group a part; or, to be `mixed` later, sorted by key."""
         starts = None
         if not mixed:
@@ -152,7 +152,7 @@ class _Plan:
         name = f"{LISTED}{sha256_hex(data)[:32]}.parquet"
         self.store.write(name, data)
         counts = [stop - start for start, stop in pairwise([*(starts or [0]), len(table)])]
-        return _Listed(name, tuple(counts), {} if mixed else listed.tally(table), survey)
+        return _Listed(name, tuple(counts), {} if mixed else listed.tally(table))
 
 
 @contextmanager
@@ -221,18 +221,17 @@ def _take(
 def _list_units(plan: _Plan, survey: Survey, units: Sequence[Unit], pool: WorkersConfig, short: bool) -> list[_Listed]:
     """List every unit by a task; add what was seen to the survey."""
     sizes = [_size_of(plan.format, unit) for unit in units]
-    total = sum(sizes)
-    files: dict[int, _Listed] = {}
-    with Bar("list", total, "files" if plan.format == "folder" else "bytes") as bar:
+    files: dict[int, list[_Listed]] = {}
+    seen: dict[int, Survey] = {}
+    with Bar("list", sum(sizes), "files" if plan.format == "folder" else "bytes") as bar:
         meter = Meter(bar, "share")
         jobs = {unit.number: (plan, unit) for unit in units}
-        for number, file in run_tasks(_scan_unit, jobs, pool, short, meter):
-            files[number] = file
+        for number, result in run_tasks(_scan_unit, jobs, pool, short, meter):
+            files[number], seen[number] = result
             meter.finish(number, sizes[number])
-    for number in sorted(files):
-        if (seen := files[number].survey) is not None:
-            survey.add(seen)
-    return [files[number] for number in sorted(files)]
+    for number in sorted(seen):
+        survey.add(seen[number])
+    return [file for number in sorted(files) for file in files[number]]
 
 
 def _size_of(kind: Format, unit: Unit) -> int:
@@ -240,15 +239,16 @@ def _size_of(kind: Format, unit: Unit) -> int:
     return len(unit.keys) + len(unit.prefixes) if kind == "folder" else sum(size for _, size in unit.keys)
 
 
-def _scan_unit(plan: _Plan, unit: Unit, advance: Callable[[int], None]) -> _Listed:
+def _scan_unit(plan: _Plan, unit: Unit, advance: Callable[[int], None]) -> tuple[list[_Listed], Survey]:
     survey, rows = scan(plan.url, plan.is_file, plan.format, unit, plan.reader, plan.num_classes)
 
     def count(chunk: Sequence[SourceRow]) -> None:
         advance(len(chunk) if plan.format == "folder" else sum(row.size_bytes or 0 for row in chunk))
 
     mixed = is_random_access(plan.format)
-    table = listed.to_table(rows, plan.seed, plan.format == "folder", count)
-    return plan.write(table, replace(survey, keys=[], sizes={}, seen=survey.seen), mixed)
+    tables = listed.to_tables(rows, plan.seed, plan.format == "folder", BLOCK_ROWS, count)
+    files = [plan.write(table, mixed) for table in tables]
+    return files, replace(survey, keys=[], sizes={})
 
 
 def _mix(plan: _Plan, files: Sequence[_Listed], rows: int, pool: WorkersConfig, short: bool) -> list[_Listed]:
@@ -275,7 +275,7 @@ def _gather(plan: _Plan, names: Sequence[str], share: tuple[int, int], advance: 
             filled = list(threads.map(lambda pair: _size(pair[1]) if pair[0] is None else pair[0], known))
         place = table.column_names.index("size_bytes")
         table = table.set_column(place, "size_bytes", pa.array(filled, pa.int64()))
-    return plan.write(table, None, mixed=False)
+    return plan.write(table, mixed=False)
 
 
 def _size(locator: str) -> int:
@@ -286,8 +286,14 @@ def _size(locator: str) -> int:
         return 0
 
 
-def _rows_between(store: Store, names: Sequence[str], column: str, share: tuple[int, int]) -> pa.Table:
-    return pa.concat_tables([listed.between(store.read(name), column, share) for name in names])
+def _rows_between(
+    store: Store, names: Sequence[str], column: str, share: tuple[int, int], columns: Sequence[str] | None = None
+) -> pa.Table:
+    tables = []
+    for name in names:
+        with store.open(name) as handle:
+            tables.append(listed.between(handle, column, share, columns))
+    return pa.concat_tables(tables)
 
 
 def _join_labels(plan: _Plan, files: Sequence[_Listed], labels: Mapping[str, Any]) -> list[_Listed]:
@@ -308,14 +314,14 @@ def _join_labels(plan: _Plan, files: Sequence[_Listed], labels: Mapping[str, Any
     ]
     counts = Counter(name for names in bare for name in names if name is not None)
     joined = []
-    for file, table, names in zip(files, tables, bare, strict=True):
+    for table, names in zip(tables, bare, strict=True):
         values = [
             json.dumps(labels[name]) if name is not None and counts[name] == 1 else value
             for name, value in zip(names, table.column("value").to_pylist(), strict=True)
         ]
         place = table.column_names.index("value")
         table = table.set_column(place, "value", pa.array(values, pa.string()))
-        joined.append(plan.write(table, file.survey, mixed=False))
+        joined.append(plan.write(table, mixed=False))
     return joined
 
 
@@ -336,4 +342,4 @@ def _smallest(store: Store, name: str, count: int, advance: Callable[[int], None
 def _equal_ids(
     store: Store, names: Sequence[str], column: str, share: tuple[int, int], advance: Callable[[int], None]
 ) -> list[list[str]]:
-    return listed.equal_ids(_rows_between(store, names, column, share), column)
+    return listed.equal_ids(_rows_between(store, names, column, share, ["id", column]), column)

@@ -13,7 +13,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,26 +45,33 @@ class Group(NamedTuple):
 Tally = dict[tuple[str, str | None], Group]
 
 
-def to_table(
-    rows: Iterable[SourceRow], seed: int, folded: bool, advance: Callable[[Sequence[SourceRow]], None]
-) -> pa.Table:
-    """A table of listed rows; `advance` is called with the rows of each chunk."""
+def to_tables(
+    rows: Iterable[SourceRow], seed: int, folded: bool, most: int, advance: Callable[[Sequence[SourceRow]], None]
+) -> Iterator[pa.Table]:
+    """Tables of at most `most` listed rows each; `advance` is called with the rows of each chunk of one."""
     iterator, tables = iter(rows), [SCHEMA.empty_table()]
-    while chunk := list(islice(iterator, CHUNK_ROWS)):
-        ids = [row.id for row in chunk]
-        columns = {
-            "id": ids,
-            "locator": [row.locator for row in chunk],
-            "value": [json.dumps(row.value, default=lambda value: {UNREADABLE: repr(value)}) for row in chunk],
-            "split": [row.split for row in chunk],
-            "size_bytes": [row.size_bytes for row in chunk],
-            "place": [row.place for row in chunk],
-            "key": [int.from_bytes(order_key(seed, row_id)[:8], "big") for row_id in ids],
-            "fold": [_fold(row_id) if folded else None for row_id in ids],
-        }
-        tables.append(pa.table(columns, SCHEMA))
+    while chunk := list(islice(iterator, min(CHUNK_ROWS, most - sum(map(len, tables))))):
+        tables.append(_to_table(chunk, seed, folded))
         advance(chunk)
-    return pa.concat_tables(tables)
+        if sum(map(len, tables)) == most:
+            yield pa.concat_tables(tables)
+            tables = [SCHEMA.empty_table()]
+    if len(tables) > 1:
+        yield pa.concat_tables(tables)
+
+
+def _to_table(rows: Sequence[SourceRow], seed: int, folded: bool) -> pa.Table:
+    columns = {
+        "id": [row.id for row in rows],
+        "locator": [row.locator for row in rows],
+        "value": [json.dumps(row.value, default=lambda value: {UNREADABLE: repr(value)}) for row in rows],
+        "split": [row.split for row in rows],
+        "size_bytes": [row.size_bytes for row in rows],
+        "place": [row.place for row in rows],
+        "key": [int.from_bytes(order_key(seed, row.id)[:8], "big") for row in rows],
+        "fold": [_fold(row.id) if folded else None for row in rows],
+    }
+    return pa.table(columns, SCHEMA)
 
 
 def fold(row_id: str) -> str:
@@ -126,28 +133,26 @@ def to_bytes(table: pa.Table, starts: Sequence[int] | None = None) -> bytes:
     return sink.getvalue()
 
 
-def between(data: bytes, column: str, share: tuple[int, int]) -> pa.Table:
+def between(handle: BinaryIO, column: str, share: tuple[int, int], columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a file whose `column` (a hash) is in a share (n, of how many) of all hashes.
 
     In a file that is sorted by the column, only the row groups that hold such rows are read.
     """
     number, count = share
-    if count == 1:
-        return pq.read_table(io.BytesIO(data))
     low, high = TOP * number // count, TOP * (number + 1) // count - 1
-    file = pq.ParquetFile(io.BytesIO(data))
+    file = pq.ParquetFile(handle)
     place = file.schema_arrow.get_field_index(column)
     groups = []
     for group in range(file.num_row_groups):
         statistics = file.metadata.row_group(group).column(place).statistics
         if statistics is None or not statistics.has_min_max or (statistics.max >= low and statistics.min <= high):
             groups.append(group)
-    table = file.read_row_groups(groups)
+    table = file.read_row_groups(groups, columns=columns)
+    if count == 1:
+        return table
     values = table.column(column)
-    inside = pc.and_(
-        pc.greater_equal(values, pa.scalar(low, pa.uint64())), pc.less_equal(values, pa.scalar(high, pa.uint64()))
-    )
-    return table.filter(inside)
+    bounds = [pa.scalar(bound, pa.uint64()) for bound in (low, high)]
+    return table.filter(pc.and_(pc.greater_equal(values, bounds[0]), pc.less_equal(values, bounds[1])))
 
 
 def equal_ids(table: pa.Table, column: str) -> list[list[str]]:

@@ -32,7 +32,7 @@ FORMATS: dict[str, Format] = {
     ".tar": "tar", **dict.fromkeys(PARQUET_ENDINGS, "parquet"), **dict.fromkeys(LIST_ENDINGS, "list"),
 }  # fmt: skip
 UNIT_FILES = 20_000  # of a folder
-UNIT_BYTES = 1 << 30  # of containers
+UNIT_BYTES = 128 << 20  # of containers
 MOST_PREFIXES, MOST_LEVELS = 256, 4
 _one_reader = threading.Lock()
 

@@ -5,6 +5,9 @@ at a time (Ray Data restarts a dead actor and hands its part to another). The ac
 record of them under progress/<plan>/. The plan is a hash of everything the result depends on, so a rerun with the same
 arguments finds the records and skips those parts, and a rerun with others does not. A file is a function of
 its part alone: a part that ran twice wrote the same bytes twice.
+A part that starts more than MAX_RETRIES + 1 times ends the stage, since it may be what kills its workers. Starts are
+counted where the parts report them and Ray retries without end: its retries also count attempts to reach a node that is
+gone, and on 2.60 a killed node used up four of them before the cluster knew of its death, some 15 s later.
 Pixels never cross the object store: one process reads, decodes, computes and writes a part.
 Short work on one machine runs in threads of this process (`WorkersConfig.runs_here`): same parts, same bytes.
 Ray's own job checkpoint is not used: it keeps all ids in RAM (ray#65685) and reads all input again (ray#65891).
@@ -28,7 +31,7 @@ from ray.exceptions import RayActorError
 
 from hashray import artifact, errors
 from hashray.artifact import FileRecord, table_bytes
-from hashray.engine.reports import MAX_RETRIES, Meter, listening, start_reports
+from hashray.engine.reports import MAX_RETRIES, Advance, Meter, listening, start_reports
 from hashray.engine.session import WorkersConfig, connect, is_local, memory_environment, require_room, unwrap
 from hashray.engine.stage import require_free
 from hashray.errors import AuditError, HashrayError, InputError, RunError, TooManyBadRows
@@ -36,6 +39,7 @@ from hashray.progress import Bar
 from hashray.storage import Store
 
 RECORD_THREADS = 16
+LOST = "lost"  # an actor's answer where a part has started too often
 QUARANTINE_SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
 
 
@@ -136,9 +140,11 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (text,) = batch["unit"]
         unit = json.loads(text)
-        ray.get(self.reports.put.remote({"start": unit["index"]}))  # arrives even where this process dies at once
+        # The count survives this process, and counts no attempt to reach a node that is gone.
+        if ray.get(self.reports.start.remote(unit["index"])) > MAX_RETRIES + 1:
+            return {"part": [""], "error": [json.dumps([LOST, unit["index"]])]}
         try:
-            part = self.runner.run(unit, lambda rows: self.reports.put.remote({"index": unit["index"], "rows": rows}))
+            part = self.runner.run(unit, Advance(self.reports, unit["index"]))
         except HashrayError as error:
             return {"part": [""], "error": [json.dumps([type(error).__name__, str(error)])]}
         except Exception as error:  # no lost worker: the same part would fail again, so it ends the stage
@@ -240,22 +246,28 @@ def _on_ray(
         compute=_pool(len(todo), workers),
         num_cpus=workers.cpus_per_worker,
         num_gpus=workers.gpus_per_worker or None,
-        max_task_retries=MAX_RETRIES,  # by default without end, also for a part that kills each worker
         runtime_env={"env_vars": memory_environment()} if keeps else None,
     )
     with listening(reports, meter.hear, meter.bar.tick), _plain_errors(meter):
         for row in dataset.iter_rows():
             if row["error"]:
                 name, text = json.loads(row["error"])
+                if name == LOST:
+                    raise meter.lost(text)
                 raise getattr(errors, name)(text if name != RunError.__name__ else f"{meter.bar.title}: {text}")
             yield Part.model_validate_json(row["part"])
 
 
 def _pool(parts: int, workers: WorkersConfig) -> ray.data.ActorPoolStrategy:
-    """As many actors as there are parts and room: on a cluster, also in nodes that come while the stage runs."""
-    if is_local() or workers.workers is not None:
-        return ray.data.ActorPoolStrategy(size=min(parts, workers.most()))
-    return ray.data.ActorPoolStrategy(min_size=1, max_size=parts, initial_size=min(parts, workers.most()))
+    """As many actors as there are parts and room: on a cluster, also in nodes that come while the stage runs.
+
+    There the pool may always shrink: an actor of a lost node starts again where an idle one gives up its place.
+    """
+    first = min(parts, workers.most())
+    if is_local():
+        return ray.data.ActorPoolStrategy(size=first)
+    most = parts if workers.workers is None else first
+    return ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=first)
 
 
 @contextmanager

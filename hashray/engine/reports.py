@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hashray.errors import RunError
 from hashray.progress import Bar, say
 
-POLL_S = 0.5
+POLL_S = REPORT_S = 0.5
 MAX_RETRIES = 3  # of one piece of work after a lost worker: what kills a worker each time is not retried without end
 
 
@@ -25,12 +26,19 @@ class Reports:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.starts = Counter[int]()
         self.failed = False
 
     def put(self, line: dict[str, Any]) -> None:
         """Add a line. Workers do not wait for the answer."""
         self.lines.append(line)
         self.failed = self.failed or "failed" in line
+
+    def start(self, index: int) -> int:
+        """Note that a piece of work starts; return how often it has started, this time included."""
+        self.starts[index] += 1
+        self.lines.append({"start": index})
+        return self.starts[index]
 
     def has_failed(self) -> bool:
         """Whether a worker has reported an error that no retry mends."""
@@ -40,6 +48,21 @@ class Reports:
         """Remove and return all lines."""
         taken, self.lines = self.lines, []
         return taken
+
+
+class Advance:
+    """Reports the rows that are done in a piece of work: at most one line in `REPORT_S`, for a line costs as much as a
+    small image. What is left at the end is counted when the driver hears that the piece is finished."""
+
+    def __init__(self, reports: Any, index: int) -> None:
+        self.reports, self.index, self.rows, self.last_s = reports, index, 0, time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        self.rows += rows
+        now = time.monotonic()
+        if now - self.last_s >= REPORT_S:
+            self.reports.put.remote({"index": self.index, "rows": self.rows})
+            self.rows, self.last_s = 0, now
 
 
 def start_reports() -> Any:

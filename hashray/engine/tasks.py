@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import NodeDiedError, RayError, RayTaskError
 
-from hashray.engine.reports import MAX_RETRIES, Meter, listening, start_reports
+from hashray.engine.reports import MAX_RETRIES, Advance, Meter, listening, start_reports
 from hashray.engine.session import WorkersConfig, connect, require_room, unwrap
 from hashray.errors import HashrayError
 
@@ -27,7 +27,8 @@ def run_tasks(
 ) -> Iterator[tuple[int, Any]]:
     """Call `function(*job, *shared, advance)` for every job; yield (key, result) as calls end.
 
-    A call whose worker is lost runs again, which is said, at most `MAX_RETRIES` times. An error is final at once.
+    A call whose worker is lost runs again, which is said, at most `MAX_RETRIES` times; one whose node is lost, always.
+    An error is final at once.
 
     Args:
         short: whether the work is small enough to run in this process where nothing asks for a cluster.
@@ -67,7 +68,7 @@ def run_tasks(
                 # a task at the moment it ends kills the driver ("Tried to complete task that was not pending").
                 if isinstance(error, RayTaskError) or isinstance(unwrap(error), HashrayError):
                     raise unwrap(error) from error
-                losses[number] += 1
+                losses[number] += not isinstance(error, NodeDiedError)
                 if losses[number] > MAX_RETRIES:
                     raise meter.lost(number) from error
                 waiting.insert(0, number)
@@ -77,4 +78,4 @@ def run_tasks(
 
 def _call(function: Callable[..., Any], number: int, reports: Any, *arguments: Any) -> Any:
     ray.get(reports.put.remote({"start": number}))  # arrives even where this process dies at once
-    return function(*arguments, lambda rows: reports.put.remote({"index": number, "rows": rows}))
+    return function(*arguments, Advance(reports, number))

@@ -14,7 +14,7 @@ frozen `XConfig(MethodConfig)` that has `kind: Literal["x"]`, and a final class 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
@@ -124,6 +124,13 @@ class LabelTable:
             raise InputError("labels have entries other than 0 and 1; expected a multi-hot matrix")
         rows, counts = torch.unique(labels.to(torch.uint8), dim=0, return_counts=True)
         return LabelTable(rows, counts)
+
+    @staticmethod
+    def sum(tables: Sequence[LabelTable]) -> LabelTable:
+        """The table of all training rows, from tables of some of them each."""
+        rows, where = torch.unique(torch.cat([table.rows for table in tables]), dim=0, return_inverse=True)
+        counts = torch.cat([table.counts for table in tables])
+        return LabelTable(rows, torch.zeros(len(rows), dtype=torch.int64).index_add_(0, where, counts))
 
     def repeated(self) -> LabelTable:
         """The table with every training row separate, each with count 1."""

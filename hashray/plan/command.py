@@ -209,7 +209,8 @@ def _work(
     elif trunk.frozen:
         stages = ["features", *stages]
     train = rows.splits["train"] + (rows.splits["unlabelled"] if training and training.unlabelled else 0)
-    in_memory = training is not None and fits_memory(training, train)
+    row_inputs = 4 * method.trunk.feature_dim if trunk.frozen else 3 * trunk.image_size**2
+    in_memory = training is not None and fits_memory(training, train * row_inputs)
     scenarios = len(CLASS_SPLIT) if rows.protocol == "class-split" else 1
     pool = config.pool
     workers = pool.workers or cluster.workers(pool.cpus_per_worker, pool.gpus_per_worker)
@@ -219,7 +220,7 @@ def _work(
         one_object_a_row=rows.one_object_a_row, blocks=rows.blocks,
         epochs=sum(phase.epochs for phase in method.phases(training.epochs)) if training else 0,
         in_memory=in_memory, frozen=trunk.frozen,
-        row_inputs=4 * method.trunk.feature_dim if trunk.frozen else 3 * trunk.image_size**2,
+        row_inputs=row_inputs,
         shards=min(database, config.shards or -(-database // ROWS_PER_SHARD)), num_bits=int(method.config.num_bits),
         scenarios=scenarios, sample_rows=_sample_rows(), workers=workers,
         train_workers=training.workers if training else 1, batch_size=training.batch_size if training else BATCH_ROWS,

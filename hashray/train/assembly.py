@@ -65,16 +65,19 @@ class _Validation:
         self.given, self.held = job.validation_given, set(job.validation)
 
     def load(self) -> None:
-        """Read both sides; on the worker that validates."""
-        split = "validation" if self.given else "train"
-        query = load_rows(self.data, None if self.given else self.held, self.config, split)
-        # Drawn, not the first: rows of a Parquet or tar source may stand class by class.
-        others = sorted({*self.data.rows("train").ids} - self.held)
-        drawn = held_out(others, VALIDATION_DATABASE, self.config.seed)
-        self.sides = [(query, load_rows(self.data, drawn, self.config, "train"))]
+        """Read both sides; on the worker that validates. Parts without such rows are not read."""
+        every, count = None, VALIDATION_DATABASE + len(self.held)
+        query = self._rows("validation", every) if self.given else self._rows("train", self.held)
+        # Drawn, not the first: rows of a Parquet or tar source may stand class by class. By the same order as the
+        # validation rows, which come first in it.
+        ids = (row_id for table in self.data.row_tables("train") for row_id in table.column("id").to_pylist())
+        self.sides = [(query, self._rows("train", held_out(ids, count, self.config.seed) - self.held))]
         if self.config.select_by == "harmonic":
-            queries, database = (load_rows(self.data, None, self.config, name) for name in PSEUDO_SPLITS)
+            queries, database = (self._rows(name, every) for name in PSEUDO_SPLITS)
             self.sides.append((queries, database))
+
+    def _rows(self, split: str, chosen: set[str] | None) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        return load_rows(self.data, chosen, self.config, split)
 
     def __call__(self, method: Method) -> float:
         scores = [
@@ -104,12 +107,8 @@ def load_rows(
     """(inputs, labels) of the rows of a split that are `chosen`, all if None, in corpus order."""
     inputs: list[NDArray[Any]] = []
     labels: list[NDArray[np.uint8]] = []
-    for record in data.parts:
-        if not data.count_part(record, split):
-            continue
-        table = data.read_part(record, split)
-        if chosen is not None:
-            table = table.filter(np.array([i in chosen for i in table.column("id").to_pylist()], dtype=bool))
+    whole = (data.read_part(record, split) for record in data.parts if data.count_part(record, split))
+    for table in whole if chosen is None else data.chosen(split, chosen):
         inputs.append(data.inputs(table, config.backbone.image_size, config.backbone.resize))
         labels.append(data.label_matrix(table))
     return np.concatenate(inputs), np.concatenate(labels)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -130,7 +130,7 @@ def row_seeds(seed: int, epoch: int, ids: Sequence[str]) -> NDArray[np.int64]:
     return np.frombuffer(b"".join(keys), dtype="<i8") & np.int64(0x7FFF_FFFF_FFFF_FFFF)
 
 
-def held_out(ids: Sequence[str], count: int, seed: int) -> set[str]:
+def held_out(ids: Iterable[str], count: int, seed: int) -> set[str]:
     """The `count` ids that come first in the seeded order: the validation rows."""
     return set(heapq.nsmallest(count, ids, key=lambda name: order_key(seed, f"validation\0{name}")))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -156,10 +157,14 @@ class TrainConfig(Config):
     input: Literal["auto", "memory", "stream"] = Field(
         "auto", description="Place of the training rows; auto: memory below memory_limit_mib, else a stream"
     )
-    memory_limit_mib: int = Field(1024, ge=1, description="Most MiB of decoded training rows in each worker")
+    memory_limit_mib: int = Field(
+        1024, ge=1, description="Most MiB of training rows, decoded or as cached features, in each worker"
+    )
     shuffle_window: int = Field(16_384, ge=1, description="Most rows shuffled together; 256 MiB of images at most")
     features: str | None = Field(None, description="Cached features of a frozen trunk; unset: inside the corpus")
-    workers: int = Field(1, ge=1, description="Processes that share each global batch")
+    workers: int | str = Field(
+        1, description="Processes that share each global batch; 2:8 is a group of 2 to 8 that follows the cluster"
+    )
     cpus_per_worker: float = Field(1.0, gt=0, description="Logical CPUs of each worker, and threads of its torch")
     gpu: bool = Field(False, description="One GPU for each worker")
     ray: Literal["auto", "always", "never"] = Field(
@@ -177,11 +182,25 @@ class TrainConfig(Config):
             raise ValueError("backbone.frozen without backbone.weights would freeze random numbers; name the weights")
         return self
 
-    @model_validator(mode="after")
-    def _features_are_in_memory(self) -> TrainConfig:
-        if self.backbone.frozen and self.input == "stream":
-            raise ValueError('backbone.frozen trains on cached features in memory: input "stream" is not for it')
-        return self
+    @field_validator("workers")
+    @classmethod
+    def _fewest_and_most(cls, value: int | str) -> int | str:
+        numbers = re.fullmatch(r"(\d+)(?::(\d+))?", str(value))
+        fewest, most = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, 0)
+        if not 1 <= fewest <= most:
+            raise ValueError(f"workers = {value!r}: expected a number from 1 on, or fewest and most as in 2:8")
+        return fewest if fewest == most else f"{fewest}:{most}"
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        fewest, _, most = str(self.workers).partition(":")
+        return int(fewest), int(most or fewest)
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that must be there before a training begins."""
+        return self.bounds[0]
 
     @model_validator(mode="after")
     def _unlabelled_rows_are_of_use(self) -> TrainConfig:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from hashray import artifact
 from hashray.artifact import canonical, sha256_hex
-from hashray.data.corpus import Corpus, Rows
+from hashray.data.columns import in_split
+from hashray.data.corpus import Corpus
 from hashray.errors import ConfigError, InputError, MismatchError
 from hashray.methods import build_method, known_methods
 from hashray.methods.backbone import build_trunk, weights_identity
@@ -86,18 +90,22 @@ def require_labels(config: TrainConfig, corpus: Corpus) -> None:
         InputError: a train row without a label, fewer than two classes, no unlabelled rows where the config wants
             them, or no pseudo-unseen classes.
     """
-    train = corpus.rows("train")
-    without = int((train.labels.sum(1) == 0).sum())
+    rows, without, seen = 0, 0, np.zeros((0, corpus.num_classes), dtype=np.uint8)
+    for table in corpus.row_tables("train"):
+        labels = corpus.label_matrix(table)
+        rows, without = rows + len(labels), without + int((labels.sum(1) == 0).sum())
+        if len(seen) < 2:
+            seen = np.unique(np.concatenate([seen, labels]), axis=0)[:2]
     if without:
         raise InputError(
-            f"{without:,} of {len(train.ids):,} train rows have no label, {config.method.kind} needs one for each; "
+            f"{without:,} of {rows:,} train rows have no label, {config.method.kind} needs one for each; "
             "ingest them again as split unlabelled, or with labels"
         )
     method = known_methods()[config.method.kind][1]
-    if method.learns_from_labels(config.method) and len(np.unique(train.labels, axis=0)) < 2:
-        names = [corpus.classes[i] for i in np.flatnonzero(train.labels.any(0))]
+    if method.learns_from_labels(config.method) and len(seen) < 2:
+        names = [corpus.classes[i] for i in np.flatnonzero(seen.any(0))]
         raise InputError(
-            f"all {len(train.ids):,} train rows of {corpus.store.url} have the same label ({', '.join(names)}). "
+            f"all {rows:,} train rows of {corpus.store.url} have the same label ({', '.join(names)}). "
             "One class cannot teach a code what differs: ingest images of two classes or more"
         )
     if config.unlabelled and not corpus.count("unlabelled"):
@@ -115,35 +123,40 @@ def plan_job(config: TrainConfig, data: Corpus) -> TrainJob:
         InputError: no validation row has a relevant item among the others.
     """
     require_one_network(config, data.num_classes)
-    train = data.rows("train")
-    given, wanted = config.validation(data.count("validation"), len(train.ids))
-    validation = held_out(train.ids, wanted, config.seed)
-    _require_answers(train, validation)
+    given, wanted = config.validation(data.count("validation"), data.count("train"))
+    validation = held_out(_ids(data, "train"), wanted, config.seed) if wanted else set[str]()
     selection = Selection(frozenset(validation), config.pseudo_labels, config.unlabelled)
-    counts, sizes, labels = [], [], [np.zeros((0, data.num_classes), dtype=np.int8)]
-    for record in data.parts:
-        table = selection.take(data.part_rows(record, "all"))
+    counts, sizes, tables = [], [], list[LabelTable]()
+    held = others = np.zeros(data.num_classes, dtype=bool)
+    for record, whole in zip(data.parts, data.row_tables("all"), strict=True):
+        table = selection.take(whole)
         counts.append(len(table))
-        whole = int(record.info.get("image_bytes", record.bytes))
-        sizes.append(whole * len(table) // max(1, record.rows or 0))
-        labels.append(selection.labels(data, table))
-    known = np.concatenate(labels) == 1
+        sizes.append(data.input_bytes(record) * len(table) // max(1, record.rows or 0))
+        known = selection.labels(data, table) == 1
+        if known.any():
+            piece = LabelTable.of(torch.as_tensor(known[known.any(1)].astype(np.uint8)))
+            tables = [LabelTable.sum([*tables, piece])]
+        train = whole.filter(pa.array(in_split(whole.column("split"), "train")))
+        out = np.array([row_id in validation for row_id in train.column("id").to_pylist()], dtype=bool)
+        labels = data.label_matrix(train)
+        held, others = held | labels[out].any(0), others | labels[~out].any(0)
+    if validation and not (held & others).any():
+        raise InputError(
+            f"the {len(validation):,} validation rows share no class with the other train rows, so they cannot be "
+            "scored. Train without them (--validation-rows 0), or have more train rows in each class"
+        )
+    if not tables:
+        raise InputError(f"{data.store.url} has no labelled row to train on")
     plan = EpochPlan(tuple(counts), config.batch_size, config.shuffle_window, config.seed, tuple(sizes))
     return TrainJob(
         config=config, source=data.store.url, num_classes=data.num_classes,
-        validation=tuple(sorted(validation)), validation_given=given,
-        table=LabelTable.of(torch.as_tensor(known[known.any(1)].astype(np.uint8))), plan=plan,
-        in_memory=fits_memory(config, plan.rows),
+        validation=tuple(sorted(validation)), validation_given=given, table=tables[0], plan=plan,
+        in_memory=fits_memory(config, plan.rows * int(np.prod(input_shape(config, data))) * input_type(data).itemsize),
     )  # fmt: skip
 
 
-def _require_answers(train: Rows, validation: set[str]) -> None:
-    held = np.array([row_id in validation for row_id in train.ids], dtype=bool)
-    if held.any() and not (train.labels[held] & train.labels[~held].any(0)).any():
-        raise InputError(
-            f"the {held.sum():,} validation rows share no class with the other train rows, so they cannot be scored. "
-            "Train without them (--validation-rows 0), or have more train rows in each class"
-        )
+def _ids(data: Corpus, split: str) -> Iterator[str]:
+    return (row_id for table in data.row_tables(split) for row_id in table.column("id").to_pylist())
 
 
 def run_of(config: TrainConfig, corpus: Corpus, init: Model | None) -> tuple[str, dict[str, str]]:
@@ -173,11 +186,21 @@ def run_of(config: TrainConfig, corpus: Corpus, init: Model | None) -> tuple[str
     return sha256_hex(canonical({"config": settings, "parents": parents}))[:16], parents
 
 
-def fits_memory(config: TrainConfig, rows: int) -> bool:
-    """Whether each worker holds all training rows in memory; else they are streamed."""
-    size_bytes = rows * 3 * config.backbone.image_size**2
-    auto = config.backbone.frozen or size_bytes <= config.memory_limit_mib << 20
-    return config.input == "memory" or (config.input == "auto" and auto)
+def fits_memory(config: TrainConfig, size_bytes: int) -> bool:
+    """Whether each worker holds all training rows, which are this large as the loop gets them; else they stream."""
+    return config.input == "memory" or (config.input == "auto" and size_bytes <= config.memory_limit_mib << 20)
+
+
+def input_shape(config: TrainConfig, data: Corpus) -> tuple[int, ...]:
+    """The shape of one row as the loop gets it: pixels (3, s, s), or cached features (d,)."""
+    if data.manifest.kind == "features":
+        return (int(data.manifest.info["feature_dim"]),)
+    return (3, config.backbone.image_size, config.backbone.image_size)
+
+
+def input_type(data: Corpus) -> np.dtype[Any]:
+    """The number type of `input_shape`."""
+    return np.dtype(np.float32 if data.manifest.kind == "features" else np.uint8)
 
 
 def total_epochs(config: TrainConfig, num_classes: int) -> int:

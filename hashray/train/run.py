@@ -60,7 +60,7 @@ def train_on(config: TrainConfig, corpus: Corpus) -> Manifest:
         require_labels(config, corpus)
         require_phases(config, corpus.num_classes)
         data = training_data(config, corpus, init)
-        if config.workers > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
+        if config.bounds[1] > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
             say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
         decided = with_precision(config, store, run, partial(workers_multiply_bf16, config))
         job = replace(plan_job(decided, data), checkpoints=join(store.url, "checkpoints"), run=run)

@@ -2,12 +2,13 @@
 
 A dataset holds every window of every epoch, in order. One task reads a window's rows
 (encoded bytes, verified), shuffles them and lays them out as batch 0 slice 0, batch 0 slice 1, …, each
-slice padded to the same number of rows; blocks are then cut to exactly one slice, decoded, augmented, and
-dealt out by Ray's stream split. That split promises no order. With equal blocks, their number a
-multiple of the workers, and `preserve_order` it deals them round in turn (read in its source, 2.60), so the
+slice padded to the same number of rows; blocks are then cut to exactly one slice, decoded and augmented (cached
+features as they are), and dealt out by Ray's stream split. That split promises no order. With equal blocks, their
+number a multiple of the workers, and `preserve_order` it deals them round in turn (read in its source, 2.60), so the
 k-th block of a worker is its slice of batch k; every row carries its epoch and step, and the training
 loop refuses a slice that is not the one due, so a Ray that deals otherwise is an error, not a wrong
-gradient. Nothing is dropped: padding makes the rows divide evenly.
+gradient. Nothing is dropped: padding makes the rows divide evenly. An elastic group begins the dataset again at each
+new size, which the tasks read where they read its position; the blocks stay as large as the smallest group needs.
 """
 
 from __future__ import annotations
@@ -36,13 +37,19 @@ POSITION_FILE = "position.json"
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """Plain data that every task of a stream gets: the corpus and its part files, the plan, and how to decode."""
+    """Plain data that every task of a stream gets: the corpus and its part files, the plan, and how to decode.
+
+    Attributes:
+        shape, dtype: of one row as the loop gets it: pixels, or cached features.
+        world: the number of workers; of an elastic group, the fewest there may be.
+    """
 
     corpus: str
     plan: EpochPlan
     parts: tuple[str, ...]
     selection: Selection
-    size: int
+    shape: tuple[int, ...]
+    dtype: str
     resize: Resize
     augmentation: AugmentConfig
     world: int
@@ -81,22 +88,27 @@ def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, scan: bool
     for text in batch["item"]:
         item = json.loads(text)
         window = spec.plan.windows(item["epoch"])[item["window"]]
-        if scan or not _is_past(spec, item["epoch"], window):
-            yield from _window_tables(spec, item["epoch"], window)
+        at = _position(spec)
+        if scan or not _is_past(spec, at, item["epoch"], window):
+            yield from _window_tables(spec, at["world"], item["epoch"], window)
 
 
-def _is_past(spec: StreamSpec, number: int, window: Window) -> bool:
-    """Whether this window lies before the place where the worker group starts. Read when the task runs: a group that
-    restarts begins the dataset again, and does not read the batches up to its checkpoint."""
+def _position(spec: StreamSpec) -> dict[str, int]:
+    """Where the worker group starts, and its size. Read when a task runs: a group that restarts begins the dataset
+    again, and does not read the batches up to its checkpoint."""
     store = open_store(spec.position_url)
     if not store.exists(POSITION_FILE):
-        return False
-    at = json.loads(store.read(POSITION_FILE))
+        return {"epoch": 0, "step": 0, "world": spec.world}
+    return json.loads(store.read(POSITION_FILE))
+
+
+def _is_past(spec: StreamSpec, at: Mapping[str, int], number: int, window: Window) -> bool:
+    """Whether this window lies before the place where the worker group starts."""
     steps = -(-window.rows // spec.plan.batch_size)
     return (number, window.first_step + steps) <= (at["epoch"], at["step"])
 
 
-def _window_tables(spec: StreamSpec, number: int, window: Window) -> Iterator[pa.Table]:
+def _window_tables(spec: StreamSpec, world: int, number: int, window: Window) -> Iterator[pa.Table]:
     corpus = _corpus(spec.corpus)
     pieces = []
     for part, start, stop in window.pieces:
@@ -104,11 +116,12 @@ def _window_tables(spec: StreamSpec, number: int, window: Window) -> Iterator[pa
         pieces.append(table.slice(start, stop - start))
     table = pa.concat_tables(pieces).take(spec.plan.shuffle(number, window)).combine_chunks()
     size, rows = spec.plan.batch_size, slice_rows(spec.plan.batch_size, spec.world)
+    share = slice_rows(size, world)
     for start in range(0, len(table), size):
         step = window.first_step + start // size
         batch = table.slice(start, size)
-        for rank in range(spec.world):
-            part = batch.slice(min(rank * rows, len(batch)), rows)
+        for rank in range(world):
+            part = batch.slice(min(rank * share, len(batch)), share)
             count = len(part)
             filler = pa.table(
                 {name: pa.nulls(rows - count, part.schema.field(name).type) for name in part.column_names}
@@ -139,15 +152,15 @@ def training_rows(corpus: Corpus, part: str, selection: Selection) -> pa.Table:
 
 def _decode(table: pa.Table, spec: StreamSpec, scan: bool) -> pa.Table:
     real = table.filter(table.column("real"))
-    pixels = _corpus(spec.corpus).inputs(real, spec.size, spec.resize)
-    if not scan and len(real):
+    inputs = _corpus(spec.corpus).inputs(real, spec.shape[-1], spec.resize)
+    if not scan and len(real) and inputs.ndim == 4:
         number = int(table.column("epoch")[0].as_py())
         ids = real.column("id").to_pylist()
-        pixels = augment(pixels, spec.augmentation, row_seeds(spec.plan.seed, number, ids))
-    padded = np.zeros((len(table), 3 * spec.size * spec.size), dtype=np.uint8)
-    padded[np.flatnonzero(table.column("real").to_numpy())] = pixels.reshape(len(pixels), padded.shape[1])
+        inputs = augment(inputs, spec.augmentation, row_seeds(spec.plan.seed, number, ids))
+    padded = np.zeros((len(table), *spec.shape), dtype=spec.dtype)
+    padded[np.flatnonzero(table.column("real").to_numpy())] = inputs
     keep = ["labels", "real", "epoch", "step", "batch_rows"]
-    return table.select(keep).append_column("pixels", bytes_column(padded))
+    return table.select(keep).append_column("inputs", bytes_column(padded.reshape(len(padded), -1).view(np.uint8)))
 
 
 class StreamSlices(SliceSource):
@@ -184,6 +197,6 @@ class StreamSlices(SliceSource):
             number, step = table.column("epoch")[0].as_py(), table.column("step")[0].as_py()
             total = table.column("batch_rows")[0].as_py()
             real = table.filter(table.column("real"))
-            images = bytes_matrix(real.column("pixels")).reshape(len(real), 3, self.spec.size, self.spec.size)
+            inputs = bytes_matrix(real.column("inputs")).view(self.spec.dtype).reshape(len(real), *self.spec.shape)
             labels = bytes_matrix(real.column("labels")).view(np.int8)
-            yield number, Slice(step, images, labels, total)
+            yield number, Slice(step, inputs, labels, total)

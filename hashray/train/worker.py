@@ -33,7 +33,7 @@ from hashray.storage.s3 import arrow_filesystem
 from hashray.train.assembly import build_loop
 from hashray.train.checkpoint import Checkpoint, Position, load_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.job import TrainJob, total_epochs
+from hashray.train.job import TrainJob, input_shape, input_type, total_epochs
 from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec, scan_dataset, training_dataset
 from hashray.train.watch import Watch
 
@@ -86,12 +86,14 @@ def _run(job: TrainJob, reports: Any, rank: int, world: int) -> None:
             reports.put.remote(metrics)
         if metrics["event"] in ("begin", "prepare", "progress"):  # the first worker's: the others do not wait for it
             return
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if rank == 0 and write is not None:
-                write(Path(folder))
-                checkpoint = rt.Checkpoint.from_directory(folder)
-            rt.report(metrics, checkpoint=checkpoint)
+        checkpoint = None
+        if rank == 0 and write is not None:
+            folder = tempfile.mkdtemp(prefix="hashray-checkpoint-")  # Ray removes it once it is uploaded
+            write(Path(folder))
+            checkpoint = rt.Checkpoint.from_directory(folder)
+        # The next steps run while the checkpoint is uploaded; it counts once it is whole.
+        mode = rt.CheckpointUploadMode.ASYNC
+        rt.report(metrics, checkpoint, checkpoint_upload_mode=mode, delete_local_checkpoint_after_upload=True)
 
     shards = None if job.in_memory else (rt.get_dataset_shard("train"), rt.get_dataset_shard("scan"))
 
@@ -112,8 +114,8 @@ def _run(job: TrainJob, reports: Any, rank: int, world: int) -> None:
         if not job.in_memory:
             # Where this group begins, before it asks for data: a checkpoint that was written but that Ray had not
             # registered when the run was killed is not the one a rerun starts from.
-            position = json.dumps({"epoch": at.epochs_done(loop.phases), "step": at.step}).encode()
-            open_store(join(job.checkpoints, job.run)).write(POSITION_FILE, position)
+            position = {"epoch": at.epochs_done(loop.phases), "step": at.step, "world": world}
+            open_store(join(job.checkpoints, job.run)).write(POSITION_FILE, json.dumps(position).encode())
     loop.run(checkpoint, job.until)
 
 
@@ -121,8 +123,8 @@ def stream_spec(job: TrainJob, data: Corpus) -> StreamSpec:
     """What the tasks of a job's stream need to know."""
     config, parts = job.config, tuple(record.name for record in data.parts)
     return StreamSpec(
-        job.source, job.plan, parts, job.selection, config.backbone.image_size, config.backbone.resize,
-        config.augment, config.workers, join(job.checkpoints, job.run),
+        job.source, job.plan, parts, job.selection, input_shape(config, data), input_type(data).str,
+        config.backbone.resize, config.augment, config.fewest_workers, join(job.checkpoints, job.run),
     )  # fmt: skip
 
 
@@ -141,7 +143,7 @@ def fit_on_ray(job: TrainJob) -> Checkpoint:
     with Watch(job) as watch:
         watch.bar.waiting("workers to start")
         connect()
-        require_room(config.cpus_per_worker, float(config.gpu), config.workers)
+        require_room(config.cpus_per_worker, float(config.gpu), config.fewest_workers)
         quicken_on_one_machine()
         reports = start_reports()
         failure: queue.SimpleQueue[HashrayError | None] = queue.SimpleQueue()
@@ -212,6 +214,14 @@ class _Retries(rt.UserCallback):
             self.reports.put.remote({"lost": _text_of(unwrap(error))})
 
 
+def scaling_of(config: TrainConfig) -> rt.ScalingConfig:
+    """The worker group: a fixed number, or as many workers between two bounds as the cluster has room for."""
+    fewest, most = config.bounds
+    each = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpu else {})
+    number: Any = fewest if fewest == most else (fewest, most)
+    return rt.ScalingConfig(num_workers=number, use_gpu=config.gpu, resources_per_worker=each)
+
+
 def _trainer(job: TrainJob, reports: Any) -> TorchTrainer:
     config = job.config
     datasets: dict[str, Any] = {}
@@ -223,10 +233,7 @@ def _trainer(job: TrainJob, reports: Any) -> TorchTrainer:
     return TorchTrainer(
         run_worker,
         train_loop_config={"job": job, "reports": reports},
-        scaling_config=rt.ScalingConfig(
-            num_workers=config.workers, use_gpu=config.gpu, resources_per_worker={"CPU": config.cpus_per_worker}
-            | ({"GPU": 1} if config.gpu else {}),
-        ),
+        scaling_config=scaling_of(config),
         run_config=rt.RunConfig(
             name=job.run, storage_path=path, storage_filesystem=filesystem,
             failure_config=rt.FailureConfig(max_failures=config.max_failures),

@@ -19,7 +19,7 @@ from hashray.artifact import Manifest, canonical, sha256_hex, table_bytes
 from hashray.config import require_path
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.engine.stage import require_free, run_stage
-from hashray.errors import Diverged, RunError
+from hashray.errors import Diverged, InputError, RunError
 from hashray.evaluate.environment import environment
 from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.progress import say
@@ -48,6 +48,8 @@ def tune(config: SweepConfig) -> Manifest:
     """
     config = with_absolute_paths(config)
     check_sweep(config, "the sweep")
+    if len({*config.bounds}) > 1:
+        raise InputError(f"workers = {config.workers!r}: a trial's workers are a fixed number, such as 2")
     out = require_path(config.out, "--out")
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
     corpus.require("train", "a sweep")

@@ -248,12 +248,12 @@ def _write_costs(trials: list[Trial], trials_store: Store, out: Store) -> None:
 def _at_once(config: SweepConfig, corpus: Corpus, source: Corpus, store: Store, plan: str) -> int:
     """Trials in flight. The first run of a sweep fixes the number, because the decisions of a rerun depend on it."""
     key = f"progress/at-once-{plan}.json"
-    require_room(config.cpus_per_worker, float(config.gpu), config.workers)
+    require_room(config.cpus_per_worker, float(config.gpu), config.fewest_workers)
     # A stream needs one CPU more than the workers that it feeds, or both wait without end.
     streams = any(not plan_job(config.at(point), source).in_memory for point in config.corners())
     pool = WorkersConfig(
-        cpus_per_worker=config.cpus_per_worker * config.workers + streams,
-        gpus_per_worker=float(config.gpu) * config.workers,
+        cpus_per_worker=config.cpus_per_worker * config.fewest_workers + streams,
+        gpus_per_worker=float(config.gpu) * config.fewest_workers,
     )
     most = pool.most()
     if not store.exists(key):

@@ -206,7 +206,7 @@ def _train(
     chosen, reason = prepared.config, ""
     for _ in range(config.search.max_failures + 1):
         try:
-            if chosen.workers > 1 or not prepared.job.in_memory:
+            if chosen.fewest_workers > 1 or not prepared.job.in_memory:
                 train_by_ray_train(prepared.job, segment)
             else:
                 # Outside the trial's placement group, which reserves almost nothing.

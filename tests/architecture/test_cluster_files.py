@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from hashray.cli import COMMANDS, Command
@@ -50,3 +53,19 @@ def test_the_image_copies_what_exists_and_installs_an_extra_that_exists() -> Non
             assert (ROOT / path).exists(), path
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert re.search(r"ARG EXTRA=(\w+)", text)[1] in extras  # type: ignore[index]
+
+
+def test_the_cluster_on_one_machine_takes_the_commands_that_the_documents_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = ROOT / "cluster" / "local.py"
+    spec = importlib.util.spec_from_file_location("cluster_on_one_machine", path)
+    assert spec is not None and spec.loader is not None
+    local = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, local)  # where dataclasses look
+    spec.loader.exec_module(local)
+    text = path.read_text() + (ROOT / "docs/CLUSTER.md").read_text()
+    shown = re.findall(r"python cluster/local\.py ((?:up|add|remove|kill|status|down)\b[^\n\"`)]*)", text)
+    commands = {local.parsed(line.split("   ")[0].split()).command for line in shown}
+    assert commands == {"up", "add", "remove", "kill", "status", "down"}
+    assert len(path.read_text().splitlines()) <= 400

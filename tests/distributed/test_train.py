@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 from tiny import BACKBONE, METHOD, file_of, files_of, kill_command_when, killing_worker_when, write_corpus, write_toml
 
 from hashray import artifact
+from hashray.artifact import Manifest, canonical, table_bytes
 from hashray.cli import main
 from hashray.config import validate
+from hashray.data.columns import list_column
 from hashray.data.corpus import open_corpus
 from hashray.data.images import AugmentConfig
 from hashray.errors import AlreadyExists
@@ -27,6 +30,7 @@ from hashray.storage import open_store
 from hashray.train.assembly import training_rows
 from hashray.train.batches import EpochPlan, MemorySlices, Slice
 from hashray.train.config import TrainConfig
+from hashray.train.job import input_shape, input_type
 from hashray.train.run import train
 from hashray.train.selection import Selection
 from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec, scan_dataset, training_dataset
@@ -153,41 +157,79 @@ def test_frozen_features_are_made_once_and_two_workers_equal_one(corpus: str, tm
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*") if p.is_file()} == written
     assert one.parents == two.parents and set(one.parents) == {"corpus", "features"}
     assert_same(tmp_path / "one", tmp_path / "two", 1e-4)
+    # Features that do not fit into memory are streamed: the same batches, so the same weights.
+    train(config_of(corpus=corpus, out=str(tmp_path / "streamed"), input="stream", **frozen))
+    assert_same(tmp_path / "one", tmp_path / "streamed", 1e-6)
     with pytest.raises(AlreadyExists, match="holds a finished model"):
         train(config_of(corpus=corpus, out=str(tmp_path / "one"), seed=3, **frozen))
 
 
 @pytest.mark.slow
-def test_two_workers_on_the_stream_train_on_every_row(corpus: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [2, "1:2"])
+def test_two_workers_on_the_stream_train_on_every_row(workers: int | str, corpus: str, tmp_path: Path) -> None:
     """The loop itself counts the rows of every epoch; the slices test below checks which rows they are."""
     out = tmp_path / "two"
-    train(config_of(corpus=corpus, out=str(out), input="stream", workers=2))
+    train(config_of(corpus=corpus, out=str(out), input="stream", workers=workers))
     assert len(file_of(out, "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(corpus: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def features(corpus: str) -> str:
+    """Cached features of the corpus: any numbers, its rows."""
+    source, store = open_corpus(corpus), open_store(Path(corpus).parent / "features")
+    files = []
+    for record in source.parts:
+        rows = source.part_rows(record, "all")
+        column = list_column(np.random.default_rng(len(files)).normal(size=(len(rows), 5)).astype(np.float32))
+        name = record.name.replace("rows", "features", 1)
+        files += [
+            artifact.write_file(store, record.name, table_bytes(rows), len(rows), record.info),
+            artifact.write_file(store, name, table_bytes(pa.table({"feature": column})), len(rows)),
+        ]
+    files.append(artifact.write_file(store, "classes.json", canonical(source.classes)))
+    info = {"feature_dim": 5}
+    artifact.publish(
+        store, Manifest(kind="features", project_version="0", config={}, parents={}, files=tuple(files), info=info)
+    )
+    return store.url
+
+
+@pytest.mark.parametrize("kind", ["corpus", "features"])
+def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(
+    kind: str, corpus: str, features: str, tmp_path: Path
+) -> None:
     config = config_of(corpus=corpus, out=str(tmp_path))
-    opened = open_corpus(corpus)
+    opened = open_corpus({"corpus": corpus, "features": features}[kind], kind)
     selection = Selection(frozenset({"0003", "0040"}))
     inputs, labels, ids = training_rows(opened, selection, config)
-    parts = [record.name for record in opened.parts]
+    parts = tuple(record.name for record in opened.parts)
     plan = EpochPlan((24, 24, 10), 9, WINDOW, 5)  # 9 rows on two workers: shares of 5 and 4; the last batch has 4
-    for world in (1, 2):
-        url = str(tmp_path / str(world))
-        spec = StreamSpec(corpus, plan, parts, selection, 16, "crop", AugmentConfig(shift=2), world, url)
-        memory = [MemorySlices(plan, inputs, labels, ids, spec.augmentation, rank, world) for rank in range(world)]
-        for source, slices in zip(memory, read_all(spec, 0, 0), strict=True):
+    shape, dtype = input_shape(config, opened), input_type(opened).str
+    assert (shape, dtype) == (((3, 16, 16), "|u1") if kind == "corpus" else ((5,), "<f4"))
+    for fewest, world in ((1, 1), (2, 2), (1, 2)):  # the last is an elastic group, at its second size
+        url = str(tmp_path / f"{fewest}-{world}")
+        augmentation = AugmentConfig(shift=2)
+        spec = StreamSpec(opened.store.url, plan, parts, selection, shape, dtype, "crop", augmentation, fewest, url)
+        memory = [MemorySlices(plan, inputs, labels, ids, augmentation, rank, world) for rank in range(world)]
+        begin_at(url, 0, 0, world)
+        for source, slices in zip(memory, read_all(spec, world, 0, 0), strict=True):
             assert_slices(slices, [piece for number in range(EPOCHS) for piece in source.epoch(number, 0)])
         if world == 1:
             continue
         # After a checkpoint in the second epoch, earlier windows are not read; later slices stay the same.
-        open_store(url).write(POSITION_FILE, json.dumps({"epoch": 1, "step": 5}).encode())
-        for source, slices in zip(memory, read_all(spec, 1, 5), strict=True):
+        begin_at(url, 1, 5, world)
+        for source, slices in zip(memory, read_all(spec, world, 1, 5), strict=True):
             assert_slices(slices, [*source.epoch(1, 5), *source.epoch(2, 0)])
         with ThreadPoolExecutor(world) as pool:
             shards = split(scan_dataset(spec), world)
             swept = list(pool.map(lambda shard, spec=spec: list(StreamSlices(spec, None, shard, 3).scan()), shards))  # type: ignore[misc]
-        assert sum(len(images) for share in swept for images, _ in share) == plan.rows
+        assert sum(len(rows) for share in swept for rows, _ in share) == plan.rows
+
+
+def begin_at(url: str, epoch: int, step: int, world: int) -> None:
+    """Where a group of workers begins, as its first worker writes it."""
+    position = {"epoch": epoch, "step": step, "world": world}
+    open_store(url).write(POSITION_FILE, json.dumps(position).encode())
 
 
 def split(dataset: ray.data.Dataset, world: int) -> list[Any]:
@@ -196,7 +238,7 @@ def split(dataset: ray.data.Dataset, world: int) -> list[Any]:
     return list(dataset.streaming_split(world, equal=True))
 
 
-def read_all(spec: StreamSpec, first_epoch: int, first_step: int) -> list[list[Slice]]:
+def read_all(spec: StreamSpec, world: int, first_epoch: int, first_step: int) -> list[list[Slice]]:
     """What every worker sees of the epochs from a place on; they read at the same time, as workers do."""
 
     def read(shard: Any) -> list[Slice]:
@@ -206,8 +248,8 @@ def read_all(spec: StreamSpec, first_epoch: int, first_step: int) -> list[list[S
         assert source._running is not None and next(source._running, None) is None  # nothing is left over
         return slices
 
-    with ThreadPoolExecutor(spec.world) as pool:
-        return list(pool.map(read, split(training_dataset(spec, EPOCHS), spec.world)))
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(read, split(training_dataset(spec, EPOCHS), world)))
 
 
 def assert_slices(slices: list[Slice], expected: list[Slice]) -> None:

@@ -246,6 +246,22 @@ def test_flags_that_do_not_go_together() -> None:
     assert getattr(caught.value, "exit_code", getattr(caught.value, "code", None)) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "kept", "bounds"), [(3, 3, (3, 3)), ("3", 3, (3, 3)), ("2:8", "2:8", (2, 8)), ("4:4", 4, (4, 4))]
+)
+def test_workers_are_a_number_or_bounds(given: int | str, kept: int | str, bounds: tuple[int, int]) -> None:
+    table = {"method": {"kind": "dseh"}}
+    flagged = with_flags(validate(TrainConfig, table, "f"), ["--workers", str(given)])
+    for config in (validate(TrainConfig, {**table, "workers": given}, "f"), flagged):
+        assert (config.workers, config.bounds) == (kept, bounds)
+
+
+@pytest.mark.parametrize("given", [0, "0:2", "3:2", "2:", "many", -1])
+def test_workers_that_are_neither(given: int | str) -> None:
+    with pytest.raises(ConfigError, match=f"workers = '?{given}'?: expected a number from 1 on, or fewest and most"):
+        validate(TrainConfig, {"method": {"kind": "dseh"}, "workers": given}, "f")
+
+
 def test_require_path() -> None:
     assert require_path("s3://b/p", "--out") == "s3://b/p"
     with pytest.raises(InputError, match="--out is missing: give --out PATH"):

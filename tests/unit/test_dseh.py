@@ -63,6 +63,12 @@ def test_terms_over_distinct_rows_equal_loops_over_all_rows() -> None:
         assert float(terms[name]) == pytest.approx(value, abs=1e-9), name
 
 
+def test_tables_of_pieces_add_up_to_the_table_of_all_rows() -> None:
+    labels = torch.as_tensor(make_rows(60)[1])
+    whole, pieces = LabelTable.of(labels), LabelTable.sum([LabelTable.of(labels[i : i + 7]) for i in range(0, 60, 7)])
+    assert torch.equal(whole.rows, pieces.rows) and torch.equal(whole.counts, pieces.counts)
+
+
 def test_ablations_drop_their_terms() -> None:
     labels = torch.as_tensor(make_rows(20)[1])
     table = LabelTable.of(labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,19 @@ HERE = WorkersConfig(ray="never")
 
 def table(ids: list[str], values: list[Any], seed: int = 0) -> pa.Table:
     rows = [SourceRow(row_id, f"at {row_id}", value, None, 1) for row_id, value in zip(ids, values, strict=True)]
-    return listed.to_table(rows, seed, True, lambda chunk: None)
+    (out,) = (
+        listed.to_tables(rows, seed, True, len(rows) + 1, lambda chunk: None)
+        if rows
+        else (listed.SCHEMA.empty_table(),)
+    )
+    return out
 
 
 @given(st.lists(st.integers(0, 10_000), unique=True, min_size=1), st.integers(1, 5), st.booleans())
 def test_shares_of_hashes_hold_every_row_once(numbers: list[int], count: int, in_order: bool) -> None:
     whole = table([str(number) for number in numbers], numbers)
     data = listed.to_bytes(listed.in_order(whole) if in_order else whole)
-    shares = [listed.between(data, "key", (n, count)).column("id").to_pylist() for n in range(count)]
+    shares = [listed.between(io.BytesIO(data), "key", (n, count)).column("id").to_pylist() for n in range(count)]
     assert sorted(row_id for share in shares for row_id in share) == sorted(map(str, numbers))
     if in_order:  # one after the other they are the seeded order
         assert [i for share in shares for i in share] == sorted(map(str, numbers), key=lambda i: order_key(0, i))
@@ -51,8 +57,20 @@ def test_only_row_groups_that_reach_into_a_share_are_read(monkeypatch: pytest.Mo
         return read_row_groups(self, groups, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_groups", count)
-    assert len(listed.between(data, "key", (3, 10))) > 50
+    assert len(listed.between(io.BytesIO(data), "key", (3, 10))) > 50
     assert 1 <= len(read) <= 3
+
+
+@given(st.integers(0, 30), st.integers(1, 12))
+def test_tables_of_listed_rows_are_of_bounded_size(count: int, most: int) -> None:
+    rows = [SourceRow(f"{i}", "", [], None) for i in range(count)]
+    chunks: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listed, "CHUNK_ROWS", 5)
+        tables = list(listed.to_tables(rows, 0, False, most, lambda chunk: chunks.append(len(chunk))))
+    assert [len(table) for table in tables] == [most] * (count // most) + [count % most] * (count % most > 0)
+    assert [i for table in tables for i in table.column("id").to_pylist()] == [f"{i}" for i in range(count)]
+    assert sum(chunks) == count and all(0 < size <= 5 for size in chunks)
 
 
 @given(st.lists(st.sampled_from(["a", "A", "b", "ä", "a\u0308", "c"]), max_size=12))
@@ -103,6 +121,7 @@ def test_a_folder_shared_out_by_prefixes_has_the_same_rows(tmp_path: Path, monke
 def test_an_id_twice_is_seen_in_any_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hashray.data.sources.UNIT_BYTES", 1)
     monkeypatch.setattr("hashray.data.inventory.EQUAL_ROWS", 3)
+    monkeypatch.setattr("hashray.data.inventory.BLOCK_ROWS", 2)
     for number in range(5):
         ids = [f"{number}-{i}" for i in range(4)] + (["twice"] if number in (1, 4) else [])
         pq.write_table(pa.table({"id": ids, "image": [b"x"] * len(ids)}), tmp_path / f"{number}.parquet")

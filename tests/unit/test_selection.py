@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from listing import assign_splits
 
 from hashray import artifact
 from hashray.artifact import Manifest, canonical, table_bytes
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.data.splits import SplitConfig, assign_splits, class_split
+from hashray.data.splits import Seen, SplitConfig, class_split
 from hashray.errors import InputError
 from hashray.storage import open_store
 from hashray.train.selection import ACCEPTED, Selection
@@ -109,7 +110,8 @@ def test_class_split_refuses_what_it_cannot_split() -> None:
 def test_the_parts_of_a_class_split_are_written_down_by_name() -> None:
     config = split_of_classes(unseen_classes=2, pseudo_unseen_classes=1)
     labels = [[i % 5] for i in range(20)]
-    parts = class_split(labels, list("abcde"), config)
+    counts = {(tuple(row), None): Seen(1, "0") for row in labels}
+    parts = class_split(counts, list("abcde"), config)
     assert {part: len(names) for part, names in parts.items()} == {"seen": 2, "unseen": 2, "pseudo": 1}
     splits = assign_splits([str(i) for i in range(20)], labels, ["query"] * 5 + ["train"] * 15, config)
     for part, names in parts.items():

@@ -34,12 +34,9 @@ from timing import write_json
 
 CLASSES, SIDE, LOOK_S = 100, 4, 0.25
 PER_FILE = {"parquet": 50_000, "tar": 20_000}
-ROLES = {
-    "_Actor)": "worker of parts",
-    "_call": "task",
-    "RayTrainWorker": "training worker",
-    "MapBatches": "stream task",
-}
+ROLES = {"_Actor)": "worker of parts", "_call": "task", "RayTrainWorker": "training worker",
+         "MapBatches": "stream task"}  # fmt: skip
+HASHRAY = [sys.executable, "-m", "hashray"]
 TRAINING = {
     "method": {"kind": "adalabelhash", "num_bits": 64},
     "backbone": {"name": "resnet9", "width": 4, "image_size": 8},
@@ -50,9 +47,7 @@ TRAINING = {
 def splits(rows: int) -> list[str]:
     """1,000 queries and 50,000 train rows of a million; fewer of fewer."""
     counts = [max(1, min(most, rows // CLASSES // share)) for most, share in ((10, 4), (500, 2))]
-    return [
-        "--split-protocol", "per-class", "--query-per-class", str(counts[0]), "--train-per-class", str(counts[1]),
-    ]  # fmt: skip
+    return f"--split-protocol per-class --query-per-class {counts[0]} --train-per-class {counts[1]}".split()
 
 
 def images(distinct: int) -> list[bytes]:
@@ -165,10 +160,6 @@ def show(name: str, rows: int, result: dict[str, Any]) -> None:
         print(f"  {role:<18} {size:>6,} MiB at most   {result['cpu_s'].get(role, 0):>8,.1f} CPU s", flush=True)
 
 
-def hashray(*words: str) -> list[str]:
-    return [sys.executable, "-m", "hashray", *words]
-
-
 def run_ingest(args: argparse.Namespace) -> dict[str, Any]:
     """Ingest each format."""
     results = {}
@@ -176,7 +167,7 @@ def run_ingest(args: argparse.Namespace) -> dict[str, Any]:
         source, out = args.work / f"{kind}-{args.rows}", tempfile.mkdtemp(dir=args.work)
         write_source(source, kind, args.rows, args.distinct)
         keep = [] if kind == "parquet" else ["--store", "reference"]
-        words = hashray("ingest", str(source), "--out", f"{out}/corpus", *splits(args.rows), *keep)
+        words = [*HASHRAY, "ingest", str(source), "--out", f"{out}/corpus", *splits(args.rows), *keep]
         results[f"ingest {kind}"] = measure(words, args.work / f"ingest-{kind}-{args.rows}.log")
         show(f"ingest {kind}", args.rows, results[f"ingest {kind}"])
     return results
@@ -215,7 +206,7 @@ def run_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     for rows, source in ((args.rows // 100, small), (args.rows, whole)):
         write_source(source, "parquet", rows, args.distinct)
     say = ["plan", str(config), str(small), "--rows", str(args.rows), "--json", *splits(args.rows)]
-    measure(hashray(*say), args.work / "plan.log")
+    measure([*HASHRAY, *say], args.work / "plan.log")
     text = (args.work / "plan.log").read_text()
     plan = json.loads(text[text.index("{\n") :])
     at = {name: str(out / name) for name in ("corpus", "model", "codes", "index", "evaluation")}
@@ -229,7 +220,7 @@ def run_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     }
     results: dict[str, Any] = {"plan": plan}
     for name, words in stages.items():
-        results[name] = measure(hashray(*words), args.work / f"{name}-{args.rows}.log")
+        results[name] = measure([*HASHRAY, *words], args.work / f"{name}-{args.rows}.log")
         show(name, args.rows, results[name])
     said = {stage["name"]: stage for stage in plan["stages"]}
     print(f"\n{'stage':<10} {'CPU s':>8} {'planned':>8}")
@@ -249,8 +240,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    run = {"ingest": run_ingest, "list": run_list, "pipeline": run_pipeline}[args.what]
-    results = run(args)
+    results = {"ingest": run_ingest, "list": run_list, "pipeline": run_pipeline}[args.what](args)
     if args.out is not None:
         write_json(args.out, {"what": args.what, "rows": args.rows, "results": results})
 

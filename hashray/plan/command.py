@@ -22,8 +22,8 @@ from pydantic import Field
 from hashray.config import parse_toml, validate
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.ingest import IngestConfig, name_classes
-from hashray.data.inventory import LISTED_AT_ONCE, MIXED_ROWS
-from hashray.data.sources import SourceConfig, is_random_access
+from hashray.data.inventory import BLOCK_ROWS, LISTED_AT_ONCE, MIXED_ROWS
+from hashray.data.sources import UNIT_BYTES, SourceConfig, is_random_access
 from hashray.data.splits import Candidates, Labels, Seen, SplitConfig, order_key, plan_splits
 from hashray.encode.features import BATCH_ROWS
 from hashray.engine.session import WorkersConfig, connect
@@ -38,12 +38,22 @@ from hashray.model import load_model
 from hashray.plan import costs
 from hashray.plan.costs import Prices, Sample, Work
 from hashray.plan.report import Cluster, as_json, exceeded, show
-from hashray.plan.sample import Listing, fetch_rows, look_at_source, measure, read_rows, sample_size, splits_of
+from hashray.plan.sample import (
+    Listing,
+    fetch_rows,
+    look_at_source,
+    measure,
+    read_rows,
+    resident,
+    sample_size,
+    splits_of,
+)
 from hashray.progress import say
 from hashray.storage import open_store, read_url
 from hashray.train.config import TrainConfig, read_training_config
 from hashray.train.job import fits_memory
 
+INGEST = "hashray.data.ingest"  # what a driver or worker without a network imports
 OBJECT_STORE_SHARE = 0.3  # of a node's memory: Ray's default
 
 
@@ -97,7 +107,6 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     Raises:
         InputError: nothing to plan for, or nothing in the sample can be used. ConfigError: a fault of a TOML file.
     """
-    base_bytes = psutil.Process().memory_info().rss
     training = None if config.config is None else read_training_config(config.config)
     _require_inputs(config)
     prices = None if config.prices is None else validate(
@@ -117,7 +126,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     method = _method(config, training, num_classes)
     say(f"measuring {len(images):,} rows")
     sample = measure(
-        images, method, BATCH_ROWS, config.store == "bytes", listing.list_s if listing else 0.0, base_bytes,
+        images, method, BATCH_ROWS, config.store == "bytes", listing.list_s if listing else 0.0, resident(INGEST),
         config.pool.gpus_per_worker > 0 or bool(training and training.gpu),
     )  # fmt: skip
     rows = _of_source(config, listing, sample) if listing else _of_corpus(config, corpus, sample)  # type: ignore[arg-type]
@@ -170,17 +179,19 @@ def _of_source(config: PlanConfig, listing: Listing, sample: Sample) -> _Rows:
     def draw(count: int) -> list[tuple[Labels, Candidates]]:
         """Invented rows: which ones a protocol draws changes no cost."""
         groups = []
-        for each, _ in counts:
+        for each in dict.fromkeys(drawn for drawn, _ in counts):
             ids = sorted((f"{each}{i}" for i in range(count)), key=lambda row_id: order_key(config.seed, row_id))
             groups.append((each, Candidates(tuple(ids), True)))
         return groups
 
     splits = splits_of(plan_splits(config, counts, draw, classes).count(counts))
-    mixed = is_random_access(listing.format)
-    blocks = -(-rows // MIXED_ROWS) if mixed else max(1, round(listing.blocks * rows / listing.rows))
-    parts, largest = costs.lay_out_parts(
-        sample.sizes, rows, -(-rows // blocks), config.rows_per_part, config.part_bytes
-    )  # fmt: skip
+    units, most = -(-listing.size_bytes * rows // listing.rows // UNIT_BYTES) or 1, BLOCK_ROWS
+    if is_random_access(listing.format):
+        units = -(-rows // MIXED_ROWS)
+        most = -(-rows // units)
+    block_rows = min(most, -(-rows // units))
+    parts, largest = costs.lay_out_parts(sample.sizes, rows, block_rows, config.rows_per_part, config.part_bytes)
+    blocks = -(-rows // block_rows)
     return _Rows(splits, rows, len(classes), parts, largest, blocks, listing.format != "parquet", config.split_protocol)
 
 
@@ -223,7 +234,8 @@ def _work(
         row_inputs=row_inputs,
         shards=min(database, config.shards or -(-database // ROWS_PER_SHARD)), num_bits=int(method.config.num_bits),
         scenarios=scenarios, sample_rows=_sample_rows(), workers=workers,
-        train_workers=training.workers if training else 1, batch_size=training.batch_size if training else BATCH_ROWS,
+        train_workers=training.fewest_workers if training else 1,
+        batch_size=training.batch_size if training else BATCH_ROWS,
         window_rows=training.shuffle_window if training else BATCH_ROWS,
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ class Sample:
             backward, or of the head alone where the trunk is frozen; to build it into a shard.
         search_s: for one query and one code. pair_s: to score one query and one row.
         record_bytes: of one file of an artifact, in the driver.
-        base_bytes: resident, of a process that only imports hashray. trunk_bytes: of one that has run the trunk.
+        base_bytes: resident, of a process without a network. trunk_bytes: of one that has run the trunk.
         on_gpu: whether forward_s and step_s are seconds of a GPU.
     """
 
@@ -84,7 +84,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Work:
-    """What is ahead.
+    """What will be done.
 
     Attributes:
         stages: their names, in order.
@@ -327,7 +327,7 @@ def _roles(sample: Sample, work: Work) -> list[Role]:
                  min(work.workers, work.shards)),
             Role("searcher", int(sample.base_bytes + work.database * each)),
         ],
-        "evaluate": [Role("evaluation driver", int(sample.base_bytes + tables + kept))],
+        "evaluate": [Role("evaluation driver", int(sample.trunk_bytes + tables + kept))],
     }  # fmt: skip
     return [
         Role("driver", sample.base_bytes + records),

@@ -6,6 +6,8 @@ GPU they are wall seconds.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -52,7 +54,7 @@ class Listing:
         exact: whether all of it was scanned.
         picks: some of its rows, evenly spaced.
         tally: how often each value and given split occur among `table_rows` rows. meaning: of the values.
-        blocks: files of listed rows that its listing writes.
+        size_bytes: of its files; 0 where that does not matter.
         list_s: seconds a row.
     """
 
@@ -63,7 +65,7 @@ class Listing:
     tally: listed.Tally
     table_rows: int
     meaning: Meaning
-    blocks: int
+    size_bytes: int
     list_s: float
 
 
@@ -108,7 +110,7 @@ def look_at_source(url: str, reader: SourceConfig, most_files: int) -> Listing:
     if not count:
         raise InputError(f"{url} ({kind}): no images in the {len(unit.keys)} files that were looked at")
     scan_s, start_s = time.process_time() - start_s, time.process_time()
-    table = listed.to_table(kept, 0, kind == "folder", lambda chunk: None)
+    (table,) = listed.to_tables(kept, 0, kind == "folder", len(kept), lambda chunk: None)
     list_s = scan_s / count + (time.process_time() - start_s) / len(kept)
     tally = listed.tally(table)
     first: dict[str, str] = {}
@@ -118,10 +120,9 @@ def look_at_source(url: str, reader: SourceConfig, most_files: int) -> Listing:
     meaning = read_values(survey, kind, first, len(names) if names else None)
     if names:
         meaning = meaning._replace(class_names=names)
-    all_rows = count if share == whole else round(count * whole / share)
-    return Listing(
-        kind, all_rows, complete and share == whole, kept, tally, len(table), meaning, len(units), list_s
-    )  # fmt: skip
+    all_rows, size_bytes = count if share == whole else round(count * whole / share), sum(size for _, size in sized)
+    exact = complete and share == whole
+    return Listing(kind, all_rows, exact, kept, tally, len(table), meaning, size_bytes, list_s)
 
 
 def _spaced(items: Sequence[Any], count: int) -> list[Any]:
@@ -235,7 +236,7 @@ def _measure(
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     """What `work` gives, and its least seconds in some trials."""
-    seconds, result = [], None
+    seconds, result = list[float](), None
     for _ in range(TRIALS):
         start_s = time.process_time()
         result = work()
@@ -337,6 +338,12 @@ def _record_bytes() -> float:
         return tracemalloc.get_traced_memory()[1] / RECORDS
     finally:
         tracemalloc.stop()
+
+
+def resident(module: str) -> int:
+    """Bytes that a process has resident when it has imported a module of hashray, and nothing else."""
+    code = f"import {module}, psutil; print(psutil.Process().memory_info().rss)"
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def splits_of(rows: Mapping[tuple[Any, str], int]) -> Counter[str]:

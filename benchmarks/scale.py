@@ -196,19 +196,17 @@ def run_list(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_pipeline(args: argparse.Namespace) -> dict[str, Any]:
     """Every stage, and the plan that a sample of one row in a hundred gives before it."""
-    out = Path(tempfile.mkdtemp(dir=args.work))
-    config, small, whole = (
-        out / "train.toml",
-        args.work / f"parquet-{args.rows // 100}",
-        args.work / f"parquet-{args.rows}",
-    )
+    out = args.work / f"pipeline-{args.rows}"  # an interrupted run goes on: its seconds are those of what was left
+    out.mkdir(exist_ok=True)
+    config = out / "train.toml"
+    small, whole = (args.work / f"parquet-{rows}" for rows in (args.rows // 100, args.rows))
     config.write_text(tomli_w.dumps(TRAINING))
     for rows, source in ((args.rows // 100, small), (args.rows, whole)):
         write_source(source, "parquet", rows, args.distinct)
     say = ["plan", str(config), str(small), "--rows", str(args.rows), "--json", *splits(args.rows)]
-    measure([*HASHRAY, *say], args.work / "plan.log")
-    text = (args.work / "plan.log").read_text()
-    plan = json.loads(text[text.index("{\n") :])
+    measure([*HASHRAY, *say], args.work / f"plan-{args.rows}.log")
+    text = (args.work / f"plan-{args.rows}.log").read_text()
+    plan, _ = json.JSONDecoder().raw_decode(text, text.index("{\n"))
     at = {name: str(out / name) for name in ("corpus", "model", "codes", "index", "evaluation")}
     on = ["--model", at["model"], "--corpus", at["corpus"]]
     stages = {

@@ -200,7 +200,7 @@ def test_the_table_names_every_stage_and_role(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--corpus", "c"], "needs one of a training config and a --model"),
+        (["--corpus", "c"], "needs a training config or a --model"),
         (["--model", "m"], "needs a SOURCE of images or a --corpus"),
         (["--model", "m", "--corpus", "nowhere"], "nowhere"),
     ],

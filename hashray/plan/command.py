@@ -53,7 +53,8 @@ from hashray.storage import open_store, read_url
 from hashray.train.config import TrainConfig, read_training_config
 from hashray.train.job import fits_memory
 
-INGEST = "hashray.data.ingest"  # what a driver or worker without a network imports
+WITHOUT_NETWORK = "hashray.data.ingest, ray.data"  # what such a driver or worker imports
+CONNECTED_BYTES = 64 << 20  # of Ray in a process that has joined it: workers of ingest had 249 MiB, of imports 187
 OBJECT_STORE_SHARE = 0.3  # of a node's memory: Ray's default
 
 
@@ -125,10 +126,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     num_classes = corpus.num_classes if corpus else len(_classes(listing)[0])
     method = _method(config, training, num_classes)
     say(f"measuring {len(images):,} rows")
-    sample = measure(
-        images, method, BATCH_ROWS, config.store == "bytes", listing.list_s if listing else 0.0, resident(INGEST),
-        config.pool.gpus_per_worker > 0 or bool(training and training.gpu),
-    )  # fmt: skip
+    gpu = config.pool.gpus_per_worker > 0 or bool(training and training.gpu)
+    list_s, base_bytes = listing.list_s if listing else 0.0, resident(WITHOUT_NETWORK) + CONNECTED_BYTES
+    sample = measure(images, method, BATCH_ROWS, config.store == "bytes", list_s, base_bytes, gpu)
     rows = _of_source(config, listing, sample) if listing else _of_corpus(config, corpus, sample)  # type: ignore[arg-type]
     work = _work(config, training, method, rows, sample, cluster)
     result = costs.work_out(sample, work)

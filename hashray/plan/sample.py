@@ -340,9 +340,9 @@ def _record_bytes() -> float:
         tracemalloc.stop()
 
 
-def resident(module: str) -> int:
-    """Bytes that a process has resident when it has imported a module of hashray, and nothing else."""
-    code = f"import {module}, psutil; print(psutil.Process().memory_info().rss)"
+def resident(modules: str) -> int:
+    """Bytes that a process has resident when it has imported these modules ("a, b"), and nothing else."""
+    code = f"import {modules}, psutil; print(psutil.Process().memory_info().rss)"
     return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 

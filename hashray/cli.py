@@ -21,7 +21,7 @@ import tyro
 from hashray import __version__, interrupt
 from hashray.config import Config, merge, parse, validate, with_tables
 from hashray.errors import HashrayError, InputError, perhaps
-from hashray.progress import say
+from hashray.progress import be_verbose, say
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ COMMANDS: Commands = {
 GROUPS = {"index": "Build an index of codes"}
 ABOUT = (
     "hashray: from an image corpus to a searchable, sharded index of learned binary codes. Every path is a local "
-    "folder or s3://bucket/prefix; --endpoint-url URL names a server other than AWS; --version prints the version."
+    "folder or s3://bucket/prefix; --endpoint-url URL names a server other than AWS; --verbose says how many requests "
+    "each stage sent to S3; --version prints the version."
 )
 
 
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(_take_endpoint(words))
+        return _run(_take_verbose(_take_endpoint(words)))
     except HashrayError as error:
         say(f"error: {error}")
         return error.exit_code
@@ -295,3 +296,10 @@ def _take_endpoint(words: list[str]) -> list[str]:
             os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_ENDPOINT_URL_S3": url}
             return words[:i] + words[i + (1 if equals else 2) :]
     return words
+
+
+def _take_verbose(words: list[str]) -> list[str]:
+    """`--verbose` is every command's: the requests that each stage sent to S3 are said at its end."""
+    if "--verbose" in words:
+        be_verbose()
+    return [word for word in words if word != "--verbose"]

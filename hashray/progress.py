@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 JSON_INTERVAL_S = 2.0
 WAITING_INTERVAL_S = 10.0
 console = Console(stderr=True)
+_verbose = False
 
 
 class Bar:
@@ -98,6 +100,22 @@ class Bar:
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def be_verbose() -> None:
+    """From here on, say the requests of each stage also on a terminal, and also where there were none."""
+    global _verbose
+    _verbose = True
+
+
+def show_requests(stage: str, counts: Mapping[str, int]) -> None:
+    """Show what a stage asked of S3: a JSON line without a terminal; on one, a line of text if the user wants it."""
+    if not console.is_terminal:
+        if _verbose or any(counts.values()):
+            print(json.dumps({"event": "requests", "stage": stage, **counts}), file=sys.stderr, flush=True)
+    elif _verbose:
+        text = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+        say(f"{stage}: requests to S3: {text}")
 
 
 def say(text: str) -> None:

@@ -6,6 +6,7 @@ artifact, manifest included, is found. Nothing here knows the time: a rerun publ
 
 artifact/manifest.json            corpus, features, pseudo-labels, model, sweep, codes, evaluation
 index/versions/00000001.json ...  an index: each version a manifest, the newest is the index
+files-<hash>.parquet              the records of more than 1,000 files; the manifest holds its sha256 in their place
 """
 
 from hashray.artifact.manifest import (
@@ -26,7 +27,7 @@ from hashray.artifact.publish import (
     write_named,
     write_plain,
 )
-from hashray.artifact.tables import read_table, table_bytes
+from hashray.artifact.tables import read_columns, read_table, table_bytes
 from hashray.artifact.verify import describe, verify
 from hashray.artifact.versions import is_finished, load_manifest, newest_version, version_key
 
@@ -44,6 +45,7 @@ __all__ = [
     "newest_version",
     "plain_name",
     "publish",
+    "read_columns",
     "read_file",
     "read_table",
     "sha256_hex",

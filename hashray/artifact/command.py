@@ -12,6 +12,7 @@ from hashray.artifact.verify import describe as summarise
 from hashray.artifact.verify import verify as find_problems
 from hashray.config import Config
 from hashray.progress import say
+from hashray.storage.requests import counting
 
 
 class ArtifactConfig(Config):
@@ -27,7 +28,8 @@ class VerifyConfig(ArtifactConfig):
 
 def describe(config: ArtifactConfig) -> None:
     """Print what an artifact is."""
-    summary = summarise(config.artifact)
+    with counting("describe"):
+        summary = summarise(config.artifact)
     if config.json_:
         print(json.dumps(summary))
         return
@@ -42,7 +44,8 @@ def _is_count(value: Any) -> bool:
 
 def verify(config: VerifyConfig) -> int:
     """Check every file of an artifact, print each problem, and return 1 if there is one."""
-    problems = find_problems(config.artifact)
+    with counting("verify"):
+        problems = find_problems(config.artifact)
     if config.json_:
         print(json.dumps({"artifact": config.artifact, "whole": not problems, "problems": problems}))
     elif not problems:

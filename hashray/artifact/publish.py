@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from hashray.artifact.files import FILES, MOST_LISTED, pack, unpack
 from hashray.artifact.manifest import FileRecord, Manifest, audit, from_bytes, named, plain_name, sha256_hex, to_bytes
 from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputError, MismatchError
 from hashray.storage import Store, check_conditional_put, join
@@ -24,7 +25,9 @@ def write_file(
 
 def write_named(store: Store, name: str, data: bytes, rows: int | None = None) -> FileRecord:
     """Write one file of an artifact under a name that holds its content's hash; `Manifest.record(name)` finds it."""
-    return write_file(store, named(name, data), data, rows)
+    sha256 = sha256_hex(data)
+    store.write(named(name, sha256), data)
+    return FileRecord(name=named(name, sha256), bytes=len(data), sha256=sha256, rows=rows)
 
 
 def write_plain(store: Store, manifest: Manifest) -> None:
@@ -55,6 +58,8 @@ def read_file(store: Store, record: FileRecord) -> bytes:
 def publish(store: Store, manifest: Manifest, key: str = MANIFEST) -> Manifest:
     """Write the manifest, which finishes the stage. Publishing the same content twice is fine.
 
+    The records of more than 1,000 files go to a table of their own first; the manifest that is returned names it.
+
     Raises:
         AuditError: rows in are not rows out plus rows quarantined, or the files do not add up to them.
         AlreadyExists: another manifest has this name.
@@ -62,6 +67,7 @@ def publish(store: Store, manifest: Manifest, key: str = MANIFEST) -> Manifest:
     faults = audit(manifest)
     if faults:
         raise AuditError(f"{store.url} ({manifest.kind}) was not published: {'; '.join(faults)}")
+    manifest = manifest.model_copy(update={"table": _write_table(store, manifest)})
     data = to_bytes(manifest)
     _honours_create(store)
     try:
@@ -76,6 +82,29 @@ def publish(store: Store, manifest: Manifest, key: str = MANIFEST) -> Manifest:
                 "choose another --out, or delete the folder to make it again"
             ) from error
     return manifest
+
+
+def _write_table(store: Store, manifest: Manifest) -> FileRecord | None:
+    if len(manifest.files) <= MOST_LISTED:
+        return None
+    record = write_named(store, FILES, pack(manifest.files), rows=len(manifest.files))
+    return record.model_copy(update={"info": {"bytes": sum(file.bytes for file in manifest.files)}})
+
+
+def with_files(store: Store, manifest: Manifest) -> Manifest:
+    """The manifest with the files of its table, if it has one.
+
+    Raises:
+        CorruptArtifact: the table is missing, or is not what was published.
+    """
+    if manifest.table is None:
+        return manifest
+    data = read_file(store, manifest.table)
+    try:
+        files = unpack(data)
+    except ValueError as error:
+        raise CorruptArtifact(f"{join(store.url, manifest.table.name)} is no table of files: {error}") from error
+    return manifest.model_copy(update={"files": files})
 
 
 @lru_cache(maxsize=64)
@@ -100,18 +129,32 @@ def missing(store: Store, record: FileRecord) -> str:
 
 def check_sizes(store: Store, manifest: Manifest) -> None:
     """Raise CorruptArtifact where a file of the manifest is missing or has another size."""
-    sizes = dict(store.list())
-    for record in manifest.files:
-        if record.name not in sizes:
-            raise CorruptArtifact(missing(store, record))
-        check(store, record, sizes[record.name], record.sha256)
+    for fault in wrong_sizes(store, manifest).values():
+        raise CorruptArtifact(fault)
+
+
+def wrong_sizes(store: Store, manifest: Manifest) -> dict[str, str]:
+    """The faults of files that are missing or have another size, by name: one listing for all files."""
+    wanted = {record.name: record for record in manifest.stored}
+    sizes = {name: size for name, size in store.list() if name in wanted}
+    faults = {}
+    for name, record in wanted.items():
+        if name not in sizes:
+            faults[name] = missing(store, record)
+        elif sizes[name] != record.bytes:
+            faults[name] = wrong_size(store, record, sizes[name])
+    return faults
+
+
+def wrong_size(store: Store, record: FileRecord, size_bytes: int) -> str:
+    """The error text of a file of another size."""
+    return f"{join(store.url, record.name)} has {size_bytes} bytes, its manifest says {record.bytes}. {RESTORE}"
 
 
 def check(store: Store, record: FileRecord, size_bytes: int, digest: str) -> None:
     """Raise CorruptArtifact where length or sha256 are not those of the record."""
-    name = join(store.url, record.name)
     if size_bytes != record.bytes:
-        raise CorruptArtifact(f"{name} has {size_bytes} bytes, its manifest says {record.bytes}. {RESTORE}")
+        raise CorruptArtifact(wrong_size(store, record, size_bytes))
     if digest != record.sha256:
         differ = f"sha256 {digest[:12]}…, its manifest says {record.sha256[:12]}…"
-        raise CorruptArtifact(f"{name} is corrupt: {differ}. {RESTORE}")
+        raise CorruptArtifact(f"{join(store.url, record.name)} is corrupt: {differ}. {RESTORE}")

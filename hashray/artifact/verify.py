@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from hashray.artifact.manifest import QUARANTINE, FileRecord, audit, from_bytes, plain_name
-from hashray.artifact.publish import MANIFEST, check, missing
+from hashray.artifact.manifest import QUARANTINE, FileRecord, Manifest, audit, from_bytes, plain_name
+from hashray.artifact.publish import MANIFEST, check, missing, read_file, wrong_sizes
+from hashray.artifact.tables import iterate_columns
 from hashray.artifact.versions import load_manifest, newest_version, version_key
 from hashray.errors import CorruptArtifact, InputError, MismatchError
 from hashray.progress import Bar
@@ -23,18 +27,21 @@ from hashray.storage import Store, join, open_store
 
 CHECK_THREADS = 4
 LISTED_DUPLICATES = 5
+WHOLE_BYTES = 8 << 20  # a file up to here is held by the thread that checks it
+MOST_HASHES = 16 << 20  # in memory at a time: 128 MiB
+HALVED_AT_ONCE = 1 << 20
+MOST_PARTS = 1 << 10
 
 
 def describe(url: str | Path | Store) -> dict[str, Any]:
     """Return an artifact's kind, parents, size, and whether all files are there in the right size."""
     store = url if isinstance(url, Store) else open_store(url)
     manifest = load_manifest(store)
-    with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        problems = [text for text in pool.map(lambda record: _check_size(store, record), manifest.files) if text]
+    problems = list(wrong_sizes(store, manifest).values())
     summary: dict[str, Any] = {"url": store.url, "kind": manifest.kind, "id": manifest.id}
     if not store.exists(MANIFEST):
         summary["version"] = newest_version(store)[0]
-    fields = manifest.model_dump(mode="json", exclude={"kind", "files"})
+    fields = manifest.model_dump(mode="json", exclude={"kind", "files", "table"})
     size_bytes = sum(record.bytes for record in manifest.files)
     counts = {"rows": manifest.rows_out, "files": len(manifest.files), "bytes": size_bytes}
     return {**summary, **fields, **counts, "whole": not problems, "problems": problems}
@@ -59,26 +66,61 @@ def verify(url: str | Path | Store) -> list[str]:
             raise
         return [str(error), *_verify_versions(store)]
     problems += [f"{join(store.url, MANIFEST)}: {fault}" for fault in audit(manifest)]
-    size, faults = sum(record.bytes for record in manifest.files), []
-    with Bar("verify", size, "bytes") as bar, ThreadPoolExecutor(CHECK_THREADS) as pool:
-        checked = pool.map(lambda record: _check_bytes(store, record), manifest.files)
-        for record, text in zip(manifest.files, checked, strict=True):
-            faults.append(text)
-            bar.add(record.bytes)
-    problems += [text for text in faults if text]
-    whole = [record for record, text in zip(manifest.files, faults, strict=True) if text is None]
-    tables = []
-    for record in whole:
-        if record.name.endswith(".parquet"):
-            rows = _footer_rows(store, record.name)
-            if isinstance(rows, str):
-                problems.append(rows)
-                continue
-            if record.rows is not None and rows != record.rows:
-                problems.append(f"{join(store.url, record.name)}: holds {rows} rows, its manifest says {record.rows}")
-            if plain_name(record.name) != QUARANTINE:
-                tables.append(record.name)
-    return problems + _duplicate_ids(store, tables)
+    checked = _check_files(store, manifest)
+    problems += [file.fault for file in checked if file.fault is not None]
+    problems += [file.rows_fault for file in checked if file.rows_fault is not None]
+    return problems + _duplicate_ids(store, [file.record for file in checked if file.has_ids])
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A file: what is wrong with its bytes, or with its number of rows; whether it is a table whose ids are unique."""
+
+    record: FileRecord
+    fault: str | None = None
+    rows_fault: str | None = None
+    has_ids: bool = False
+
+
+def _check_files(store: Store, manifest: Manifest) -> list[_Checked]:
+    wrong = wrong_sizes(store, manifest)
+
+    def look(record: FileRecord) -> _Checked:
+        return _Checked(record, wrong[record.name]) if record.name in wrong else _check_file(store, record)
+
+    size_bytes, checked = sum(record.bytes for record in manifest.stored), list[_Checked]()
+    with Bar("verify", size_bytes, "bytes") as bar, ThreadPoolExecutor(CHECK_THREADS) as pool:
+        for file in pool.map(look, manifest.stored):
+            checked.append(file)
+            bar.add(file.record.bytes)
+    return checked
+
+
+def _check_file(store: Store, record: FileRecord) -> _Checked:
+    """Check every byte and the rows; a small file is read once, of a large one the footer is read again."""
+    name, whole = join(store.url, record.name), None
+    try:
+        if record.bytes <= WHOLE_BYTES:
+            whole = read_file(store, record)
+        else:
+            with store.open(record.name) as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed: no readinto
+            check(store, record, record.bytes, sha256)
+        if not record.name.endswith(".parquet"):
+            return _Checked(record)
+        with store.open(record.name, ranged=True) if whole is None else io.BytesIO(whole) as file:
+            footer = pq.ParquetFile(file)
+            rows, has_ids = footer.metadata.num_rows, "id" in footer.schema_arrow.names
+    except InputError:
+        return _Checked(record, missing(store, record))
+    except CorruptArtifact as error:
+        return _Checked(record, str(error))
+    except pa.ArrowInvalid as error:
+        return _Checked(record, rows_fault=f"{name} is no Parquet file: {error}")
+    fault = None
+    if record.rows is not None and rows != record.rows:
+        fault = f"{name}: holds {rows} rows, its manifest says {record.rows}"
+    return _Checked(record, rows_fault=fault, has_ids=has_ids and plain_name(record.name) != QUARANTINE)
 
 
 def _verify_versions(store: Store) -> list[str]:
@@ -96,42 +138,12 @@ def _verify_versions(store: Store) -> list[str]:
     return problems
 
 
-def _check_size(store: Store, record: FileRecord) -> str | None:
-    try:
-        check(store, record, store.size(record.name), record.sha256)
-    except InputError:
-        return missing(store, record)
-    except CorruptArtifact as error:
-        return str(error)
-    return None
-
-
-def _check_bytes(store: Store, record: FileRecord) -> str | None:
-    problem = _check_size(store, record)
-    if problem is None:
-        with store.open(record.name) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed: no readinto
-        try:
-            check(store, record, record.bytes, sha256)
-        except CorruptArtifact as error:
-            return str(error)
-    return problem
-
-
-def _footer_rows(store: Store, name: str) -> int | str:
-    try:
-        return pq.ParquetFile(store.open(name)).metadata.num_rows
-    except pa.ArrowInvalid as error:
-        return f"{join(store.url, name)} is no Parquet file: {error}"
-
-
-def _duplicate_ids(store: Store, names: list[str]) -> list[str]:
+def _duplicate_ids(store: Store, tables: Sequence[FileRecord]) -> list[str]:
     def read() -> Iterator[tuple[str, list[Any]]]:
-        for name in names:
-            table = pq.ParquetFile(store.open(name))
-            if "id" in table.schema_arrow.names:
-                for batch in table.iter_batches(columns=["id"]):
-                    yield name, batch.column(0).to_pylist()
+        for record in tables:
+            for table in iterate_columns(store, record.model_copy(update={"rows": None}), ["id"]):
+                for batch in table.to_batches():
+                    yield record.name, batch.column(0).to_pylist()
 
     problems = []
     for value, files in find_duplicates(read).items():
@@ -143,23 +155,42 @@ def _duplicate_ids(store: Store, names: list[str]) -> list[str]:
     return problems
 
 
-def find_duplicates(read: Callable[[], Iterable[tuple[str, Sequence[Any]]]]) -> dict[Any, list[str]]:
+def find_duplicates(
+    read: Callable[[], Iterable[tuple[str, Sequence[Any]]]], most_hashes: int = MOST_HASHES
+) -> dict[Any, list[str]]:
     """Return each id of more than one row, with the place of each row.
 
-    The first scan keeps 8 bytes a row: the sorted hashes of the ids, by this process's `hash`. Only if two hashes are
-    equal, a second scan keeps the ids with those hashes.
+    A scan keeps 8 bytes a row: the hashes of the ids, by this process's `hash`. Above `most_hashes` rows it keeps those
+    of one half, quarter … of all hashes, and a scan follows for each of the others. Only if two hashes are equal, one
+    more scan keeps the ids with those hashes.
 
     Args:
-        read: Starts one scan and yields (where, ids) blocks. It is called once or twice and must yield the same.
+        read: Starts one scan and yields (where, ids) blocks. It is called again and again and must yield the same.
 
     >>> find_duplicates(lambda: [("part-0", ["a", "b"]), ("part-1", ["c", "a"])])
     {'a': ['part-0', 'part-1']}
     """
-    blocks = [np.fromiter(map(hash, ids), np.int64, len(ids)) for _, ids in read()]
-    hashes = np.concatenate([np.empty(0, np.int64), *blocks])
-    del blocks
-    hashes.sort()
-    suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    parts, part, suspects = 1, 0, set[int]()
+    kept = np.empty(most_hashes + most_hashes // 8 + 1, np.int64)  # not all parts of the hashes are equally large
+    while part < parts:
+        count = 0
+        for _, ids in read():
+            hashes = _in_part(np.fromiter(map(hash, ids), np.int64, len(ids)), part, parts)
+            while part == 0 and count + len(hashes) > most_hashes and parts < MOST_PARTS:
+                parts *= 2
+                hashes, before, count = _in_part(hashes, 0, parts), count, 0
+                for start in range(0, before, HALVED_AT_ONCE):
+                    block = _in_part(kept[start : min(before, start + HALVED_AT_ONCE)], 0, parts)
+                    kept[count : count + len(block)] = block
+                    count += len(block)
+            if count + len(hashes) > len(kept):  # very many equal ids
+                kept = np.concatenate([kept[:count], np.empty(count + len(hashes), np.int64)])
+            kept[count : count + len(hashes)] = hashes
+            count += len(hashes)
+        ordered = kept[:count]
+        ordered.sort()
+        suspects.update(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        part += 1
     if not suspects:
         return {}
     rows: defaultdict[Any, list[str]] = defaultdict(list)
@@ -168,3 +199,8 @@ def find_duplicates(read: Callable[[], Iterable[tuple[str, Sequence[Any]]]]) -> 
             if hash(value) in suspects:
                 rows[value].append(where)
     return {value: places for value, places in rows.items() if len(places) > 1}
+
+
+def _in_part(hashes: NDArray[np.int64], part: int, parts: int) -> NDArray[np.int64]:
+    """The hashes of one of `parts` (a power of two) equal parts of all."""
+    return hashes if parts == 1 else hashes[(hashes & (parts - 1)) == part]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from hashray.artifact.manifest import Manifest, from_bytes
-from hashray.artifact.publish import MANIFEST
+from hashray.artifact.publish import MANIFEST, with_files
 from hashray.errors import InputError, MismatchError
 from hashray.storage import Store, join, open_store
+
+PARSED = 16  # manifests that a process keeps
 
 
 def load_manifest(url_or_store: str | Path | Store, kind: str | None = None, key: str = MANIFEST) -> Manifest:
     """Open an artifact by its manifest, an index by its newest version.
+
+    A manifest with the same bytes is parsed once in a process: treat what is returned as constant.
 
     Raises:
         InputError: there is no manifest: the stage did not finish, or the path is another.
@@ -20,7 +25,7 @@ def load_manifest(url_or_store: str | Path | Store, kind: str | None = None, key
     """
     store = url_or_store if isinstance(url_or_store, Store) else open_store(url_or_store)
     try:
-        manifest = from_bytes(store.read(key), join(store.url, key))
+        manifest = _parsed(store, key, store.read(key))
     except InputError as error:
         if key != MANIFEST or not store.exists(version_key(1)):
             raise InputError(
@@ -33,6 +38,12 @@ def load_manifest(url_or_store: str | Path | Store, kind: str | None = None, key
         there, wanted = (f"{article.get(name, 'a ')}{name}" for name in (manifest.kind, kind))
         raise MismatchError(f"{store.url} is {there}, expected {wanted}; check which path was given for the {kind}")
     return manifest
+
+
+@lru_cache(maxsize=PARSED)
+def _parsed(store: Store, key: str, data: bytes) -> Manifest:
+    """The manifest of these bytes, with its files: the table, too, is named by its sha256."""
+    return with_files(store, from_bytes(data, join(store.url, key)))
 
 
 def version_key(number: int) -> str:

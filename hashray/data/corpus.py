@@ -117,11 +117,11 @@ class Corpus:
                 ahead.extend(pool.submit(self.part_rows, record, split) for record in islice(records, 1))
                 yield table
 
-    def chosen(self, split: str, ids: Collection[str]) -> Iterator[pa.Table]:
-        """Yield the rows of a split with these ids, with their columns, from the parts that hold any."""
+    def chosen(self, split: str, ids: Collection[str], parts: Sequence[FileRecord] | None = None) -> Iterator[pa.Table]:
+        """Yield the rows of a split with these ids, all columns, from those of `parts` (unset: all) that hold any."""
         wanted = pa.array(sorted(set(ids)), pa.string())
         left = len(wanted)
-        for record in self.parts:
+        for record in self.parts if parts is None else parts:
             if not left:
                 return
             if not self.count_part(record, split):
@@ -168,11 +168,15 @@ class Corpus:
             return np.zeros((0, int(self.manifest.info["feature_dim"])), dtype=np.float32)
         return np.concatenate([list_matrix(table.column("feature")) for table in tables])
 
-    def images(self, split: str, ids: Sequence[str]) -> dict[str, bytes]:
-        """The bytes of some rows by id, for galleries; only parts that hold such rows are read."""
+    def images(self, split: str, ids: Sequence[str], parts: Sequence[FileRecord] | None = None) -> dict[str, bytes]:
+        """The bytes of some rows by id, for galleries; only parts that hold such rows are read.
+
+        Args:
+            parts: where the rows are known to be; the row tables of the other parts are not opened.
+        """
         return {
             row_id: data
-            for table in self.chosen(split, ids)
+            for table in self.chosen(split, ids, parts)
             for row_id, data in iterate_bytes(table)
             if isinstance(data, bytes)
         }

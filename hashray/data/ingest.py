@@ -156,7 +156,7 @@ def _ingest(config: IngestConfig, source: str, store: Store, inventory: Inventor
     lost = [BadRow(**row._asdict()) for row in inventory.survey.lost]
     exclude = {"out", "max_bad", "pool", "source", "strict"}
     result_of = config.model_dump(mode="json", exclude=exclude) | {"source": source}
-    blocks = [[block.name, block.part_rows] for block in inventory.blocks]
+    blocks = [[block.digest, block.part_rows] for block in inventory.blocks]
     depends_on = {"config": result_of, "blocks": blocks, "classes": classes, "lost": inventory.survey.lost}
     plan = sha256_hex(canonical(depends_on | {"version": artifact.FORMAT_VERSION}))[:16]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,6 @@ BLOCK_ROWS = 1 << 17  # of a file: what a listing task holds
 EQUAL_ROWS = 500_000  # of a share of the hashes of ids: a task holds these ids
 SIZE_THREADS = 16
 SHOWN = 5
-LISTED = "progress/listed/"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Block:
 
     name: str
     part_rows: tuple[int, ...]
+
+    @property
+    def digest(self) -> str:
+        """A hash of what is in the file, wherever it stands."""
+        return self.name.rpartition("/")[2]
 
     @property
     def rows(self) -> int:
@@ -141,6 +146,7 @@ class _Plan:
     rows_per_part: int
     part_bytes: int
     store: Store
+    folder: str
 
     def write(self, table: pa.Table, mixed: bool) -> _Listed:
         """Write rows in their last order, a row group a part; or, to be `mixed` later, sorted by key."""
@@ -149,7 +155,7 @@ class _Plan:
             sizes = [size or 0 for size in table.column("size_bytes").to_pylist()]
             starts = cut_parts(sizes, self.rows_per_part, self.part_bytes)
         data = listed.to_bytes(listed.in_order(table) if mixed else table, starts)
-        name = f"{LISTED}{sha256_hex(data)[:32]}.parquet"
+        name = f"{self.folder}{sha256_hex(data)[:32]}.parquet"
         self.store.write(name, data)
         counts = [stop - start for start, stop in pairwise([*(starts or [0]), len(table)])]
         return _Listed(name, tuple(counts), {} if mixed else listed.tally(table))
@@ -175,15 +181,17 @@ def take_inventory(
     survey, units = units_of(survey, kind)
     size_bytes = 0 if kind == "folder" else sum(size for unit in units for _, size in unit.keys)
     short = size_bytes <= SHORT_BYTES and not any(unit.prefixes for unit in units)
+    mine = f"progress/listed-{uuid.uuid4().hex}/"  # of this run alone: another may end while this one reads
+    count = len(names) if names else None
     with tempfile.TemporaryDirectory(prefix="hashray-listed-") as folder:
         store = open_store(folder) if pool.runs_here(short) else out
-        plan = _Plan(
-            source, survey.is_file, kind, reader, len(names) if names else None, seed, rows_per_part, part_bytes, store
-        )
+        bounds = (seed, rows_per_part, part_bytes)
+        plan = _Plan(source, survey.is_file, kind, reader, count, *bounds, store, mine)
         try:
             yield _take(plan, survey, units, names, pool, short)
         finally:
-            store.clear(LISTED)
+            store.clear(mine)
+            out.clear(mine)
 
 
 def _take(
@@ -291,7 +299,7 @@ def _rows_between(
 ) -> pa.Table:
     tables = []
     for name in names:
-        with store.open(name) as handle:
+        with store.open(name, ranged=True) as handle:
             tables.append(listed.between(handle, column, share, columns))
     return pa.concat_tables(tables)
 

@@ -50,7 +50,7 @@ def scan_parquet(survey: Survey, unit: Unit, config: SourceConfig) -> Iterator[S
     for key in survey.take(ENDINGS):
         url, hive = join(survey.store.url, key), hive_values(key)
         try:
-            with survey.store.open(key) as handle:
+            with survey.store.open(key, ranged=True) as handle:
                 file = pq.ParquetFile(handle)
                 columns = _columns(file.schema_arrow, hive, config, url)
                 _account(survey, columns, file.schema_arrow.names)

@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,7 +37,8 @@ from hashray.engine.session import WorkersConfig, connect, is_local, memory_envi
 from hashray.engine.stage import require_free
 from hashray.errors import AuditError, HashrayError, InputError, RunError, TooManyBadRows
 from hashray.progress import Bar
-from hashray.storage import Store
+from hashray.storage import Store, requests
+from hashray.storage.requests import Requests
 
 RECORD_THREADS = 16
 LOST = "lost"  # an actor's answer where a part has started too often
@@ -136,8 +138,13 @@ class _Actor:
 
     def __init__(self, runner: _Runner, reports: Any) -> None:
         self.runner, self.reports = runner, reports
+        requests.take()  # by other work of this process
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        result = self._run(batch)
+        return {**result, "requests": [json.dumps(asdict(requests.take()))]}
+
+    def _run(self, batch: dict[str, Any]) -> dict[str, Any]:
         (text,) = batch["unit"]
         unit = json.loads(text)
         # The count survives this process, and counts no attempt to reach a node that is gone.
@@ -250,6 +257,7 @@ def _on_ray(
     )
     with listening(reports, meter.hear, meter.bar.tick), _plain_errors(meter):
         for row in dataset.iter_rows():
+            requests.add(Requests(**json.loads(row["requests"])))
             if row["error"]:
                 name, text = json.loads(row["error"])
                 if name == LOST:

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hashray.errors import RunError
 from hashray.progress import Bar, say
+from hashray.storage import requests
 
 POLL_S = REPORT_S = 0.5
 MAX_RETRIES = 3  # of one piece of work after a lost worker: what kills a worker each time is not retried without end
@@ -129,7 +130,10 @@ class Meter:
 
 @contextmanager
 def listening(reports: Any, hear: Callable[[dict[str, Any]], None], tick: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, hand every line to `hear`, and call `tick` at each look, from a thread."""
+    """While the block runs, hand every line to `hear`, and call `tick` at each look, from a thread.
+
+    A line {"sent": Requests} is counted here instead.
+    """
     stop = threading.Event()
 
     def listen() -> None:
@@ -141,7 +145,10 @@ def listening(reports: Any, hear: Callable[[dict[str, Any]], None], tick: Callab
             except RayError:  # Ray is going away: the block raises the reason
                 return
             for line in lines:
-                hear(line)
+                if "sent" in line:
+                    requests.add(line["sent"])
+                else:
+                    hear(line)
             tick()
 
     thread = threading.Thread(target=listen, name="hashray-reports", daemon=True)

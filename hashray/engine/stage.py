@@ -9,6 +9,7 @@ from hashray.artifact import MANIFEST, Manifest, version_key
 from hashray.errors import AlreadyExists, HashrayError, InputError
 from hashray.progress import say
 from hashray.storage import Store
+from hashray.storage.requests import counting
 
 PROBE = "progress/is-writable"
 
@@ -33,6 +34,11 @@ def run_stage(
         CorruptArtifact: it is this plan's, and a file of it is missing or has another size.
         InputError, StorageError: nothing can be written there.
     """
+    with counting(kind):
+        return _run_once(store, kind, plan, work, name, key)
+
+
+def _run_once(store: Store, kind: str, plan: str, work: Callable[[], Manifest], name: str, key: str) -> Manifest:
     manifest = _finished(store, kind, plan, name, key)
     if manifest is not None:
         rows = "" if manifest.rows_out is None else f": {manifest.rows_out:,} rows"

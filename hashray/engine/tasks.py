@@ -13,6 +13,8 @@ from ray.exceptions import NodeDiedError, RayError, RayTaskError
 from hashray.engine.reports import MAX_RETRIES, Advance, Meter, listening, start_reports
 from hashray.engine.session import WorkersConfig, connect, require_room, unwrap
 from hashray.errors import HashrayError
+from hashray.storage import requests
+from hashray.storage.requests import Requests
 
 LOOK_S = 5.0
 
@@ -62,7 +64,7 @@ def run_tasks(
                 continue
             number = running.pop(ready := ended[0])
             try:
-                result = ray.get(ready)
+                result, sent = ray.get(ready)
             except RayError as error:
                 # The others run to their end, and the rerun finds what they wrote. Not ray.cancel: on 2.60, cancelling
                 # a task at the moment it ends kills the driver ("Tried to complete task that was not pending").
@@ -73,9 +75,12 @@ def run_tasks(
                     raise meter.lost(number) from error
                 waiting.insert(0, number)
             else:
+                requests.add(sent)
                 yield number, result
 
 
-def _call(function: Callable[..., Any], number: int, reports: Any, *arguments: Any) -> Any:
+def _call(function: Callable[..., Any], number: int, reports: Any, *arguments: Any) -> tuple[Any, Requests]:
     ray.get(reports.put.remote({"start": number}))  # arrives even where this process dies at once
-    return function(*arguments, Advance(reports, number))
+    requests.take()  # by other work of this process
+    result = function(*arguments, Advance(reports, number))
+    return result, requests.take()

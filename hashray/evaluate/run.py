@@ -9,49 +9,52 @@ same features of the same rows.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import tyro
 from pydantic import Field, field_validator, model_validator
 
 from hashray import __version__, artifact
-from hashray.artifact import Manifest, canonical, read_table, sha256_hex
-from hashray.codes import binarize
+from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.config import Config
-from hashray.data.columns import code_matrix
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.encode.codes import encode_split
 from hashray.encode.features import BATCH_ROWS, features_of_model, trunk_fingerprint
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import require_free, run_stage
 from hashray.errors import InputError, MismatchError, perhaps
-from hashray.evaluate.codewords import analyse
+from hashray.evaluate.counts import Scan, Scanner, Target, sample_places, scanner
 from hashray.evaluate.environment import environment
 from hashray.evaluate.features import BaselineFeatures
+from hashray.evaluate.inspection import codewords, logit_health
 from hashray.evaluate.scoring import (
-    CLASS_SPLIT,
-    Scenario,
-    Side,
+    FLOAT,
+    GALLERY_NEIGHBOURS,
+    Scoring,
     code_sample,
     distance_shares,
     gallery,
+    gallery_queries,
     harmonic_means,
-    score,
 )
-from hashray.metrics import TIES, Ranking, code_health, mean_average_precision_float
+from hashray.evaluate.sides import CLASS_SPLIT, Near, Scenario, Side, nearest
+from hashray.metrics import TIES, Ranking, merge_side
 from hashray.model import Model, load_model
 from hashray.progress import Bar, say, show_table
 from hashray.report.calibration import baselines_not_beaten
 from hashray.storage import join, open_store
 
-HEALTH_ROWS = 256
-FLOAT = "float-cosine"
-CODEWORD_CLASSES = 1000  # above, a matrix of distances and a graph are no longer looked at
+IN_ORDER_ROWS = 1_000_000  # a ranking of more rows, sorted for every query on one machine, takes hours
 PLACES = {"model", "corpus", "out", "codes", "features", "pool", "max_bad"}  # what no number depends on
 TRAINING = ("train_rows", "labelled_rows", "phases", "rounds", "best_round", "best_at", "validation_map")
+
+
+class Shown(NamedTuple):
+    """The rows whose images the page shows, by id, each with its part of the corpus."""
+
+    queries: dict[str, int]
+    neighbours: dict[str, int]
 
 
 class EvaluateConfig(Config):
@@ -70,7 +73,9 @@ class EvaluateConfig(Config):
         True,
         description="Whether baselines on the same features are scored too (docs/INDEX.md names them)",
     )
-    baseline_limit: int = Field(200_000, ge=1, description="Rows above which baselines are left out")
+    sample_rows: int = Field(
+        100_000, ge=1, description="Rows of a larger database that are drawn for baselines and code health"
+    )
     baseline_train_rows: int = Field(50_000, ge=1, description="Most train rows that baselines are fitted on")
     gallery: int = Field(12, ge=0, description="Queries shown on the page, a quarter of them the hardest")
     seed: int = Field(0, ge=0, description="Seed of the baselines, the gallery and the sample of codes")
@@ -123,8 +128,8 @@ def evaluate_on(config: EvaluateConfig, model: Model, corpus: Corpus, features: 
     plan = sha256_hex(canonical([model.manifest.id, corpus.manifest.id, settings]))[:16]
 
     def work() -> Manifest:
-        metrics = _measured(config, model, corpus, features, scenarios)
-        return _write(config, plan, corpus, model, metrics)
+        metrics, shown = _measured(config, model, corpus, features, scenarios)
+        return _write(config, plan, corpus, model, metrics, shown)
 
     manifest = run_stage(store, "evaluation", plan, work)
     artifact.write_plain(store, manifest)
@@ -135,64 +140,80 @@ def evaluate_on(config: EvaluateConfig, model: Model, corpus: Corpus, features: 
 
 def _measured(
     config: EvaluateConfig, model: Model, corpus: Corpus, features: Corpus | None, scenarios: tuple[Scenario, ...]
-) -> dict[str, Any]:
-    """The content of metrics.json."""
+) -> tuple[dict[str, Any], Shown]:
+    """The content of metrics.json, and where the images of the gallery are."""
     if features is None:
         features = features_of_model(model, corpus, config.pool, config.max_bad, config.features)
     name = str(model.method.config.kind)
-    query = _encoded(config, model, corpus, features, config.query_split, None)
-    database = _encoded(config, model, corpus, features, config.database_split, config.codes)
-    protocol = _protocol(config, model, corpus, query, database)
-    if config.baselines and len(database.ids) + len(query.ids) <= config.baseline_limit:
-        protocol |= _add_baselines(config, model, corpus, features, query, database)
-    elif config.baselines:
-        say(f"baselines left out: more than --baseline-limit {config.baseline_limit:,} rows")
-    results, parts = [], []
-    for scenario in scenarios:
-        sides = query, database
-        if scenario.name:
-            sides = tuple(  # type: ignore[assignment]
-                side.among(set(corpus.rows(split).ids))
-                for side, split in ((query, scenario.query_split), (database, scenario.database_split))
-            )
-        rows, ranking = _score_all(config, model.num_bits, scenario, *sides)
-        results += rows
-        parts.append((*sides, ranking))
-    first_query, first_database, ranking = parts[0]
-    results[0]["code_health"] |= _logit_health(model, corpus, config.query_split, set(query.ids))
+    queries = _coded(config, model, corpus, features, config.query_split, None).scan("read queries")
+    query = _known(config, queries, config.query_split)
+    codes = _coded(config, model, corpus, features, config.database_split, config.codes)
+    targets = [
+        Target(scenario.database_split, merge_side(side.values[name], side.labels, "query"))
+        for scenario in scenarios
+        for side in [query.among(scenario.query_split)]
+    ]
+    picks = sample_places(codes.num_rows, config.sample_rows, config.seed)
+    counted = codes.scan("count", targets, picks if config.ties == "expected" else None)
+    rows = _known(config, counted, config.database_split)
+    sample = rows if picks is None or config.ties == "expected" else rows.take(np.isin(counted.places, picks))
+    protocol = _protocol(config, model, corpus, len(query.ids), counted.known, len(sample.ids))
+    if config.baselines:
+        protocol |= _add_baselines(config, model, corpus, features, query, sample)
+    results: list[dict[str, Any]] = []
+    rankings = []
+    for scenario, target, table, num_rows in zip(scenarios, targets, counted.tables, counted.rows, strict=True):
+        if not num_rows:
+            raise InputError(f"{config.corpus} has no {scenario.database_split} row with a code and known labels")
+        rankings.append(Ranking.of(target.queries, table))
+        sides = query.among(scenario.query_split), sample.among(scenario.database_split)
+        whole = rows.among(scenario.database_split) if config.ties != "expected" else None
+        scoring = Scoring(model.num_bits, config.top_k, config.ties, scenario.name)
+        results += scoring.results(*sides, rankings[-1], num_rows, whole)
+    results[0]["code_health"] |= logit_health(model, corpus, config.query_split, query)
+    entries, shown = _gallery(
+        config, scenarios[0], corpus, query, codes, sample if picks is None else None, rankings[0]
+    )
     metrics: dict[str, Any] = {
         "protocol": protocol,
         "environment": environment(),
         "results": results,
-        "distances": distance_shares(ranking),
+        "distances": distance_shares(rankings[0]),
         "sample": code_sample(query, name, config.seed),
         "classes": corpus.classes,
-        "gallery": gallery(
-            name, first_query, first_database, ranking, corpus.classes, config.gallery, config.seed
-        ),
+        "gallery": entries,
         "training": _training(model),
-    }  # fmt: skip
+    }
     means = harmonic_means(results)
-    return metrics | ({"harmonic_mean": means} if means else {}) | _codewords(config, model, corpus)
+    metrics |= {"harmonic_mean": means} if means else {}
+    taught, parts = queries.taught | counted.taught, queries.parts | counted.parts
+    return metrics | codewords(model.method.class_codes(), model, corpus, taught, parts, config.seed), shown
+
+
+def _gallery(
+    config: EvaluateConfig, scenario: Scenario, corpus: Corpus, query: Side, codes: Scanner, database: Side | None,
+    ranking: Ranking,
+) -> tuple[list[dict[str, Any]], Shown]:  # fmt: skip
+    """The gallery, and the images it shows; `database` is the whole database split, where it was kept."""
+    side, name = query.among(scenario.query_split), codes.split.method
+    scores = ranking.average_precisions().values
+    rows, hardest = gallery_queries(side, scores, config.gallery, config.seed)
+    wanted = side.values[name][rows]
+    if not rows:
+        near: list[list[Near]] = []
+    elif database is None:
+        near = codes.nearest(wanted, scenario.database_split, GALLERY_NEIGHBOURS)
+    else:
+        near = nearest(wanted, database.among(scenario.database_split), name, GALLERY_NEIGHBOURS)
+    entries = gallery(side, rows, hardest, near, scores, corpus.classes)
+    queries = {side.ids[row]: int(side.parts[row]) for row in rows}
+    return entries, Shown(queries, {hit.id: hit.part for hits in near for hit in hits})
 
 
 def _training(model: Model) -> dict[str, Any]:
     """The training of the model, as far as a reader needs it."""
     kept = {key: model.manifest.info[key] for key in TRAINING if key in model.manifest.info}
     return kept | {"config": model.manifest.config, "trunk": trunk_fingerprint(model.method.trunk)}
-
-
-def _codewords(config: EvaluateConfig, model: Model, corpus: Corpus) -> dict[str, Any]:
-    """Distances and communities of the class codewords, of the classes that have train rows; {} without any."""
-    words = model.method.class_codes()
-    taught = np.flatnonzero(corpus.rows("train").labels.any(0))
-    if words is None or not 1 < len(taught) <= CODEWORD_CLASSES:
-        return {}
-    if model.classes != corpus.classes:
-        say("codewords left out: the model was trained on other classes than the corpus has")
-        return {}
-    names = [corpus.classes[i] for i in taught]
-    return {"codewords": analyse(words[taught], names, model.num_bits, config.seed)}
 
 
 def _show(config: EvaluateConfig, results: list[dict[str, Any]]) -> None:
@@ -202,6 +223,8 @@ def _show(config: EvaluateConfig, results: list[dict[str, Any]]) -> None:
         rows = [row for row in results if row.get("scenario", "") == scenario]
         table = [[row["name"], str(row["num_bits"] or "float"), f"{row['mAP']:.4f}"] for row in rows]
         title = f"{rows[0]['queries']:,} queries, {rows[0]['database']:,} rows"
+        if "sample_rows" in rows[0]:
+            title += f"; baselines on {rows[0]['sample_rows']:,} of them"
         show_table(f"{scenario}: {title}" if scenario else title, ["method", "bits", depth], table)
         if reached := baselines_not_beaten(rows):
             say(f"{rows[0]['name']} is not above {', '.join(reached)} on the same features")
@@ -214,6 +237,13 @@ def _scenarios(config: EvaluateConfig, corpus: Corpus) -> tuple[Scenario, ...]:
         raise InputError(f"{config.corpus} has no labels, and without them no row is relevant to any; ingest them too")
     if config.baselines and not corpus.count("train"):
         raise InputError(f"{config.corpus} has no train rows to fit the baselines on; give --no-baselines")
+    num_rows = corpus.count(config.database_split)
+    if config.ties != "expected" and num_rows > IN_ORDER_ROWS:
+        raise InputError(
+            f"ties {config.ties!r} depends on the order of the database, so one machine must hold and sort the whole "
+            f"ranking: allowed up to {IN_ORDER_ROWS:,} rows, {config.database_split!r} of {config.corpus} has "
+            f'{num_rows:,}. Use ties "expected", which is exact for any number, or a smaller --database-split'
+        )
     splits = (config.query_split, config.database_split)
     scenarios: tuple[Scenario, ...] = (Scenario("", *splits),)
     if corpus.manifest.config.get("split_protocol") == "class-split" and splits == ("query", "database"):
@@ -224,36 +254,10 @@ def _scenarios(config: EvaluateConfig, corpus: Corpus) -> tuple[Scenario, ...]:
     return scenarios
 
 
-def _score_all(
-    config: EvaluateConfig, num_bits: int, scenario: Scenario, query: Side, database: Side
-) -> tuple[list[dict[str, Any]], Ranking]:
-    """Results of every method that both sides have, ours first, and our ranking."""
-    results: list[dict[str, Any]] = []
-    first: Ranking | None = None
-    where: dict[str, Any] = {"queries": len(query.ids), "database": len(database.ids)}
-    where |= {"scenario": scenario.name} if scenario.name else {}
-    title = f"score {scenario.name}".strip()
-    with Bar(title, len(query.values), "methods") as bar:
-        for name, values in query.values.items():
-            if name == FLOAT:
-                sides = values, query.labels, database.values[name], database.labels
-                mean = mean_average_precision_float(*sides, None if config.top_k == -1 else config.top_k)
-                results.append(
-                    {"name": name, "num_bits": None, "top_k": config.top_k, "ties": None, "mAP": mean} | where
-                )
-            else:
-                row, ranking = score(name, num_bits, query, database, config.top_k, config.ties)
-                results.append(row | where)
-                first = first or ranking
-            bar.add(1)
-    assert first is not None
-    return results, first
-
-
-def _encoded(
+def _coded(
     config: EvaluateConfig, model: Model, corpus: Corpus, features: Corpus | None, split: str, given: str | None
-) -> Side:
-    """The rows of a split that have a code and a known label, in the codes' order."""
+) -> Scanner:
+    """The codes of a split, encoded here if they are not given."""
     store = open_store(given or join(config.out, "codes", split))
     if given is None:
         manifest = encode_split(
@@ -266,21 +270,16 @@ def _encoded(
             raise MismatchError(
                 f"{store.url} are not the codes of the {split!r} rows of {config.corpus} by {config.model}"
             )
-    tables = [read_table(store, record) for record in manifest.files if record.name.startswith("parts/")]
-    table = pa.concat_tables(tables)
-    ids = table.column("id").to_pylist()
-    codes = code_matrix(table.column("code"), int(manifest.info["num_bits"]))
-    rows = corpus.rows(split)
-    place = {row_id: i for i, row_id in enumerate(rows.ids)}
-    side = Side(ids, rows.labels[[place[row_id] for row_id in ids]], {model.method.config.kind: codes})
-    hidden = corpus.rows("unlabelled")
-    unknown = {row_id for row_id, labels in zip(hidden.ids, hidden.labels, strict=True) if not labels.any()}
-    known = set(ids) - unknown
-    if len(known) < len(ids):
-        say(f"{len(ids) - len(known):,} {split} rows are not scored, because their labels are unknown")
-    if not known:
+    return scanner(corpus, store, manifest, str(model.method.config.kind), config.pool)
+
+
+def _known(config: EvaluateConfig, scan: Scan, split: str) -> Side:
+    """The rows that a scan kept, after saying how many it left out."""
+    if scan.hidden:
+        say(f"{scan.hidden:,} {split} rows are not scored, because their labels are unknown")
+    if not scan.known:
         raise InputError(f"{config.corpus} has no {split} row whose labels are known")
-    return side.among(known)
+    return scan.side
 
 
 def _add_baselines(
@@ -290,30 +289,30 @@ def _add_baselines(
     from hashray.evaluate.baselines import CODE_BASELINES, fit_baselines  # a second of scikit-learn's imports
 
     features = BaselineFeatures(model, corpus, frozen, config.pool, config.max_bad)
-    rows, known = corpus.rows("train"), features.ids("train")
-    able = np.array([i for i, row_id in enumerate(rows.ids) if row_id in known])
-    chosen = np.sort(np.random.default_rng(config.seed).permutation(able)[: config.baseline_train_rows])
-    train = features.of("train", [rows.ids[i] for i in chosen])
+    train, labels = features.train(config.baseline_train_rows, config.seed)
     sides = [
-        (query, features.of(config.query_split, query.ids)),
-        (database, features.of(config.database_split, database.ids)),
+        (query, features.of(config.query_split, query)),
+        (database, features.of(config.database_split, database)),
     ]
     with Bar("baselines", len(CODE_BASELINES), "methods") as bar:
-        for name, baseline in fit_baselines(train, rows.labels[chosen], model.num_bits, config.seed):
+        for name, baseline in fit_baselines(train, labels, model.num_bits, config.seed):
             for side, values in sides:
                 side.values[name] = baseline.codes(values)
             bar.add(1)
     for side, values in sides:
         side.values[FLOAT] = values
-    return {"baseline_features": features.name, "baseline_train_rows": len(chosen)}
+    return {"baseline_features": features.name, "baseline_train_rows": len(train)}
 
 
-def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Side, database: Side) -> dict[str, Any]:
+def _protocol(
+    config: EvaluateConfig, model: Model, corpus: Corpus, queries: int, database: int, sample: int
+) -> dict[str, Any]:
     settings = corpus.manifest.config
     return {
         "name": settings.get("split_protocol"),
-        "queries": len(query.ids),
-        "database": len(database.ids),
+        "queries": queries,
+        "database": database,
+        "sample_rows": sample,
         "train": corpus.count("train"),
         "classes": corpus.num_classes,
         "query_split": config.query_split,
@@ -329,24 +328,17 @@ def _protocol(config: EvaluateConfig, model: Model, corpus: Corpus, query: Side,
     }
 
 
-def _logit_health(model: Model, corpus: Corpus, split: str, encoded: set[str]) -> dict[str, float]:
-    """How far the logits of some encoded queries lie from 0 (METHODS 6.7), over the first part that has any."""
-    tables = (corpus.read_part(record, split) for record in corpus.parts if corpus.count_part(record, split))
-    kept = (table.filter(pc.is_in(table.column("id"), pa.array(sorted(encoded)))) for table in tables)
-    table = next(table for table in kept if len(table)).slice(0, HEALTH_ROWS)
-    logits = model.logits(corpus.inputs(table, model.backbone.image_size, model.backbone.resize))
-    whole = code_health(binarize(logits), logits=np.tanh(logits))
-    return {name: whole[name] for name in ("near_zero", "quantization", "exact_zeros")}
-
-
-def _write(config: EvaluateConfig, plan: str, corpus: Corpus, model: Model, metrics: dict[str, Any]) -> Manifest:
+def _write(
+    config: EvaluateConfig, plan: str, corpus: Corpus, model: Model, metrics: dict[str, Any], shown: Shown
+) -> Manifest:
     from hashray.report import figures  # half a second of matplotlib's imports
     from hashray.report import page as report_page
 
     store = open_store(config.out)
     pictures = figures.draw_all(metrics)
-    images = corpus.images(config.query_split, [row["query"] for row in metrics["gallery"]])
-    images |= corpus.images(config.database_split, [n["id"] for row in metrics["gallery"] for n in row["neighbours"]])
+    images: dict[str, bytes] = {}
+    for split, parts in ((config.query_split, shown.queries), (config.database_split, shown.neighbours)):
+        images |= corpus.images(split, list(parts), [corpus.parts[i] for i in sorted(set(parts.values()))])
     page = report_page.page(metrics, pictures, images)
     require_free(store, plan)
     files = [artifact.write_named(store, f"figures/{name}.png", data) for name, data in pictures.items()]

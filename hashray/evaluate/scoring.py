@@ -1,74 +1,97 @@
-"""The numbers of an evaluation: scores by scenario, distances, a gallery. Arrays in, JSON-able out. No Ray."""
+"""The numbers of an evaluation: scores, distances, a gallery. Arrays in, JSON-able out. No Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hashray.codes import Codes, hamming
-from hashray.metrics import Ranking, average_precisions, code_health, rank
+from hashray.evaluate.sides import Near, Side
+from hashray.metrics import (
+    AveragePrecisions,
+    Ranking,
+    average_precisions,
+    code_health,
+    mean_average_precision_float,
+    rank,
+)
+from hashray.progress import Bar
 
+FLOAT = "float-cosine"
 GALLERY_NEIGHBOURS = 10
 SAMPLE_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Scenario:
-    """Which queries are ranked against which database rows. `name` is empty where there is only one."""
+class Scoring:
+    """How codes are scored: their width, the cut and the convention for ties, and the name of the scenario, if any."""
 
-    name: str
-    query_split: str
-    database_split: str
+    num_bits: int
+    top_k: int | None
+    ties: str
+    scenario: str = ""
+
+    def results(
+        self, query: Side, sample: Side, ranking: Ranking, num_rows: int, whole: Side | None
+    ) -> list[dict[str, Any]]:
+        """Results of every method that both sides have, ours first.
+
+        Args:
+            sample: rows of the database; it is the whole where it has `num_rows` rows.
+            ranking: ours, counted over the `num_rows` rows of the whole database.
+            whole: the whole database, for ties that walk it in its order.
+        """
+        results = []
+        where: dict[str, Any] = {"queries": len(query.ids)} | ({"scenario": self.scenario} if self.scenario else {})
+        with Bar(f"score {self.scenario}".strip(), len(query.values), "methods") as bar:
+            for number, name in enumerate(query.values):
+                if name == FLOAT:
+                    row = self._float(query, sample)
+                elif number:
+                    row = self._score(name, query, sample, _ranked(name, query, sample), sample)
+                else:
+                    row = self._score(name, query, sample, ranking, whole) | {"database": num_rows}
+                    if len(sample.ids) < num_rows:
+                        scores = self._precisions(name, query, _ranked(name, query, sample), sample)
+                        row |= {"sample_rows": len(sample.ids), "sample_mAP": scores.mean}
+                results.append({"database": len(sample.ids)} | row | where)
+                bar.add(1)
+        return results
+
+    def _score(self, name: str, query: Side, sample: Side, ranking: Ranking, in_order: Side | None) -> dict[str, Any]:
+        """One row of the results, from a ranking that is counted already; code health is that of the sample."""
+        scores, curve = self._precisions(name, query, ranking, in_order), ranking.precision_recall_curve()
+        return {
+            "name": name,
+            "num_bits": self.num_bits,
+            "top_k": self.top_k,
+            "ties": self.ties,
+            "mAP": scores.mean,
+            "queries_without_relevant": scores.num_without_relevant,
+            "precision_at": {str(n): value for n, value in ranking.precision_at().items()},
+            "precision_radius_2": ranking.precision_within_radius(2),
+            "pr_curve": {"precision": curve.precision.tolist(), "recall": curve.recall.tolist()},
+            "code_health": code_health(sample.values[name], labels=sample.labels),
+        }
+
+    def _precisions(self, name: str, query: Side, ranking: Ranking, in_order: Side | None) -> AveragePrecisions:
+        if self.ties == "expected":
+            return ranking.average_precisions(self.top_k)
+        assert in_order is not None, "ties that walk the database need all of it"
+        sides = query.values[name], query.labels, in_order.values[name], in_order.labels
+        return average_precisions(*sides, self.top_k, self.ties)
+
+    def _float(self, query: Side, sample: Side) -> dict[str, Any]:
+        sides = query.values[FLOAT], query.labels, sample.values[FLOAT], sample.labels
+        mean = mean_average_precision_float(*sides, None if self.top_k == -1 else self.top_k)
+        return {"name": FLOAT, "num_bits": None, "top_k": self.top_k, "ties": None, "mAP": mean}
 
 
-CLASS_SPLIT = (
-    Scenario("within", "query-seen", "database-seen"),
-    Scenario("cross", "query-unseen", "database-unseen"),
-    Scenario("generalised", "query-unseen", "database"),
-)
-"""METHODS 3.3: seen classes; classes never trained on; unseen queries in a database of all."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """The queries or the database: ids [n], labels multi-hot uint8 [n, c], and packed codes or features by name."""
-
-    ids: list[str]
-    labels: NDArray[np.uint8]
-    values: dict[str, NDArray[Any]]
-
-    def among(self, ids: set[str]) -> Side:
-        """Only the rows with these ids."""
-        kept = np.array([row_id in ids for row_id in self.ids], dtype=bool)
-        names = [row_id for row_id in self.ids if row_id in ids]
-        return Side(names, self.labels[kept], {name: values[kept] for name, values in self.values.items()})
-
-
-def score(
-    name: str, num_bits: int, query: Side, database: Side, top_k: int | None, ties: str
-) -> tuple[dict[str, Any], Ranking]:
-    """One row of the results, and the ranking behind it."""
-    labelled = query.values[name], query.labels, database.values[name], database.labels
-    ranking = rank(*labelled)
-    scores = average_precisions(*labelled, top_k, ties)
-    curve = ranking.precision_recall_curve()
-    row = {
-        "name": name,
-        "num_bits": num_bits,
-        "top_k": top_k,
-        "ties": ties,
-        "mAP": scores.mean,
-        "queries_without_relevant": scores.num_without_relevant,
-        "precision_at": {str(n): value for n, value in ranking.precision_at().items()},
-        "precision_radius_2": ranking.precision_within_radius(2),
-        "pr_curve": {"precision": curve.precision.tolist(), "recall": curve.recall.tolist()},
-        "code_health": code_health(database.values[name], labels=database.labels),
-    }
-    return row, ranking
+def _ranked(name: str, query: Side, database: Side) -> Ranking:
+    return rank(query.values[name], query.labels, database.values[name], database.labels)
 
 
 def harmonic_means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -92,40 +115,44 @@ def distance_shares(ranking: Ranking) -> dict[str, list[float]]:
 def code_sample(query: Side, name: str, seed: int) -> dict[str, Any]:
     """Some queries' codes as hexadecimal text, with their first class (-1: none), for a map of the codes."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(query.ids))[:SAMPLE_ROWS])
-    labels = query.labels[chosen]
-    first = np.where(labels.any(1), labels.argmax(1), -1)
-    return {"codes": [code.tobytes().hex() for code in query.values[name][chosen]], "labels": first.tolist()}
+    codes, labels = query.values[name][chosen], query.labels.rows
+    first = np.where(labels.any(1), labels.argmax(1), -1)[query.labels.ids[chosen]]
+    return {"codes": [code.tobytes().hex() for code in codes], "labels": first.tolist()}
+
+
+def gallery_queries(query: Side, scores: NDArray[np.float64], count: int, seed: int) -> tuple[list[int], set[int]]:
+    """Some queries spread over the classes, then those of the lowest AP [q]; and which of them are the latter."""
+    first = query.labels.rows.argmax(1)[query.labels.ids]
+    order = np.lexsort((np.random.default_rng(seed).permutation(len(query.ids)), first))
+    hard = count // 4
+    places = np.linspace(0, len(order) - 1, min(count - hard, len(order))).round().astype(int)
+    hardest = np.argsort(scores, kind="stable")[:hard].tolist()
+    return list(dict.fromkeys([*order[places].tolist(), *hardest])), set(hardest)
 
 
 def gallery(
-    name: str, query: Side, database: Side, ranking: Ranking, classes: Sequence[str], count: int, seed: int
-) -> list[dict[str, Any]]:
-    """Some queries spread over the classes, then those of the lowest AP, with their nearest rows; ties by id."""
-    order = np.lexsort((np.random.default_rng(seed).permutation(len(query.ids)), query.labels.argmax(1)))
-    hard = count // 4
-    places = np.linspace(0, len(order) - 1, min(count - hard, len(order))).round().astype(int)
-    scores = ranking.average_precisions().values
-    hardest = np.argsort(scores, kind="stable")[:hard]
-    by_id = np.argsort(np.array(database.ids))
-    codes: Codes = database.values[name]
-
-    def names(labels: NDArray[np.uint8]) -> list[str]:
-        return [classes[int(i)] for i in np.flatnonzero(labels)]
-
+    query: Side, rows: Sequence[int], hardest: Set[int], near: Sequence[Sequence[Near]],
+    scores: NDArray[np.float64], classes: Sequence[str],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The queries at `rows` with their AP and their nearest rows, JSON-able."""
     entries = []
-    for row in dict.fromkeys([*order[places].tolist(), *hardest.tolist()]):
-        distances = hamming(query.values[name][row : row + 1], codes)[0][by_id]
-        near = np.argsort(distances, kind="stable")[:GALLERY_NEIGHBOURS]
-        neighbours = [
+    for row, neighbours in zip(rows, near, strict=True):
+        labels = query.classes_of(row)
+        entries.append(
             {
-                "id": database.ids[by_id[i]],
-                "distance": int(distances[i]),
-                "labels": names(database.labels[by_id[i]]),
-                "relevant": bool((database.labels[by_id[i]] & query.labels[row]).any()),
+                "query": query.ids[row],
+                "labels": [classes[i] for i in labels],
+                "average_precision": None if np.isnan(scores[row]) else float(scores[row]),
+                "neighbours": [
+                    {
+                        "id": hit.id,
+                        "distance": hit.distance,
+                        "labels": [classes[i] for i in hit.labels],
+                        "relevant": not set(hit.labels).isdisjoint(labels),
+                    }
+                    for hit in neighbours
+                ],
+                "hardest": row in hardest,
             }
-            for i in near
-        ]
-        ap = None if np.isnan(scores[row]) else float(scores[row])
-        hit = {"query": query.ids[row], "labels": names(query.labels[row]), "average_precision": ap}
-        entries.append({**hit, "neighbours": neighbours, "hardest": row in hardest})
+        )
     return entries

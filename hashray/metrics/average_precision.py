@@ -12,20 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hashray.codes import Codes, as_codes, hamming
+from hashray.codes import Codes, as_codes
 from hashray.errors import ConfigError, InputError, MismatchError, perhaps
-from hashray.metrics.ranking import (
-    AveragePrecisions,
-    Ints,
-    LabelRows,
-    check_classes,
-    check_top_k,
-    divide,
-    label_rows,
-    merge,
-    rank,
-    walk,
-)
+from hashray.metrics.distances import distances, prepare
+from hashray.metrics.labels import Ints, LabelRows, check_classes, label_rows
+from hashray.metrics.ranking import AveragePrecisions, check_top_k, divide, merge, rank, walk
 
 
 class _Convention(NamedTuple):
@@ -67,9 +58,10 @@ def average_precisions(
     drops_last = ties == "deephash_pytorch" and top_k == -1
     cut = len(codes) - 1 if drops_last else check_top_k(top_k, len(codes))
     small = np.uint8 if codes.shape[1] < 32 else np.uint16  # numpy sorts both by radix, stably
+    query_codes, codes = prepare(queries.codes), prepare(codes)
 
     def order(rows: slice) -> Ints:
-        return np.argsort(hamming(queries.codes[rows], codes).astype(small), axis=1, kind="stable")
+        return np.argsort(distances(query_codes[rows], codes).astype(small), axis=1, kind="stable")
 
     in_order = LabelRows(database.labels.ids[database.inverse], database.labels.rows)
     sums, hits, existing = walk(order, queries.labels, in_order, cut)

@@ -8,7 +8,7 @@ import numpy as np
 
 from hashray.codes import Codes, as_codes, unpack
 from hashray.errors import InputError, MismatchError
-from hashray.metrics.ranking import Ints, LabelRows, distinct, label_rows, words64
+from hashray.metrics.labels import Ints, LabelRows, distinct, label_rows, words64
 
 
 def code_health(codes: Codes, logits: Any = None, labels: Any = None) -> dict[str, float]:
@@ -60,7 +60,7 @@ def code_health(codes: Codes, logits: Any = None, labels: Any = None) -> dict[st
         num_rows = np.bincount(known.ids)
         row_sums = np.add.reduceat(bits[np.argsort(known.ids, kind="stable")], np.cumsum(num_rows) - num_rows)
         sizes = np.asarray(num_rows @ known.rows, dtype=np.float64)
-        centres = (known.rows.T @ row_sums)[sizes > 0] / sizes[sizes > 0, None]
+        centres = (known.rows.T.astype(np.float32) @ row_sums)[sizes > 0] / sizes[sizes > 0, None]
         health["within_class_variance"] = float((1 - centres**2).mean()) if len(centres) else 0.0
     return health
 
@@ -68,7 +68,7 @@ def code_health(codes: Codes, logits: Any = None, labels: Any = None) -> dict[st
 def _collision_rate(group: Ints, labels: LabelRows) -> float:
     """Return the share of labelled items that have a labelled item of disjoint classes in their `group` [n]."""
     pairs, _, counts = distinct(np.column_stack([labels.ids, group]).astype(np.uint64))
-    rows = labels.rows[labels.ids[pairs]]  # of the distinct (label row, code) pairs, ascending by code
+    rows = labels.rows[labels.ids[pairs]].astype(np.float32)  # of the distinct pairs, ascending by code
     labelled = rows.max(axis=1) > 0
     collides = np.zeros(len(pairs), dtype=bool)
     starts = np.flatnonzero(np.diff(group[pairs], prepend=-1))

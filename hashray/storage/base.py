@@ -87,8 +87,13 @@ class Store(ABC):
         """Remove the object; nothing happens when there is none."""
 
     @abstractmethod
-    def open(self, key: str) -> BinaryIO:
-        """Open the object as a seekable read-only binary file, for pyarrow, tarfile and the like."""
+    def open(self, key: str, ranged: bool = False) -> BinaryIO:
+        """Open the object as a seekable read-only binary file.
+
+        Args:
+            ranged: for a Parquet file of which only some columns are read: nothing is read but what is asked for, and
+                the file's last 64 KiB. Unset: for reading from one end to the other, by blocks of 8 MiB.
+        """
 
     @abstractmethod
     def local_path(self, key: str) -> Path | None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, final
 
@@ -85,7 +85,16 @@ class LocalStore(Store):
         with file_errors(path, writes=True):
             path.unlink(missing_ok=True)
 
-    def open(self, key: str) -> BinaryIO:
+    def clear(self, prefix: str) -> None:
+        super().clear(prefix)
+        folder = self.root / check_prefix(prefix).rpartition("/")[0]
+        inside = [path for path, _, _ in os.walk(folder, topdown=False)]
+        for path in [*map(Path, inside), *folder.parents[: len(folder.parts) - len(self.root.parts) - 1]]:
+            with suppress(OSError):  # it holds something, or is gone
+                if path != self.root:
+                    path.rmdir()
+
+    def open(self, key: str, ranged: bool = False) -> BinaryIO:
         path = self.local_path(key)
         with file_errors(path):
             return path.open("rb")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast, final
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast, final
 
 import boto3
 import pyarrow.fs
@@ -23,6 +25,7 @@ from botocore import exceptions as boto
 from botocore.config import Config
 
 from hashray.errors import AlreadyExists, InputError, StorageError, StoreUnavailable
+from hashray.storage import requests
 from hashray.storage.base import (
     TEMP_PREFIX,
     Level,
@@ -34,6 +37,7 @@ from hashray.storage.base import (
     no_conditional_put,
 )
 from hashray.storage.local import file_errors, place, write_synced
+from hashray.storage.ranged import TAIL_BYTES, RangedFile
 
 MB = 1 << 20
 # One request up to here, multipart above: on loopback Ceph a single put moved 80 MB/s, upload_file 31.
@@ -69,13 +73,8 @@ class S3Store(Store):
         if length == 0:
             return b""
         with self._errors(key) as where:
-            try:
-                data, status = _read_body({**where, "Range": f"bytes={start}-{start + length - 1}"})
-            except boto.ClientError as error:
-                if _status(error) == 416:  # starts at or after the end, where a local file reads b""
-                    return b""
-                raise
-        return data if status == 206 else data[start : start + length]
+            part = _read_range(where, f"{start}-{start + length - 1}")
+        return part.data if part.is_range else part.data[start : start + length]
 
     def write(self, key: str, data: bytes) -> None:
         with self._errors(key) as where:
@@ -193,8 +192,12 @@ class S3Store(Store):
             for fault in answer.get("Errors", []):
                 raise StorageError(f"{self.url}: {fault['Key']} cannot be deleted: {fault['Code']} {fault['Message']}")
 
-    def open(self, key: str) -> BinaryIO:
-        return cast(BinaryIO, io.BufferedReader(_RangedFile(self, key), READ_BLOCK_BYTES))
+    def open(self, key: str, ranged: bool = False) -> BinaryIO:
+        with self._errors(key) as where:  # the first answer says the size, too
+            part = _read_range(where, f"-{TAIL_BYTES}" if ranged else f"0-{READ_BLOCK_BYTES - 1}")
+        read = partial(self.read_range, key)
+        file = RangedFile(read, part.size_bytes, part.start, part.data, keep=ranged)
+        return cast(BinaryIO, file if ranged else io.BufferedReader(file, READ_BLOCK_BYTES))
 
     def _at(self) -> str:
         return f" at {self.endpoint_url}" if self.endpoint_url else ""
@@ -295,11 +298,11 @@ def _client(endpoint_url: str | None) -> Any:
     with _CLIENTS_LOCK:
         if key not in _CLIENTS:
             try:
-                _CLIENTS[key] = boto3.session.Session().client(
-                    "s3", endpoint_url=endpoint_url, config=_config(endpoint_url)
-                )
+                client = boto3.session.Session().client("s3", endpoint_url=endpoint_url, config=_config(endpoint_url))
             except ValueError as error:
                 raise StorageError(f"endpoint {endpoint_url!r} is not a url such as http://host:9000") from error
+            requests.watch(client)
+            _CLIENTS[key] = client
         return _CLIENTS[key]
 
 
@@ -328,7 +331,30 @@ def _status(error: boto.ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def _read_body(request: dict[str, Any]) -> tuple[bytes, int]:
+class _Range(NamedTuple):
+    """What a request for a range brought: the bytes, where they begin, and the size of the whole object."""
+
+    data: bytes
+    start: int
+    size_bytes: int
+    is_range: bool = True
+
+
+def _read_range(request: dict[str, Any], span: str) -> _Range:
+    """Ask for `span` ("5-9", or "-9": the last 9 bytes); a server that ignores ranges sends the whole object."""
+    try:
+        data, answer = _read_body({**request, "Range": f"bytes={span}"})
+    except boto.ClientError as error:
+        if _status(error) == 416:  # starts at or after the end, where a local file reads b""; or the object is empty
+            return _Range(b"", 0, 0)
+        raise
+    if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+        return _Range(data, 0, len(data), is_range=False)
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer["ContentRange"])
+    return _Range(data, int(match[1]), int(match[2])) if match else _Range(data, 0, len(data))
+
+
+def _read_body(request: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     client = request["client"]
     arguments = {name: value for name, value in request.items() if name != "client"}
     for attempt in range(BODY_ATTEMPTS):
@@ -336,44 +362,8 @@ def _read_body(request: dict[str, Any]) -> tuple[bytes, int]:
         try:
             # Not `with response["Body"]`: that hands out the stream below, which checks no length.
             with closing(response["Body"]) as body:
-                return body.read(), response["ResponseMetadata"]["HTTPStatusCode"]
+                return body.read(), response
         except (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError):
             if attempt == BODY_ATTEMPTS - 1:
                 raise
     raise AssertionError("unreachable")
-
-
-class _RangedFile(io.RawIOBase):
-    """An S3 object as an unbuffered file; every read is one ranged request."""
-
-    def __init__(self, store: S3Store, key: str) -> None:
-        self._store, self._key, self._size, self._position = store, key, store.size(key), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if start + offset < 0:
-            raise ValueError(f"cannot seek to {start + offset}")
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._take(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self._take(self._size)
-
-    def _take(self, length: int) -> bytes:
-        data = self._store.read_range(self._key, self._position, max(0, min(length, self._size - self._position)))
-        self._position += len(data)
-        return data

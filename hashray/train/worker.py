@@ -28,7 +28,7 @@ from hashray.data.corpus import Corpus, open_corpus
 from hashray.engine.reports import listening, start_reports
 from hashray.engine.session import connect, memory_environment, quicken_on_one_machine, require_room, unwrap
 from hashray.errors import HashrayError, RunError, WorkersLost
-from hashray.storage import join, open_store
+from hashray.storage import join, open_store, requests
 from hashray.storage.s3 import arrow_filesystem
 from hashray.train.assembly import build_loop
 from hashray.train.checkpoint import Checkpoint, Position, load_checkpoint, read_checkpoint
@@ -46,8 +46,10 @@ def run_worker(options: dict[str, Any]) -> None:
     job: TrainJob = options["job"]
     rank, world = rt.get_context().get_world_rank(), rt.get_context().get_world_size()
     reports = options["reports"]
+    requests.take()  # by other work of this process
     try:
         _run(job, reports, rank, world)
+        ray.get(reports.put.remote({"sent": requests.take()}))
     except Exception as error:
         if ray.get(reports.has_failed.remote()):  # the failed worker has left, and this one only misses it
             return

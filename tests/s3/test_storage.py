@@ -124,6 +124,37 @@ def test_list_is_recursive_sorted_and_relative(store):
         list(store.list("../"))
 
 
+def test_a_level_is_what_lies_directly_below(store):
+    for key in ("b/1", "b/c/2", "a", "b/c/d/3", "bc/4", "b.txt"):
+        store.write(key, key.encode())
+    assert store.level() == (["b/", "bc/"], [("a", 1), ("b.txt", 5)])
+    assert store.level("b/") == (["b/c/"], [("b/1", 3)])
+    assert store.level("nothing/") == ([], [])
+
+
+def test_a_level_of_a_folder_that_holds_itself(tmp_path):
+    store = open_store(tmp_path / "s")
+    store.write("a/x", b"1")
+    (tmp_path / "s" / "a" / "again").symlink_to(tmp_path / "s")
+    faults = []
+    assert store.level("a/") == (["a/again/"], [("a/x", 1)])
+    assert store.level("a/again/", on_error=lambda key, error: faults.append(key)) == ([], [])
+    assert [*store.list("a/again/", on_error=lambda key, error: faults.append(key))] == []
+    assert faults == ["a/again", "a/again"]
+
+
+def test_clear_leaves_no_empty_folders(tmp_path):
+    store = open_store(tmp_path / "s")
+    for key in ("progress/a/b/1", "progress/c/2", "rows/3"):
+        store.write(key, b"1")
+    store.clear("progress/a/")
+    assert sorted(p.name for p in (tmp_path / "s").rglob("*")) == ["2", "3", "c", "progress", "rows"]
+    store.clear("progress/")
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["rows"]
+    store.clear("")
+    assert (tmp_path / "s").is_dir()
+
+
 def test_list_does_not_see_the_neighbour(store):
     open_store(store.url + "-two").write("x", b"1")
     store.write("y", b"2")

@@ -27,8 +27,10 @@ from hashray.artifact import (
     load_manifest,
     newest_version,
     publish,
+    read_columns,
     read_file,
     sha256_hex,
+    table_bytes,
     verify,
     version_key,
     write_file,
@@ -340,3 +342,22 @@ publish(store, manifest)
     assert len(list(store.list())) == 4 and not is_finished(store)
     publish(store, make_corpus(store))
     assert verify(store.url) == []
+
+
+def test_reading_some_columns_checks_their_pages(store):
+    table = pa.table({"id": ["a", "b"], "image": [b"\0" * 5000, b"\1" * 5000], "split": ["train", "query"]})
+    record = write_file(store, "part-0.parquet", table_bytes(table), rows=2)
+    assert read_columns(store, record, ["split", "id"]).equals(table.select(["split", "id"]))
+    with pytest.raises(CorruptArtifact, match=r"part-0\.parquet has no column labels: it has id"):
+        read_columns(store, record, ["id", "labels"])
+    with pytest.raises(CorruptArtifact, match=r"part-0\.parquet holds 2 rows, its manifest says 3"):
+        read_columns(store, record.model_copy(update={"rows": 3}), ["id"])
+    column = pq.ParquetFile(io.BytesIO(store.read(record.name))).metadata.row_group(0).column(0)
+    data = bytearray(store.read(record.name))
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    store.write(record.name, bytes(data))
+    with pytest.raises(CorruptArtifact, match=r"part-0\.parquet cannot be read: "):
+        read_columns(store, record, ["id"])
+    store.delete(record.name)
+    with pytest.raises(CorruptArtifact, match=r"part-0\.parquet is missing: its manifest lists it"):
+        read_columns(store, record, ["id"])

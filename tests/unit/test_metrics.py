@@ -122,9 +122,9 @@ def test_histograms_equal_a_naive_count(seed: int, b: int, multi: bool) -> None:
     case = random_case(seed, b=b, multi=multi)
     histograms = rank(*case)
     relevant = naive_relevance(case[1], case[3])
-    for i, distances in enumerate(hamming(case[0], case[2])):
-        assert histograms.total[i].tolist() == np.bincount(distances, minlength=8 * b + 1).tolist()
-        assert histograms.relevant[i].tolist() == np.bincount(distances[relevant[i]], minlength=8 * b + 1).tolist()
+    for i, row in enumerate(hamming(case[0], case[2])):
+        assert histograms.total[i].tolist() == np.bincount(row, minlength=8 * b + 1).tolist()
+        assert histograms.relevant[i].tolist() == np.bincount(row[relevant[i]], minlength=8 * b + 1).tolist()
 
 
 def test_blocks_of_any_size_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,12 +246,12 @@ def test_values_are_shares_and_the_orders_average_to_the_expectation(seed: int, 
 @pytest.mark.parametrize("multi", [False, True])
 def test_precision_recall_and_radius_equal_naive_loops(multi: bool) -> None:
     case = random_case(5, q=9, n=30, multi=multi)
-    relevant, distances, ranking = naive_relevance(case[1], case[3]), hamming(case[0], case[2]), rank(*case)
+    relevant, apart, ranking = naive_relevance(case[1], case[3]), hamming(case[0], case[2]), rank(*case)
     curve = ranking.precision_recall_curve()
     for radius in range(9):
         precision, recall, some = [], [], []
         for i in range(9):
-            inside = distances[i] <= radius
+            inside = apart[i] <= radius
             hits = (inside & relevant[i]).sum()
             precision.append(hits / inside.sum() if inside.any() else 0.0)
             some.append(bool(inside.any()))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +23,8 @@ from hashray.artifact import (
 )
 from hashray.artifact.verify import find_duplicates
 from hashray.storage import Store, open_store
+
+VERIFY = sys.modules["hashray.artifact.verify"]  # the module: `artifact.verify` is the function
 
 
 def make_version(store: Store, number: int, ids=("a", "b")) -> Manifest:
@@ -71,9 +76,9 @@ def test_many_duplicate_ids_are_summed_up(store):
     assert len(problems) == 6 and problems[-1] == f"{store.url}: 15 more ids are duplicated"
 
 
-@given(st.lists(st.lists(st.integers(-5, 5) | st.text("ab", max_size=2), max_size=8), max_size=4))
-def test_find_duplicates_against_counting(blocks):
-    """-1 and -2 have the same hash in Python: the second scan tells them apart."""
+@given(st.lists(st.lists(st.integers(-5, 5) | st.text("ab", max_size=2), max_size=8), max_size=4), st.integers(1, 40))
+def test_find_duplicates_against_counting(blocks, most_hashes):
+    """-1 and -2 have the same hash in Python: the last scan tells them apart."""
     named = [(f"part-{number}", ids) for number, ids in enumerate(blocks)]
     everything = [value for ids in blocks for value in ids]
     expected = {
@@ -81,7 +86,25 @@ def test_find_duplicates_against_counting(blocks):
         for value in everything
         if everything.count(value) > 1
     }
-    assert find_duplicates(lambda: named) == expected
+    assert find_duplicates(lambda: named, most_hashes) == expected
+
+
+def test_hashes_in_memory_are_bounded(monkeypatch):
+    """More scans in their place: each keeps the hashes of one part of all."""
+    kept, scans = [], []
+    of_part = VERIFY._in_part
+    monkeypatch.setattr(VERIFY, "_in_part", lambda *args: kept.append(len(of_part(*args))) or of_part(*args))
+
+    def read():
+        scans.append(len(kept))
+        for start in range(0, 10_000, 100):
+            yield "part-0", [f"id{number % 9_990}" for number in range(start, start + 100)]
+
+    duplicates = find_duplicates(read, most_hashes=1000)
+    assert sorted(duplicates) == sorted(f"id{number}" for number in range(10))
+    assert len(scans) == 16 + 1  # a sixteenth of 10,000 is the first share below 1,000
+    of_scan = [sum(kept[start:stop]) for start, stop in itertools.pairwise(scans)]
+    assert sum(of_scan[1:]) < 10_000 and max(of_scan[1:]) < 1000
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8, 9, 31])

@@ -29,7 +29,7 @@ from hashray.encode.features import BATCH_ROWS
 from hashray.engine.session import WorkersConfig, connect
 from hashray.errors import InputError
 from hashray.evaluate.run import EvaluateConfig
-from hashray.evaluate.scoring import CLASS_SPLIT
+from hashray.evaluate.sides import CLASS_SPLIT
 from hashray.index.build import ROWS_PER_SHARD
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk
@@ -241,8 +241,8 @@ def _work(
 
 
 def _sample_rows() -> int:
-    """Most rows of a database that the baselines of an evaluation see."""
-    return int(EvaluateConfig.model_fields["baseline_limit"].default)
+    """Most rows of a database that the sample of an evaluation has."""
+    return int(EvaluateConfig.model_fields["sample_rows"].default)
 
 
 def _cluster(config: PlanConfig) -> Cluster:

@@ -51,8 +51,8 @@ class Sample:
         row_bytes, image_bytes, feature_bytes, code_bytes: a row, in the files of these.
         shard_bytes, ids_bytes: a row, in a searcher.
         list_s, ingest_s, decode_s, forward_s, step_s, index_s: seconds of one core a row: to list it; to fetch, check
-            and keep it; to decode it to the trunk's pixels; of the trunk and head, forward; the same, forward and
-            backward, or of the head alone where the trunk is frozen; to build it into a shard.
+            and keep it; to decode it to the trunk's pixels; of the trunk and head, forward; the same, a step of
+            training, or of the head alone where the trunk is frozen; to build it into a shard.
         search_s: for one query and one code. pair_s: to score one query and one row.
         record_bytes: of one file of an artifact, in the driver.
         base_bytes: resident, of a process without a network. trunk_bytes: of one that has run the trunk.
@@ -262,8 +262,9 @@ def _train(sample: Sample, work: Work, windows: int, pieces: int) -> Stage:
     if not work.frozen:
         seconds += work.train * decodes * sample.decode_s * (work.train_workers if work.in_memory else 1)
     reads = 2 * work.parts * work.train_workers if work.in_memory else 2 * pieces * work.epochs
+    units, unit = (1, "set in memory") if work.in_memory else (windows, "windows")
     return Stage(
-        "train", work.train, 1 if work.in_memory else windows, "windows an epoch", work.train_workers, seconds,
+        "train", work.train, units, unit, work.train_workers, seconds,
         steps * sample.step_s if sample.on_gpu else 0.0, reads=reads + work.parts, writes=2 * work.epochs + 4,
     )  # fmt: skip
 

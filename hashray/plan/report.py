@@ -105,22 +105,22 @@ def show(
     costs: Costs, work: Work, sample: Sample, cluster: Cluster, faults: Sequence[Excess], prices: Prices | None
 ) -> None:
     """Print the tables, then what will be exceeded."""
-    columns = ["stage", "rows", "made of", "cores", "time", "disk", "reads", "writes"]
-    lines = []
+    times, stored = [], []
     for stage in costs.stages:
-        line = [
-            stage.name, f"{stage.rows:,}", f"{stage.units:,} {stage.unit}", duration(stage.cpu_s + stage.gpu_s),
-            duration(stage.wall_s), size(stage.disk_bytes), f"{stage.reads:,}", f"{stage.writes:,}",
-        ]  # fmt: skip
-        lines.append(line + ([] if prices is None else [f"{stage.price(prices):,.2f}"]))
+        cores = duration(stage.cpu_s + stage.gpu_s)
+        times.append([stage.name, f"{stage.rows:,}", f"{stage.units:,} {stage.unit}", cores, duration(stage.wall_s)])
+        line = [stage.name, size(stage.disk_bytes), f"{stage.reads:,}", f"{stage.writes:,}"]
+        stored.append(line + ([] if prices is None else [f"{stage.price(prices):,.2f}"]))
     cores_s = sum(stage.cpu_s + stage.gpu_s for stage in costs.stages)
+    times.append(["all", "", "", duration(cores_s), duration(costs.wall_s)])
     requests = [f"{sum(getattr(stage, name) for stage in costs.stages):,}" for name in ("reads", "writes")]
-    total = ["all", "", "", duration(cores_s), duration(costs.wall_s), size(costs.disk_bytes), *requests]
+    total = ["all", size(costs.disk_bytes), *requests]
     if prices is not None:
-        columns.append(prices.currency)
         total.append(f"{sum(stage.price(prices) for stage in costs.stages):,.2f}")
-    show_table(f"{work.rows:,} rows, {work.workers:,} workers, from {sample.rows:,} that were measured", columns,
-               [*lines, total])  # fmt: skip
+    title = f"{work.rows:,} rows, {work.workers:,} workers; {sample.rows:,} rows were measured"
+    show_table(title, ["stage", "rows", "made of", "one core", "all workers"], times)
+    money = [] if prices is None else [f"{prices.currency} (time too)"]
+    show_table("Store", ["stage", "disk", "reads", "writes", *money], [*stored, total])
     show_table("Memory", ["process", "at once", "each"], [_role(role) for role in costs.roles])
     say(f"a query on one core: {costs.query_s * 1000:,.2f} ms over all {work.database:,} rows (flat)")
     if prices is not None:

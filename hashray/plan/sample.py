@@ -279,17 +279,22 @@ def _network(method: Method, pixels: Any, batch_rows: int, gpu: bool) -> tuple[f
             work(rows[first : first + size])
         return (clock() - start) / len(rows)
 
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+
     def step(rows: Any) -> None:
-        method.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         method.logits(rows).square().mean().backward()
+        optimizer.step()
 
     with torch.inference_mode():
         forward_s = seconds(method.eval().logits, inputs, batch_rows)
+    if not trained:
+        return forward_s, 0.0
     if method.trunk.config.frozen:
         inputs = torch.randn(len(pixels), method.trunk.feature_dim, device=device)
-    step_s = seconds(step, inputs[:STEP_ROWS], STEP_ROWS) if any(p.requires_grad for p in method.parameters()) else 0.0
-    method.zero_grad(set_to_none=True)
-    return forward_s, step_s
+    method.train()
+    optimizer = torch.optim.AdamW(trained, lr=0.0)
+    return forward_s, seconds(step, inputs[:STEP_ROWS], STEP_ROWS)
 
 
 def _codes(rows: int, num_bits: int) -> Any:

@@ -55,6 +55,8 @@ from hashray.train.job import fits_memory
 
 WITHOUT_NETWORK = "hashray.data.ingest, ray.data"  # what such a driver or worker imports
 CONNECTED_BYTES = 64 << 20  # of Ray in a process that has joined it: workers of ingest had 249 MiB, of imports 187
+# Splits that a protocol draws a fixed number of rows for, however many rows there are.
+DRAWN = {"per-class": ("query", "train"), "cifar10-semi": ("query", "train"), "class-split": ("query",)}
 OBJECT_STORE_SHARE = 0.3  # of a node's memory: Ray's default
 
 
@@ -201,12 +203,22 @@ def _of_corpus(config: PlanConfig, corpus: Corpus, sample: Sample) -> _Rows:
     words = Counter[str]()
     for record in corpus.parts:
         words.update(record.info["splits"])
-    splits = splits_of({(0, word): round(count * rows / there) for word, count in words.items()})
-    sizes = [int(record.info.get("image_bytes", corpus.beside(record).bytes)) for record in corpus.parts]
-    parts = -(-len(corpus.parts) * rows // there)
     settings = corpus.manifest.config
     protocol = str(settings.get("split_protocol"))
+    drawn = DRAWN.get(protocol, ()) if rows >= there else ()
+    fixed = sum(count for word, count in words.items() if _is_of(word, drawn))
+    scale = (rows - fixed) / max(1, there - fixed)
+    splits = splits_of(
+        {(0, word): count if _is_of(word, drawn) else round(count * scale) for word, count in words.items()}
+    )
+    sizes = [int(record.info.get("image_bytes", corpus.beside(record).bytes)) for record in corpus.parts]
+    parts = -(-len(corpus.parts) * rows // there)
     return _Rows(splits, rows, corpus.num_classes, parts, max(sizes), 0, settings.get("store") == "reference", protocol)
+
+
+def _is_of(word: str, splits: tuple[str, ...]) -> bool:
+    """Whether a row of this split ("database+train") is in one of `splits`, or in a part of one ("query-seen")."""
+    return any(split.partition("-")[0] in splits for split in word.split("+"))
 
 
 def _work(

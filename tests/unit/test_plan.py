@@ -178,6 +178,13 @@ def test_a_corpus_and_a_model_leave_encoding_and_after(
     assert (ten["work"]["database"], ten["work"]["parts"]) == (200, 40)
 
 
+def test_a_larger_corpus_has_no_more_drawn_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus, words = str(tmp_path / "corpus"), ("query", "database", "database+train")
+    write_corpus(corpus, 30, 8, split_of=lambda n: words[n % 3], config={"split_protocol": "per-class"})
+    work = plan(capsys, training(tmp_path), "--corpus", corpus, "--rows", "300")["work"]
+    assert (work["queries"], work["train"], work["database"]) == (10, 10, 290)
+
+
 def test_a_frozen_trunk_computes_features_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = str(tmp_path / "corpus")
     write_corpus(corpus, 12, 8)

@@ -104,6 +104,12 @@ COMMANDS: Commands = {
         "Ingest, train, encode, index and evaluate in a row",
         "hashray pipeline jobs/configs/photos.toml --source photos/ --out runs --split-protocol per-class",
     ),
+    "plan": Command(
+        "hashray.plan.command:plan",
+        "hashray.plan.command:PlanConfig",
+        "Rows, parts, memory, disk, requests, time and price of the stages ahead",
+        "hashray plan jobs/configs/photos.toml photos/ --split-protocol per-class --rows 10000000",
+    ),
     "describe": Command(
         "hashray.artifact.command:describe",
         "hashray.artifact.command:ArtifactConfig",

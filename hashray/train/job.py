@@ -151,7 +151,7 @@ def plan_job(config: TrainConfig, data: Corpus) -> TrainJob:
     return TrainJob(
         config=config, source=data.store.url, num_classes=data.num_classes,
         validation=tuple(sorted(validation)), validation_given=given, table=tables[0], plan=plan,
-        in_memory=_fits_memory(config, data, plan.rows),
+        in_memory=fits_memory(config, plan.rows * int(np.prod(input_shape(config, data))) * input_type(data).itemsize),
     )  # fmt: skip
 
 
@@ -186,8 +186,8 @@ def run_of(config: TrainConfig, corpus: Corpus, init: Model | None) -> tuple[str
     return sha256_hex(canonical({"config": settings, "parents": parents}))[:16], parents
 
 
-def _fits_memory(config: TrainConfig, data: Corpus, rows: int) -> bool:
-    size_bytes = rows * int(np.prod(input_shape(config, data))) * input_type(data).itemsize
+def fits_memory(config: TrainConfig, size_bytes: int) -> bool:
+    """Whether each worker holds all training rows, which are this large as the loop gets them; else they stream."""
     return config.input == "memory" or (config.input == "auto" and size_bytes <= config.memory_limit_mib << 20)
 
 

@@ -1,0 +1,360 @@
+"""The sample that a plan measures: a few rows of a source or a corpus, taken through what each stage does. No Ray.
+
+Seconds are those of one core (`time.process_time`), so that other work on the machine does not change them much; of a
+GPU they are wall seconds.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+
+from hashray import artifact
+from hashray.artifact import FileRecord, Manifest, sha256_hex, table_bytes
+from hashray.data import listed
+from hashray.data.columns import bytes_column, list_column
+from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA, Corpus, iterate_bytes
+from hashray.data.images import BadImage, decode, decode_rows
+from hashray.data.listing import Format, SourceConfig, SourceRow, Unit, look, read_class_names
+from hashray.data.sources import Meaning, fetch, guess_format, read_values, scan, units_of
+from hashray.errors import InputError
+from hashray.index import shard
+from hashray.methods.base import Method
+from hashray.metrics import mean_average_precision
+from hashray.plan.costs import Sample
+from hashray.storage import open_store
+
+SCANNED_FILES = 3  # of a source of tars or Parquet files
+SCANNED_IMAGES = 20_000  # files of a folder
+KEPT_ROWS = 10_000  # whose labels are looked at
+SHARE, FEWEST, MOST = 100, 64, 512  # one row in a hundred is measured, within these bounds
+STEP_ROWS, CODES, QUERIES, SCORED = 64, 50_000, 32, 10_000
+RECORDS = 500
+TRIALS = 3
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a look at a source gives.
+
+    Attributes:
+        rows: of the whole source, in proportion to what was scanned.
+        exact: whether all of it was scanned.
+        picks: some of its rows, evenly spaced.
+        tally: how often each value and given split occur among `table_rows` rows. meaning: of the values.
+        size_bytes: of its files; 0 where that does not matter.
+        list_s: seconds a row.
+    """
+
+    format: Format
+    rows: int
+    exact: bool
+    picks: list[SourceRow]
+    tally: listed.Tally
+    table_rows: int
+    meaning: Meaning
+    size_bytes: int
+    list_s: float
+
+
+class Image(NamedTuple):
+    """One row of a sample."""
+
+    id: str
+    data: bytes
+    uri: str | None
+
+
+def sample_size(rows: int) -> int:
+    """Rows that are measured: one in a hundred, at least 64 and at most 512, or all there are.
+
+    >>> [sample_size(rows) for rows in (10, 1000, 20_000, 1_000_000)]
+    [10, 64, 200, 512]
+    """
+    return min(rows, max(FEWEST, min(MOST, rows // SHARE)))
+
+
+def look_at_source(url: str, reader: SourceConfig, most_files: int) -> Listing:
+    """List a share of a source, and say in proportion how many rows there are.
+
+    Raises:
+        InputError: nothing there, or no image in it.
+    """
+    survey = look(url, most_files)
+    kind, complete = reader.format or guess_format(survey), survey.complete
+    names = read_class_names(reader.class_names)
+    if complete or kind != "folder":
+        survey, units = units_of(survey, kind)
+        complete = True
+    else:
+        units = [Unit(0, tuple(survey.sizes.items()))]
+    sized = [pair for unit in units for pair in unit.keys]
+    most = {"folder": SCANNED_IMAGES, "list": len(sized)}.get(kind, SCANNED_FILES)
+    unit = units[0]._replace(keys=tuple(_spaced(sized, most)))
+    whole, share = (len(keys) if kind == "folder" else sum(size for _, size in keys) for keys in (sized, unit.keys))
+    start_s = time.process_time()
+    seen, rows = scan(url, survey.is_file, kind, unit, reader, len(names) if names else None)
+    count, kept = _thinned(rows)
+    if not count:
+        raise InputError(f"{url} ({kind}): no images in the {len(unit.keys)} files that were looked at")
+    scan_s, start_s = time.process_time() - start_s, time.process_time()
+    (table,) = listed.to_tables(kept, 0, kind == "folder", len(kept), lambda chunk: None)
+    list_s = scan_s / count + (time.process_time() - start_s) / len(kept)
+    tally = listed.tally(table)
+    first: dict[str, str] = {}
+    for (value, _), group in tally.items():
+        first.setdefault(value, group.place)
+    survey.add(seen)
+    meaning = read_values(survey, kind, first, len(names) if names else None)
+    if names:
+        meaning = meaning._replace(class_names=names)
+    all_rows, size_bytes = count if share == whole else round(count * whole / share), sum(size for _, size in sized)
+    exact = complete and share == whole
+    return Listing(kind, all_rows, exact, kept, tally, len(table), meaning, size_bytes, list_s)
+
+
+def _spaced(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, evenly spaced."""
+    if len(items) <= count:
+        return list(items)
+    return [items[len(items) * i // count] for i in range(count)]
+
+
+def _thinned(rows: Iterator[SourceRow]) -> tuple[int, list[SourceRow]]:
+    """How many rows there are, and every k-th of them: at most twice KEPT_ROWS."""
+    count, step, kept = 0, 1, list[SourceRow]()
+    for row in rows:
+        if count % step == 0:
+            kept.append(row)
+            if len(kept) == 2 * KEPT_ROWS:
+                kept, step = kept[::2], 2 * step
+        count += 1
+    return count, kept
+
+
+def fetch_rows(picks: Sequence[SourceRow], count: int) -> list[Image]:
+    """Fetch the images of some rows; one that cannot be fetched is left out, as ingest leaves it out."""
+    images = []
+    for row in _spaced(picks, count):
+        try:
+            images.append(Image(row.id, fetch(row.locator), row.locator))
+        except (InputError, ValueError):
+            continue
+    return images
+
+
+def read_rows(corpus: Corpus, count: int) -> list[Image]:
+    """Images of some rows of a corpus, from a few of its parts."""
+    parts = _spaced(corpus.parts, 4)
+    images: list[Image] = []
+    for record in parts:
+        table = corpus.read_part(record)
+        table = table.take(pa.array(_spaced(range(len(table)), -(-count // len(parts))), pa.int64()))
+        uris = table.column("uri").to_pylist()
+        for (row_id, data), uri in zip(iterate_bytes(table), uris, strict=True):
+            if isinstance(data, bytes):
+                images.append(Image(row_id, data, uri))
+    return images[:count]
+
+
+def measure(
+    images: Sequence[Image],
+    method: Method,
+    batch_rows: int,
+    keep_bytes: bool,
+    list_s: float,
+    base_bytes: int,
+    gpu: bool,
+) -> Sample:
+    """Take the images through what the stages do with them.
+
+    Args:
+        method: the network to train or to encode with.
+        batch_rows: rows that encoding takes at a time.
+        keep_bytes: whether the corpus keeps images, or only their places.
+        list_s: seconds to list a row.
+        base_bytes: resident before anything was measured.
+
+    Raises:
+        InputError: no image of the sample can be decoded.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(images, method, batch_rows, keep_bytes, list_s, base_bytes, gpu)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(
+    images: Sequence[Image],
+    method: Method,
+    batch_rows: int,
+    keep_bytes: bool,
+    list_s: float,
+    base_bytes: int,
+    gpu: bool,
+) -> Sample:
+    config, num_bits = method.trunk.config, int(method.config.num_bits)
+    decoded, ingest_s = _ingested(images)
+    kept = [images[i] for i in decoded]
+    if not kept:
+        raise InputError(f"none of the {len(images)} images of the sample can be decoded; `hashray ingest` says why")
+    pixels, decode_s = _timed(lambda: decode_rows([(i.id, i.data) for i in kept], config.image_size, config.resize)[0])
+    forward_s, step_s = _network(method, pixels, batch_rows, gpu)
+    rows = pa.Table.from_pylist([{"id": i.id, "labels": [0], "split": "database+train"} for i in kept], ROW_SCHEMA)
+    stored = [{"image": i.data, "uri": None} if keep_bytes else {"image": None, "uri": i.uri or i.id} for i in kept]
+    features = np.random.default_rng(0).standard_normal((len(kept), method.trunk.feature_dim)).astype(np.float32)
+    ids = rows.column("id")
+    codes = _codes(len(kept), num_bits)
+    tables = [
+        rows, pa.Table.from_pylist(stored, IMAGE_SCHEMA), pa.table({"feature": list_column(features)}),
+        pa.table({"id": ids, "code": bytes_column(codes)}),
+    ]  # fmt: skip
+    data, write_s = _timed(lambda: [table_bytes(table) for table in tables])
+    row_bytes, image_bytes, feature_bytes, code_bytes = (len(each) / len(kept) for each in data)
+    indexed = _indexed(round(sum(len(i.id) for i in kept) / len(kept)), num_bits)
+    return Sample(
+        len(images), tuple(len(image.data) for image in images), max(decoded.values()), row_bytes, image_bytes,
+        feature_bytes, code_bytes, *indexed[:2], list_s, ingest_s + write_s / len(kept), decode_s / len(kept),
+        forward_s, step_s, *indexed[2:], _scored(num_bits, method.num_classes), _record_bytes(), base_bytes,
+        psutil.Process().memory_info().rss, gpu,
+    )  # fmt: skip
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What `work` gives, and its least seconds in some trials."""
+    seconds, result = list[float](), None
+    for _ in range(TRIALS):
+        start_s = time.process_time()
+        result = work()
+        seconds.append(time.process_time() - start_s)
+    return result, min(seconds)
+
+
+def _ingested(images: Sequence[Image]) -> tuple[dict[int, int], float]:
+    """The bytes of each image that can be decoded, by place; and what one costs: fetched, decoded, hashed."""
+    decoded: dict[int, int] = {}
+    start_s = time.process_time()
+    for place, image in enumerate(images):
+        data = image.data
+        try:
+            data = fetch(image.uri) if image.uri else data
+            width, height = decode(data).size
+        except (BadImage, InputError):
+            continue
+        sha256_hex(data)
+        decoded[place] = 3 * width * height
+    return decoded, (time.process_time() - start_s) / max(1, len(images))
+
+
+def _network(method: Method, pixels: Any, batch_rows: int, gpu: bool) -> tuple[float, float]:
+    """Seconds a row: forward, and forward and backward; of the head alone where the trunk is frozen."""
+    device = torch.device("cuda" if gpu else "cpu")
+    method = method.to(device)
+    inputs = torch.as_tensor(pixels, device=device)
+
+    def clock() -> float:
+        if gpu:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def seconds(work: Callable[[Any], Any], rows: Any, size: int) -> float:
+        work(rows[:size])  # the first one also allocates
+        start = clock()
+        for first in range(0, len(rows), size):
+            work(rows[first : first + size])
+        return (clock() - start) / len(rows)
+
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+
+    def step(rows: Any) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        method.logits(rows).square().mean().backward()
+        optimizer.step()
+
+    with torch.inference_mode():
+        forward_s = seconds(method.eval().logits, inputs, batch_rows)
+    if not trained:
+        return forward_s, 0.0
+    if method.trunk.config.frozen:
+        inputs = torch.randn(len(pixels), method.trunk.feature_dim, device=device)
+    method.train()
+    optimizer = torch.optim.AdamW(trained, lr=0.0)
+    return forward_s, seconds(step, inputs[:STEP_ROWS], STEP_ROWS)
+
+
+def _codes(rows: int, num_bits: int) -> Any:
+    return np.random.default_rng(0).integers(0, 256, (rows, num_bits // 8), dtype=np.uint8)
+
+
+def _indexed(id_length: int, num_bits: int) -> tuple[float, float, float, float]:
+    """Bytes a row of codes and of ids in a searcher; seconds to index a row, and to search one query and code."""
+    width = max(id_length, len(str(CODES)))
+    ids, codes = pa.array([f"{i:0{width}d}" for i in range(CODES)]), _codes(CODES, num_bits)
+    with tempfile.TemporaryDirectory(prefix="hashray-plan-") as folder:
+        store = open_store(folder)
+        start_s = time.process_time()
+        written = shard.write_shard(store, ids, codes, "flat")
+        index_s = (time.process_time() - start_s) / CODES
+        code_file, id_file = written.files
+        path = store.local_path(code_file.name)
+        assert path is not None, "a local store has paths"
+        opened = shard.open_shard(path, "flat", num_bits, CODES)
+        _, search_s = _timed(lambda: opened.search(codes[:QUERIES], 10))
+        ids_bytes = max(id_file.bytes / CODES, width + 4)
+        return code_file.bytes / CODES, ids_bytes, index_s, search_s / CODES / QUERIES
+
+
+def _scored(num_bits: int, num_classes: int) -> float:
+    """Seconds to score one query and one row."""
+    labels = np.zeros((SCORED, max(1, num_classes)), np.uint8)
+    labels[np.arange(SCORED), np.arange(SCORED) % labels.shape[1]] = 1
+    codes = _codes(SCORED, num_bits)
+    _, seconds = _timed(lambda: mean_average_precision(codes[:QUERIES], labels[:QUERIES], codes, labels))
+    return seconds / QUERIES / SCORED
+
+
+def _record_bytes() -> float:
+    """Memory that the record of one file takes in the driver, with the manifest that is written of it."""
+    tracemalloc.start()
+    try:
+        files = tuple(
+            FileRecord(name=f"rows/part-{i:05d}-{i:08x}.parquet", bytes=i, sha256=sha256_hex(str(i).encode()), rows=i,
+                       info={"splits": {"database": i, "query": i}, "image_bytes": i})
+            for i in range(RECORDS)
+        )  # fmt: skip
+        artifact.canonical(
+            Manifest(kind="corpus", project_version="0", config={}, parents={}, files=files).model_dump()
+        )
+        return tracemalloc.get_traced_memory()[1] / RECORDS
+    finally:
+        tracemalloc.stop()
+
+
+def resident(modules: str) -> int:
+    """Bytes that a process has resident when it has imported these modules ("a, b"), and nothing else."""
+    code = f"import {modules}, psutil; print(psutil.Process().memory_info().rss)"
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def splits_of(rows: Mapping[tuple[Any, str], int]) -> Counter[str]:
+    """Rows of each split, of counts by labels and split: a row of "database+train" is in both."""
+    out = Counter[str]()
+    for (_, word), count in rows.items():
+        for split in word.split("+"):
+            out[split] += count
+    return out

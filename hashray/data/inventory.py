@@ -40,7 +40,7 @@ from hashray.progress import Bar
 from hashray.storage import Store, open_store, split_url
 
 LISTED_AT_ONCE = 100_000  # files: above, tasks look at a folder's files
-SHORT_BYTES = 1 << 30  # of containers
+SHORT_BYTES = 64 << 20  # of containers: of small rows that is some millions
 MIXED_ROWS = 250_000  # of a share of the seeded order
 BLOCK_ROWS = 1 << 17  # of a file: what a listing task holds
 EQUAL_ROWS = 500_000  # of a share of the hashes of ids: a task holds these ids

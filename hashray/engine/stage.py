@@ -72,7 +72,7 @@ def _require_writable(store: Store) -> None:
     """Find out before the work, not after it, that its results cannot be kept."""
     try:
         store.write(PROBE, b"")
-        store.delete(PROBE)
+        store.clear(PROBE)  # with the folder, where nothing else is in it
     except HashrayError as error:
         raise type(error)(f"--out {store.url} cannot be written: {error}") from error
 

@@ -140,7 +140,7 @@ def _window_tables(spec: StreamSpec, world: int, number: int, window: Window) ->
 
 @lru_cache(maxsize=4)
 def _corpus(url: str) -> Corpus:
-    return open_corpus(url)
+    return open_corpus(url, None)  # or its features
 
 
 def training_rows(corpus: Corpus, part: str, selection: Selection) -> pa.Table:

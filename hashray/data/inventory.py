@@ -16,7 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -183,6 +183,7 @@ def take_inventory(
     short = size_bytes <= SHORT_BYTES and not any(unit.prefixes for unit in units)
     mine = f"progress/listed-{uuid.uuid4().hex}/"  # of this run alone: another may end while this one reads
     count = len(names) if names else None
+    root = None if (path := out.local_path("manifest.json")) is None or path.parent.exists() else path.parent
     with tempfile.TemporaryDirectory(prefix="hashray-listed-") as folder:
         store = open_store(folder) if pool.runs_here(short) else out
         bounds = (seed, rows_per_part, part_bytes)
@@ -192,6 +193,9 @@ def take_inventory(
         finally:
             store.clear(mine)
             out.clear(mine)
+            if root is not None:  # what is refused leaves nothing, not even an empty folder
+                with suppress(OSError):
+                    root.rmdir()
 
 
 def _take(

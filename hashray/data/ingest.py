@@ -8,7 +8,6 @@ reason. The driver holds nothing that grows with rows but those put aside.
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -83,7 +82,8 @@ class _Reading:
 
     def rows(self, block: str, group: int) -> list[dict[str, Any]]:
         """The rows of a part: id, uri, labels and split."""
-        table = pq.ParquetFile(io.BytesIO(open_store(self.listed).read(block))).read_row_group(group)
+        with open_store(self.listed).open(block, ranged=True) as handle:
+            table = pq.ParquetFile(handle).read_row_group(group)
         rows = []
         for item in listed.iterate(table):
             labels, given = self.labels[item["value"]], self.splits.get(item["value"], item["split"])

@@ -161,13 +161,6 @@ class Corpus:
             raise CorruptArtifact(f"{self.store.url}: row {bad[0][0]!r} cannot be decoded any more: {bad[0][1]}")
         return pixels
 
-    def features(self, split: str) -> NDArray[np.float32]:
-        """Cached features float32 [n, d] of a split, in corpus order; only of a features artifact."""
-        tables = [self.read_part(record, split) for record in self.parts if self.count_part(record, split)]
-        if not tables:
-            return np.zeros((0, int(self.manifest.info["feature_dim"])), dtype=np.float32)
-        return np.concatenate([list_matrix(table.column("feature")) for table in tables])
-
     def images(self, split: str, ids: Sequence[str], parts: Sequence[FileRecord] | None = None) -> dict[str, bytes]:
         """The bytes of some rows by id, for galleries; only parts that hold such rows are read.
 

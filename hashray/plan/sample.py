@@ -35,6 +35,7 @@ from hashray.methods.base import Method
 from hashray.metrics import mean_average_precision
 from hashray.plan.costs import Sample
 from hashray.storage import open_store
+from hashray.train.local import torch_threads
 
 SCANNED_FILES = 3  # of a source of tars or Parquet files
 SCANNED_IMAGES = 20_000  # files of a folder
@@ -169,6 +170,7 @@ def read_rows(corpus: Corpus, count: int) -> list[Image]:
     return images[:count]
 
 
+@torch_threads(1)
 def measure(
     images: Sequence[Image],
     method: Method,
@@ -190,23 +192,6 @@ def measure(
     Raises:
         InputError: no image of the sample can be decoded.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _measure(images, method, batch_rows, keep_bytes, list_s, base_bytes, gpu)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _measure(
-    images: Sequence[Image],
-    method: Method,
-    batch_rows: int,
-    keep_bytes: bool,
-    list_s: float,
-    base_bytes: int,
-    gpu: bool,
-) -> Sample:
     config, num_bits = method.trunk.config, int(method.config.num_bits)
     decoded, ingest_s = _ingested(images)
     kept = [images[i] for i in decoded]

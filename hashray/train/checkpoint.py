@@ -1,9 +1,10 @@
 """Checkpoints: everything that a run needs to resume as if it had never stopped.
 
-A checkpoint is a folder: tensors.safetensors (network, best weights, moving average, optimiser moments) and
-state.json (phase, epoch, step, best score, optimiser scalars, history, the other file's hash). Random numbers and
-the data position are functions of (seed, phase, epoch, step), and a phase's banks of weights and labels, so those
-need no file of their own.
+A checkpoint is one file, checkpoint.safetensors, so that it is there whole or not at all: tensors (network, best
+weights, moving average, optimiser moments), and in its header the optimiser's scalars and the position (phase, epoch,
+step, best score, history). Beside it position.json holds the position alone, for those who need no tensors. Random
+numbers and the data position are functions of (seed, phase, epoch, step), and a phase's banks of weights and labels, so
+those need no place of their own.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hashray.errors import CorruptArtifact
 from hashray.methods.base import Phase
 from hashray.storage import open_store
-from hashray.storage.cache import sha256_file
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+FILE, POSITION = "checkpoint.safetensors", "position.json"
 
 
 @dataclass
@@ -62,11 +62,9 @@ class Checkpoint:
 
     def save(self, folder: Path) -> None:
         """Write it into a folder."""
-        save_file(self.tensors, folder / TENSORS)
-        state = {
-            "position": asdict(self.position), "optimizer": self.optimizer, "sha256": sha256_file(folder / TENSORS),
-        }  # fmt: skip
-        (folder / STATE).write_text(json.dumps(state))
+        position = json.dumps(asdict(self.position))
+        save_file(self.tensors, folder / FILE, {"position": position, "optimizer": json.dumps(self.optimizer)})
+        (folder / POSITION).write_text(position)
 
     def moments(self) -> dict[int, dict[str, Any]] | None:
         """The optimiser's state of each parameter, or None where there was no optimiser yet."""
@@ -101,33 +99,36 @@ def save_checkpoint(
 
 
 def keep_checkpoint(url: str, folder: Path) -> None:
-    """Upload a checkpoint folder over an older one; state.json goes last and says that it is whole."""
+    """Upload a checkpoint folder over an older one; position.json goes last."""
     store = open_store(url)
-    store.delete(STATE)
-    for name in (TENSORS, STATE):
+    for name in (FILE, POSITION):
         store.upload(name, folder / name)
+
+
+def has_checkpoint(url: str) -> bool:
+    """Whether a checkpoint is kept there."""
+    return open_store(url).exists(FILE)
 
 
 def read_checkpoint(url: str) -> Checkpoint:
     """Read a checkpoint that `keep_checkpoint` uploaded.
 
     Raises:
-        InputError: there is none. CorruptArtifact: its files do not belong together.
+        InputError: there is none.
     """
-    store = open_store(url)
     with tempfile.TemporaryDirectory() as folder:
-        for name in (TENSORS, STATE):
-            store.download(name, Path(folder) / name)
+        open_store(url).download(FILE, Path(folder) / FILE)
         return load_checkpoint(Path(folder))
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint folder.
+    """Read a checkpoint folder."""
+    with safe_open(folder / FILE, "pt") as file:
+        state = {name: json.loads(text) for name, text in file.metadata().items()}
+    return Checkpoint(Position(**state["position"]), load_file(folder / FILE), state["optimizer"])
 
-    Raises:
-        CorruptArtifact: its files come from different checkpoints; a worker that seemed dead may still have written.
-    """
-    state = json.loads((folder / STATE).read_text())
-    if sha256_file(folder / TENSORS) != state["sha256"]:
-        raise CorruptArtifact(f"{STATE} of a checkpoint belongs to another {TENSORS}; run the same command again")
-    return Checkpoint(Position(**state["position"]), load_file(folder / TENSORS), state["optimizer"])
+
+def read_position(url: str) -> Position | None:
+    """The position of a checkpoint that `keep_checkpoint` uploaded, without its tensors; None if there is none."""
+    store = open_store(url)
+    return Position(**json.loads(store.read(POSITION))) if store.exists(POSITION) else None

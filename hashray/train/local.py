@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from hashray.errors import CorruptArtifact
-from hashray.progress import say
-from hashray.storage import join, open_store
+from hashray.storage import join
 from hashray.train.assembly import build_loop
-from hashray.train.checkpoint import STATE, Checkpoint, Position, keep_checkpoint, read_checkpoint
+from hashray.train.checkpoint import Checkpoint, Position, has_checkpoint, keep_checkpoint, read_checkpoint
 from hashray.train.job import TrainJob
 
 
@@ -42,7 +40,7 @@ def fit_here(job: TrainJob, place: str, hear: Callable[[dict[str, Any]], None], 
                 write(Path(folder))
                 keep_checkpoint(end if end is not None and last else place, Path(folder))
 
-    with _threads(max(1, int(config.cpus_per_worker)) if not config.gpu else None):
+    with torch_threads(max(1, int(config.cpus_per_worker)) if not config.gpu else None):
         loop = build_loop(job, 0, 1, torch.device("cuda" if config.gpu else "cpu"), report)
         checkpoint = _before(job, place)
         at = Position() if checkpoint is None else checkpoint.position
@@ -55,8 +53,15 @@ def local_checkpoint(job: TrainJob) -> str:
     return join(job.checkpoints, job.run)
 
 
+def _before(job: TrainJob, place: str) -> Checkpoint | None:
+    """The state in which this job was interrupted, or the one that it begins with; None at the very beginning."""
+    if has_checkpoint(place):
+        return read_checkpoint(place)
+    return None if job.start is None else read_checkpoint(job.start)
+
+
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
     """Let torch use `count` threads in here: what a training computes depends on it in the last digit."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -64,13 +69,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _before(job: TrainJob, place: str) -> Checkpoint | None:
-    """The state in which this job was interrupted, or the one that it begins with; None at the very beginning."""
-    if open_store(place).exists(STATE):
-        try:
-            return read_checkpoint(place)
-        except CorruptArtifact:  # of two attempts, the first of which was only thought dead
-            say(f"{place} mixes two attempts; restarting this segment")
-    return None if job.start is None else read_checkpoint(job.start)

@@ -29,7 +29,7 @@ from hashray.methods.backbone import with_absolute_weights
 from hashray.model import Model, load_model, write_model
 from hashray.progress import Bar, say
 from hashray.storage import join, open_store
-from hashray.train.checkpoint import STATE, Checkpoint, keep_checkpoint, read_checkpoint
+from hashray.train.checkpoint import Checkpoint, has_checkpoint, keep_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.job import TrainJob, plan_job, require_labels, require_phases, run_of, untrained
 from hashray.train.local import fit_here, local_checkpoint
@@ -141,7 +141,7 @@ def _fit_segments(job: TrainJob) -> Checkpoint:
     segments = job.config.segments()
     for (_, config), (until, _) in pairwise(segments):
         end = join(job.checkpoints, f"{job.run}-{until}")
-        if not open_store(end).exists(STATE):
+        if not has_checkpoint(end):
             fit_until(replace(job, config=config, until=until), end)
         job = replace(job, start=end)
     return fit(replace(job, config=segments[-1][1]))

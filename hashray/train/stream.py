@@ -32,7 +32,7 @@ from hashray.storage import open_store
 from hashray.train.batches import EpochPlan, Slice, SliceSource, Window, row_seeds, slice_rows
 from hashray.train.selection import Selection
 
-POSITION_FILE = "position.json"
+START_FILE = "start.json"
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def _position(spec: StreamSpec) -> dict[str, int]:
     """Where the worker group starts, and its size. Read when a task runs: a group that restarts begins the dataset
     again, and does not read the batches up to its checkpoint."""
     store = open_store(spec.position_url)
-    if not store.exists(POSITION_FILE):
+    if not store.exists(START_FILE):
         return {"epoch": 0, "step": 0, "world": spec.world}
-    return json.loads(store.read(POSITION_FILE))
+    return json.loads(store.read(START_FILE))
 
 
 def _is_past(spec: StreamSpec, at: Mapping[str, int], number: int, window: Window) -> bool:

@@ -34,7 +34,7 @@ from hashray.train.assembly import build_loop
 from hashray.train.checkpoint import Checkpoint, Position, load_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.job import TrainJob, input_shape, input_type, total_epochs
-from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec, scan_dataset, training_dataset
+from hashray.train.stream import START_FILE, StreamSlices, StreamSpec, scan_dataset, training_dataset
 from hashray.train.watch import Watch
 
 GROUP_END_S = 30
@@ -117,7 +117,7 @@ def _run(job: TrainJob, reports: Any, rank: int, world: int) -> None:
             # Where this group begins, before it asks for data: a checkpoint that was written but that Ray had not
             # registered when the run was killed is not the one a rerun starts from.
             position = {"epoch": at.epochs_done(loop.phases), "step": at.step, "world": world}
-            open_store(join(job.checkpoints, job.run)).write(POSITION_FILE, json.dumps(position).encode())
+            open_store(join(job.checkpoints, job.run)).write(START_FILE, json.dumps(position).encode())
     loop.run(checkpoint, job.until)
 
 

@@ -31,13 +31,13 @@ from hashray.engine.reports import listening, start_reports
 from hashray.engine.session import WorkersConfig, connect, require_room
 from hashray.errors import ConfigError, HashrayError, RunError
 from hashray.storage import Store, join, open_store
-from hashray.train.checkpoint import TENSORS
+from hashray.train.checkpoint import FILE, read_position
 from hashray.train.job import plan_job, require_labels, require_one_network, total_epochs
 from hashray.train.run import open_init, training_data
 from hashray.tune.leaderboard import Trial
 from hashray.tune.live import Watch
 from hashray.tune.population import Population, first_members
-from hashray.tune.segments import SECONDS, ended_at
+from hashray.tune.segments import SECONDS
 from hashray.tune.space import NUMBER, ORIGIN, SweepConfig, donor_of, grace_epochs, milestones, values_of
 from hashray.tune.trial import (
     EPOCHS,
@@ -127,8 +127,8 @@ def search(config: SweepConfig, corpus: Corpus, out: str, plan: str) -> tuple[li
             "remove the cause and run the same command again"
         )
     if population:
-        ends = {f"{trial.folder.rpartition('/')[2]}/{trial.epochs}/{TENSORS}" for trial in trials}
-        for key in set(_files(trials_store, TENSORS)) - ends:
+        ends = {f"{trial.folder.rpartition('/')[2]}/{trial.epochs}/{FILE}" for trial in trials}
+        for key in set(_files(trials_store, FILE)) - ends:
             trials_store.delete(key)
     return trials, at_once
 
@@ -222,13 +222,13 @@ def _trial(
     score, origin, reason = None, donor_of(point), failure_of(folder)
     if reason is not None:  # the last segment that a failed trial reported may not be trained
         reported = [until for until in milestones(config.search, most, total) if until <= done]
-        done = max((until for until in reported if ended_at(join(folder, str(until)))), default=0)
+        done = max((until for until in reported if read_position(join(folder, str(until)))), default=0)
     before = folder
     if not done and origin is not None:
         done, donor = origin
         before = folder_of(trials_at, donor, config.at(donor), corpus)
     if done:
-        position = ended_at(join(before, str(done)))
+        position = read_position(join(before, str(done)))
         assert position is not None
         lines, score = position.notes["history"], position.best_score
     state = "failed" if reason is not None else "finished" if done == total else "stopped"

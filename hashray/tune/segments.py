@@ -21,7 +21,7 @@ import ray
 
 from hashray.artifact import canonical
 from hashray.storage import join, open_store
-from hashray.train.checkpoint import STATE, TENSORS, Position
+from hashray.train.checkpoint import FILE, Position
 from hashray.train.job import TrainJob
 from hashray.train.local import fit_here
 from hashray.train.run import fit_until
@@ -44,16 +44,6 @@ class Segment:
     def end(self) -> str:
         """Folder of the checkpoint at the end of the segment."""
         return join(self.trial, str(self.until))
-
-
-def ended_at(end: str) -> Position | None:
-    """Position at the end of a segment, with the line of every epoch in its notes; None if the segment has not ended.
-
-    Args:
-        end: folder of the checkpoint at the end of the segment.
-    """
-    store = open_store(end)
-    return Position(**json.loads(store.read(STATE))["position"]) if store.exists(STATE) else None
 
 
 def score_of(position: Position) -> float:
@@ -107,7 +97,7 @@ def forget_before(segment: Segment, start_too: bool) -> None:
     for name in ("partial", "fit"):
         store.clear(f"{segment.until}-{name}/")
     if segment.start and start_too:
-        open_store(segment.start).delete(TENSORS)
+        open_store(segment.start).delete(FILE)
 
 
 train_segment = ray.remote(train_here)

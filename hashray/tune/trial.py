@@ -25,6 +25,7 @@ from hashray.data.corpus import Corpus, open_corpus
 from hashray.engine.session import unwrap
 from hashray.errors import HashrayError, RunError, WorkersLost
 from hashray.storage import join, open_store
+from hashray.train.checkpoint import read_position
 from hashray.train.config import TrainConfig
 from hashray.train.job import TrainJob, plan_job, run_of, total_epochs
 from hashray.train.run import open_init
@@ -32,7 +33,6 @@ from hashray.train.worker import environment_of, is_of_lost_worker
 from hashray.tune.population import WORST
 from hashray.tune.segments import (
     Segment,
-    ended_at,
     forget_before,
     last_validation,
     score_of,
@@ -121,7 +121,7 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any, reports:
             continue
         segment = Segment(prepared.folder, start, until)
         ray.get(turns.enter.remote(trial, point[NUMBER], until))
-        trained = ended_at(segment.end) is None
+        trained = read_position(segment.end) is None
         tell = partial(_put, reports, point[NUMBER])
         reason = _train(config, prepared, segment, tell) if trained else None
         if reason is None:
@@ -161,7 +161,7 @@ def _prepare(config: SweepConfig, sweep: dict[str, Any], point: dict[str, Any], 
 
 def _report(segment: Segment, population: bool, epochs: int, trained: bool) -> None:
     """Report the end of a segment to Tune."""
-    position = ended_at(segment.end)
+    position = read_position(segment.end)
     # A member of a population hands on its current weights, so these are scored and not the best ones so far.
     score_at = last_validation if population else score_of
     score = WORST if position is None else score_at(position)

@@ -211,7 +211,7 @@ def test_a_sweep_as_a_job_on_two_nodes_comes_out_as_on_one_though_a_node_is_lost
     elsewhere, two, one = tmp_path / "elsewhere", tmp_path / "two", tmp_path / "one"
 
     def ended(out: Path) -> int:
-        return sum(1 for file in out.glob("trials/*/*/*/state.json") if file.parent.name.isdigit())
+        return sum(1 for file in out.glob("trials/*/*/*/position.json") if file.parent.name.isdigit())
 
     with second_node(cluster) as node, ThreadPoolExecutor(1) as pool:
         # With the driver, and so what waits for the trials, away from the head.

@@ -33,7 +33,7 @@ from hashray.train.config import TrainConfig
 from hashray.train.job import input_shape, input_type
 from hashray.train.run import train
 from hashray.train.selection import Selection
-from hashray.train.stream import POSITION_FILE, StreamSlices, StreamSpec, scan_dataset, training_dataset
+from hashray.train.stream import START_FILE, StreamSlices, StreamSpec, scan_dataset, training_dataset
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 ROWS, BATCH, WINDOW, EPOCHS = 60, 8, 16, 3
@@ -93,9 +93,9 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
 
 def second_epoch_begun(out: Path) -> bool:
     """Whether there is a complete checkpoint of the second epoch or later."""
-    for state in (out / "checkpoints").glob("*/checkpoint_*/state.json"):
+    for state in (out / "checkpoints").glob("*/checkpoint_*/position.json"):
         try:
-            at = json.loads(state.read_text())["position"]
+            at = json.loads(state.read_text())
         except (OSError, ValueError):
             continue
         if (at["phase"], at["epoch"]) >= (0, 1) and at["step"] > 0:
@@ -124,7 +124,7 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(
     words = ["train", path, "--corpus", corpus, "--out", str(out), "--input", "memory", "--ray", "always"]
     kill_command_when(words, lambda: second_epoch_begun(out), tmp_path / "log")
     assert not (out / "manifest.json").exists()
-    kept = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*/checkpoint_*/state.json")}
+    kept = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*/checkpoint_*/position.json")}
     assert kept
     assert main(words) == 0
     assert_same(unbroken, out, 1e-6)
@@ -229,7 +229,7 @@ def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(
 def begin_at(url: str, epoch: int, step: int, world: int) -> None:
     """Where a group of workers begins, as its first worker writes it."""
     position = {"epoch": epoch, "step": step, "world": world}
-    open_store(url).write(POSITION_FILE, json.dumps(position).encode())
+    open_store(url).write(START_FILE, json.dumps(position).encode())
 
 
 def split(dataset: ray.data.Dataset, world: int) -> list[Any]:

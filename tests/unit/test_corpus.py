@@ -162,9 +162,12 @@ def test_features(tmp_path: Path) -> None:
         for p in range(2)
     ]
     features = write(tmp_path / "f", parts, schema, "features", feature_dim=2)
-    assert features.features("all").tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
-    assert features.features("train").tolist() == [[0, 1], [1, 0], [1, 2]]
-    assert features.features("query").shape == (0, 2)
+    read = {
+        split: [list_matrix(features.read_part(record, split).column("feature")).tolist() for record in features.parts]
+        for split in ("all", "train", "query")
+    }
+    assert read["all"] == [[[0, 0], [0, 1], [0, 2]], [[1, 0], [1, 1], [1, 2]]]
+    assert read["train"] == [[[0, 1]], [[1, 0], [1, 2]]] and read["query"] == [[], []]
     assert list_matrix(features.read_part(features.parts[0], "query").column("feature")).shape == (0, 2)
     with pytest.raises(MismatchError, match="is features, expected a corpus"):
         open_corpus(str(tmp_path / "f"))

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -32,6 +33,7 @@ from hashray.data.listing import Format, SourceConfig, SourceRow, Survey, Unit, 
 from hashray.data.lists import merge_rows
 from hashray.data.sources import Meaning, guess_format, is_random_access, read_values, scan, units_of
 from hashray.data.splits import Candidates
+from hashray.data.unique import Hashes, equal_hashes
 from hashray.engine.reports import Meter
 from hashray.engine.session import WorkersConfig
 from hashray.engine.tasks import run_tasks
@@ -43,17 +45,23 @@ LISTED_AT_ONCE = 100_000  # files: above, tasks look at a folder's files
 SHORT_BYTES = 64 << 20  # of containers: of small rows that is some millions
 MIXED_ROWS = 250_000  # of a share of the seeded order
 BLOCK_ROWS = 1 << 17  # of a file: what a listing task holds
-EQUAL_ROWS = 500_000  # of a share of the hashes of ids: a task holds these ids
+EQUAL_ROWS = 8_000_000  # of a share of the hashes of ids: a task holds these, 64 MB
 SIZE_THREADS = 16
+COMPARED = {"parquet": "key", "folder": "fold"}  # formats in which ids may be equal, or look so, and by which hash
+NO_HASHES = np.zeros(0, np.uint64)
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Block:
-    """A file of listed rows, in the order of the corpus; each of its row groups is a part."""
+    """A file of listed rows, in the order of the corpus; each of its row groups is a part.
+
+    `hashes` is a file of hashes of their ids, where equal ones must be looked for.
+    """
 
     name: str
     part_rows: tuple[int, ...]
+    hashes: str | None = None
 
     @property
     def digest(self) -> str:
@@ -96,13 +104,7 @@ class Inventory:
     def smallest(self, count: int) -> list[tuple[str, Candidates]]:
         """The first `count` rows of each value in the seeded order, from each block."""
         jobs = {n: (self.store, block.name, count) for n, block in enumerate(self.blocks)}
-        out: dict[int, list[tuple[str, Candidates]]] = {}
-        with Bar("draw", self.rows, "rows") as bar:
-            meter = Meter(bar, "block")
-            for number, groups in run_tasks(_smallest, jobs, self.pool, self.short, meter):
-                out[number] = list(groups.items())
-                meter.finish(number, self.blocks[number].rows)
-        return [group for number in sorted(out) for group in out[number]]
+        return [group for groups in self._each(_smallest, jobs, "draw", "blocks") for group in groups.items()]
 
     def copied_to(self, store: Store) -> Store:
         """The store of the blocks, where workers of other machines can read them: `store`."""
@@ -112,16 +114,25 @@ class Inventory:
         return store
 
     def equal_ids(self, column: str) -> list[list[str]]:
-        """Groups of equal ids ("key"), or of ids that differ only in case or accents ("fold")."""
-        names, count = [block.name for block in self.blocks], -(-self.rows // EQUAL_ROWS)
-        jobs = {n: (self.store, names, column, (n, count)) for n in range(count)}
-        out: list[list[str]] = []
-        with Bar("compare ids", count, "shares") as bar:
-            meter = Meter(bar, "share")
-            for number, groups in run_tasks(_equal_ids, jobs, self.pool, self.short, meter):
-                out += groups
+        """Groups of equal ids ("key"), or of ids that differ only in case or accents ("fold"); not all, of many."""
+        names, count = [block.hashes for block in self.blocks if block.hashes], -(-self.rows // EQUAL_ROWS)
+        shares = {n: (self.store, names, (n, count)) for n in range(count)}
+        suspects = np.concatenate([NO_HASHES, *self._each(_equal_hashes, shares, "compare ids", "shares")])
+        if not len(suspects):
+            return []
+        blocks = {n: (self.store, block.name, column, suspects) for n, block in enumerate(self.blocks)}
+        ids = self._each(_ids_of, blocks, "read equal ids", "blocks")
+        return listed.equal_ids((row_id for some in ids for row_id in some), column)
+
+    def _each(self, function: Callable[..., Any], jobs: dict[int, tuple[Any, ...]], title: str, unit: str) -> list[Any]:
+        """What tasks answer, in the order of the jobs."""
+        out: dict[int, Any] = {}
+        with Bar(title, len(jobs), unit) as bar:
+            meter = Meter(bar, unit.removesuffix("s"))
+            for number, answer in run_tasks(function, jobs, self.pool, self.short, meter):
+                out[number] = answer
                 meter.finish(number, 1)
-        return out
+        return [out[number] for number in sorted(out)]
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,7 @@ class _Listed:
     name: str
     part_rows: tuple[int, ...]
     tally: Tally
+    hashes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,10 +167,16 @@ class _Plan:
             sizes = [size or 0 for size in table.column("size_bytes").to_pylist()]
             starts = cut_parts(sizes, self.rows_per_part, self.part_bytes)
         data = listed.to_bytes(listed.in_order(table) if mixed else table, starts)
+        name, hashes = self._keep(data), None
+        if not mixed and self.format in COMPARED:
+            hashes = self._keep(listed.sorted_hashes(table, COMPARED[self.format]))
+        counts = [stop - start for start, stop in pairwise([*(starts or [0]), len(table)])]
+        return _Listed(name, tuple(counts), {} if mixed else listed.tally(table), hashes)
+
+    def _keep(self, data: bytes) -> str:
         name = f"{self.folder}{sha256_hex(data)[:32]}.parquet"
         self.store.write(name, data)
-        counts = [stop - start for start, stop in pairwise([*(starts or [0]), len(table)])]
-        return _Listed(name, tuple(counts), {} if mixed else listed.tally(table))
+        return name
 
 
 @contextmanager
@@ -222,12 +240,12 @@ def _take(
     meaning = read_values(survey, plan.format, first, plan.num_classes)
     if names:
         meaning = meaning._replace(class_names=names)
-    blocks = tuple(Block(file.name, file.part_rows) for file in files if file.part_rows)
+    blocks = tuple(Block(file.name, file.part_rows, file.hashes) for file in files if file.part_rows)
     inventory = Inventory(plan.url, plan.format, survey, plan.store, blocks, total, meaning, pool, short)
+    groups = inventory.equal_ids(COMPARED[plan.format]) if plan.format in COMPARED else []
     if plan.format == "parquet":
-        _require_unique(inventory.equal_ids("key"))
-    twins = inventory.equal_ids("fold") if plan.format == "folder" else []
-    return replace(inventory, twins=tuple(tuple(sorted(group)) for group in sorted(twins)))
+        _require_unique(groups)
+    return replace(inventory, twins=tuple(tuple(sorted(group)) for group in sorted(groups)))
 
 
 def _list_units(plan: _Plan, survey: Survey, units: Sequence[Unit], pool: WorkersConfig, short: bool) -> list[_Listed]:
@@ -298,13 +316,11 @@ def _size(locator: str) -> int:
         return 0
 
 
-def _rows_between(
-    store: Store, names: Sequence[str], column: str, share: tuple[int, int], columns: Sequence[str] | None = None
-) -> pa.Table:
+def _rows_between(store: Store, names: Sequence[str], column: str, share: tuple[int, int]) -> pa.Table:
     tables = []
     for name in names:
         with store.open(name, ranged=True) as handle:
-            tables.append(listed.between(handle, column, share, columns))
+            tables.append(listed.between(handle, column, share))
     return pa.concat_tables(tables)
 
 
@@ -351,7 +367,10 @@ def _smallest(store: Store, name: str, count: int, advance: Callable[[int], None
     return listed.smallest(pq.read_table(io.BytesIO(store.read(name)), columns=["id", "value", "key"]), count)
 
 
-def _equal_ids(
-    store: Store, names: Sequence[str], column: str, share: tuple[int, int], advance: Callable[[int], None]
-) -> list[list[str]]:
-    return listed.equal_ids(_rows_between(store, names, column, share, ["id", column]), column)
+def _equal_hashes(store: Store, names: Sequence[str], share: tuple[int, int], advance: Callable[[int], None]) -> Hashes:
+    return equal_hashes(_rows_between(store, names, "hash", share).column("hash").to_numpy().copy())
+
+
+def _ids_of(store: Store, name: str, column: str, hashes: Hashes, advance: Callable[[int], None]) -> list[str]:
+    table = pq.read_table(io.BytesIO(store.read(name)), columns=["id", column])
+    return listed.ids_of(table, column, hashes)

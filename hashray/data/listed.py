@@ -12,6 +12,7 @@ import io
 import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import islice, pairwise
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from hashray.data.labels import UNREADABLE
 from hashray.data.listing import SourceRow
 from hashray.data.splits import Candidates, order_key
+from hashray.data.unique import Hashes
 
 SCHEMA = pa.schema(
     [("id", pa.string()), ("locator", pa.string()), ("value", pa.string()), ("split", pa.string()),
@@ -32,6 +34,7 @@ SCHEMA = pa.schema(
 CHUNK_ROWS = 1 << 15
 PRUNE_ROWS = 1 << 14  # of a row group of a sorted file, which a reader of a range of keys may skip
 TOP = 1 << 64
+PLAIN = (int, str, type(None))  # equal values of one such type have one text
 
 
 class Group(NamedTuple):
@@ -64,7 +67,7 @@ def _to_table(rows: Sequence[SourceRow], seed: int, folded: bool) -> pa.Table:
     columns = {
         "id": [row.id for row in rows],
         "locator": [row.locator for row in rows],
-        "value": [json.dumps(row.value, default=lambda value: {UNREADABLE: repr(value)}) for row in rows],
+        "value": [_as_text(row.value) if type(row.value) in PLAIN else _encode(row.value) for row in rows],
         "split": [row.split for row in rows],
         "size_bytes": [row.size_bytes for row in rows],
         "place": [row.place for row in rows],
@@ -72,6 +75,10 @@ def _to_table(rows: Sequence[SourceRow], seed: int, folded: bool) -> pa.Table:
         "fold": [_fold(row.id) if folded else None for row in rows],
     }
     return pa.table(columns, SCHEMA)
+
+
+_encode = json.JSONEncoder(default=lambda value: {UNREADABLE: repr(value)}).encode
+_as_text = lru_cache(maxsize=PRUNE_ROWS, typed=True)(_encode)  # few labels, many rows
 
 
 def fold(row_id: str) -> str:
@@ -133,7 +140,7 @@ def to_bytes(table: pa.Table, starts: Sequence[int] | None = None) -> bytes:
     return sink.getvalue()
 
 
-def between(handle: BinaryIO, column: str, share: tuple[int, int], columns: Sequence[str] | None = None) -> pa.Table:
+def between(handle: BinaryIO, column: str, share: tuple[int, int]) -> pa.Table:
     """The rows of a file whose `column` (a hash) is in a share (n, of how many) of all hashes.
 
     In a file that is sorted by the column, only the row groups that hold such rows are read.
@@ -147,7 +154,7 @@ def between(handle: BinaryIO, column: str, share: tuple[int, int], columns: Sequ
         statistics = file.metadata.row_group(group).column(place).statistics
         if statistics is None or not statistics.has_min_max or (statistics.max >= low and statistics.min <= high):
             groups.append(group)
-    table = file.read_row_groups(groups, columns=columns)
+    table = file.read_row_groups(groups)
     if count == 1:
         return table
     values = table.column(column)
@@ -155,14 +162,25 @@ def between(handle: BinaryIO, column: str, share: tuple[int, int], columns: Sequ
     return table.filter(pc.and_(pc.greater_equal(values, bounds[0]), pc.less_equal(values, bounds[1])))
 
 
-def equal_ids(table: pa.Table, column: str) -> list[list[str]]:
-    """Groups of ids, two or more, whose rows have one hash in `column` and one id, or for "fold" one folded id."""
-    hashes = table.column(column).to_numpy()
-    order = np.argsort(hashes, kind="stable")
-    twice = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-    suspects = table.column("id").take(pa.array(order[np.unique(np.concatenate([twice, twice + 1]))])).to_pylist()
+def sorted_hashes(table: pa.Table, column: str) -> bytes:
+    """A Parquet file of one column `hash`: the hashes in `column`, ascending, for `between`."""
+    sink = io.BytesIO()
+    hashes = pa.table({"hash": np.sort(table.column(column).to_numpy())})
+    pq.write_table(hashes, sink, row_group_size=PRUNE_ROWS, compression="none", use_dictionary=False)
+    return sink.getvalue()
+
+
+def ids_of(table: pa.Table, column: str, hashes: Hashes) -> list[str]:
+    """The ids of the rows that have one of these hashes in `column`."""
+    places = np.flatnonzero(np.isin(table.column(column).to_numpy(), hashes))
+    ids: list[str] = table.column("id").take(pa.array(places)).to_pylist()
+    return ids
+
+
+def equal_ids(ids: Iterable[str], column: str) -> list[list[str]]:
+    """Groups of ids, two or more, that are equal ("key"), or equal once they are folded ("fold")."""
     groups: dict[str, list[str]] = {}
-    for row_id in suspects:
+    for row_id in ids:
         groups.setdefault(row_id if column == "key" else fold(row_id), []).append(row_id)
     return [group for group in groups.values() if len(group) > 1]
 

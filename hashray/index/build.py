@@ -28,17 +28,18 @@ from hashray import artifact
 from hashray.artifact import FileRecord, Manifest, canonical, read_table, sha256_hex, version_key
 from hashray.codes import Codes
 from hashray.config import Config
+from hashray.data import unique
 from hashray.data.columns import code_matrix
+from hashray.data.unique import Hashes
 from hashray.engine.reports import Meter
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import require_free, run_stage
 from hashray.engine.tasks import run_tasks
 from hashray.errors import AuditError, CorruptArtifact, InputError
-from hashray.index import shard, unique
+from hashray.index import shard
 from hashray.index.groups import Group, group_parts, sample_rows
 from hashray.index.ids import check_unique, duplicate_ids, one_array, read_ids
 from hashray.index.shard import NPROBE, SAMPLE_PER_LIST, Kind, WrittenShard
-from hashray.index.unique import Hashes
 from hashray.progress import Bar, say
 from hashray.storage import Store, check_conditional_put, join, open_store
 

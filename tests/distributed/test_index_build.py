@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from hashray import artifact
 from hashray.artifact import Manifest, version_key
 from hashray.codes import BIT_ORDER, hamming
+from hashray.data import unique
 from hashray.engine.session import WorkersConfig
 from hashray.errors import AlreadyExists, AuditError, ConfigError, CorruptArtifact, InputError
 from hashray.index import build as module
-from hashray.index import unique
 from hashray.index.build import IndexConfig, build_index
 from hashray.search.reader import open_index
 from hashray.storage import open_store

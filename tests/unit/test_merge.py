@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashray.index import unique
+from hashray.data import unique
+from hashray.data.unique import duplicates, equal_hashes, hash_ids, ids_with, into_buckets, num_buckets
 from hashray.index.groups import group_parts, sample_rows
-from hashray.index.unique import duplicates, equal_hashes, hash_ids, ids_with, into_buckets, num_buckets
 from hashray.search.merge import merge
 
 INT_MAX = np.iinfo(np.int32).max
@@ -117,9 +117,7 @@ def test_hashes_do_not_depend_on_blocks_or_processes(monkeypatch):
     hashes = hash_ids(ids)
     monkeypatch.setattr(unique, "BLOCK", 7)
     assert np.array_equal(hash_ids(ids), hashes)
-    code = (
-        "import pyarrow as pa; from hashray.index.unique import hash_ids; print(hash_ids(pa.array(['a/b/c.jpg']))[0])"
-    )
+    code = "import pyarrow as pa; from hashray.data.unique import hash_ids; print(hash_ids(pa.array(['a/b/c.jpg']))[0])"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert int(printed) == hash_ids(pa.array(["a/b/c.jpg"]))[0]
 

@@ -1,7 +1,7 @@
-"""Every id once in the whole index, without all ids in one process: by their hashes. No Ray.
+"""Every id once in a corpus or an index, without all ids in one process: by their hashes. No Ray.
 
-A shard's task writes the 64-bit hashes of its ids, sorted, in one file for each bucket of hashes. The task of a bucket
-looks for equal hashes among all shards. Only ids with these hashes are then compared, so the answer is exact.
+The 64-bit hashes of some rows' ids are written sorted, so that a task can read one range of hashes from all files and
+look for equal ones. Only ids with these hashes are then compared, so the answer is exact.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def encode_split(
             "model": model.url, "source": source.store.url, "split": split, "batch_size": batch_size,
             "gpu": pool.gpus_per_worker > 0,
         }  # fmt: skip
-        short = is_short(total, 1 if features is not None else model.backbone.image_size)
+        short = is_short(source, split, model.backbone.image_size)
         parts = run_parts(store, plan, units, _EncodeWorker, arguments, pool, "encode", max_bad, short)
         gone = lost_before(features, corpus, split) if features is not None else []
         bad = sum(len(part.bad) for part in parts) + len(gone)

@@ -205,8 +205,7 @@ def _propose_all(
     arguments = {
         "model": model.url, "source": source.store.url, "temperature": temperature, "shape": shape, "gpu": config.gpu,
     }  # fmt: skip
-    cached = source.manifest.kind == "features"
-    short = is_short(source.count("unlabelled"), 1 if cached else model.backbone.image_size)
+    short = is_short(source, "unlabelled", model.backbone.image_size)
     pool = pool_of(config)
     return run_parts(store, plan, units, _ProposalWorker, arguments, pool, "pseudo-label", config.max_bad, short)
 

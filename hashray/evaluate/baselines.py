@@ -32,6 +32,7 @@ Features = NDArray[np.float32]
 
 _ITQ_ITERATIONS = 50  # Gong and Lazebnik, section 3.2
 _LINEAR_STEPS = 1500
+_BLOCK_ROWS = 8192  # of features in float64 at once
 _FLAT = 1e-6  # a principal direction this much narrower than the widest is rounding noise: its signs mean nothing
 
 
@@ -89,7 +90,12 @@ class Projection:
         values = _check(features)
         if values.shape[1] != len(self.mean):
             raise MismatchError(f"features have {values.shape[1]} dimensions, fitted on {len(self.mean)}")
-        return binarize((values - self.mean) @ self.directions)
+        return binarize(self.project(values))
+
+    def project(self, values: Features) -> NDArray[np.float64]:
+        """The projections float64 [n, num_bits] of features float32 [n, d]."""
+        blocks = (values[start : start + _BLOCK_ROWS] for start in range(0, len(values), _BLOCK_ROWS))
+        return np.concatenate([(block - self.mean) @ self.directions for block in blocks])
 
 
 @final
@@ -157,7 +163,7 @@ class ITQ:
         """
         values = _check(train_features)
         principal = _principal(values, check_num_bits(num_bits), seed)
-        V = (values - principal.mean) @ principal.directions
+        V = principal.project(values)
         rotation, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((num_bits, num_bits)))
         for _ in range(_ITQ_ITERATIONS):
             B = np.where(V @ rotation >= 0, 1.0, -1.0)
@@ -187,7 +193,7 @@ class ITQLinear:
         """
         values, start = _check(train_features), ITQ.fit(train_features, num_bits, seed)
         labels = torch.as_tensor(np.asarray(train_labels) > 0).to(torch.int8)
-        scale = ((values - start.mean) @ start.directions).std(0) + 1e-12  # tanh begins neither flat nor linear
+        scale = start.project(values).std(0) + 1e-12  # tanh begins neither flat nor linear
         inputs = torch.as_tensor(values - start.mean, dtype=torch.float32)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -294,7 +300,7 @@ def fit_baselines(
 def _principal(values: Features, num_bits: int, seed: int) -> Projection:
     """First `num_bits` principal directions [d, num_bits]; zero where the features do not vary."""
     directions = np.zeros((values.shape[1], num_bits))
-    pca = PCA(n_components=min(num_bits, *values.shape), random_state=seed).fit(values.astype(np.float64))
+    pca = PCA(n_components=min(num_bits, *values.shape), copy=False, random_state=seed).fit(values.astype(np.float64))
     spread = np.sqrt(pca.explained_variance_)
     moving = spread > _FLAT * spread.max(initial=0.0)
     directions[:, : len(spread)] = pca.components_.T * moving

@@ -24,6 +24,7 @@ from hashray.model import Model
 from hashray.progress import Bar
 
 PIXEL_SIZE = 32
+FEATURE_BYTES = 512 << 20  # of the rows that baselines are fitted on, and again of those that they encode
 SHORT_ROWS = 200_000  # read, and at most decoded at 32 pixels, in about the time that Ray takes to start
 
 Floats = NDArray[np.float32]
@@ -43,15 +44,22 @@ class BaselineFeatures:
         backbone = BackboneConfig.model_validate(model.manifest.config["backbone"])
         self.source, self.workers = frozen or corpus, workers
         if backbone.weights is None and frozen is None:
+            self.dimensions = 3 * PIXEL_SIZE**2
             self.name = f"pixels, {PIXEL_SIZE} x {PIXEL_SIZE} x 3"
             return
         if frozen is None:  # a trained trunk started from the weights file; a frozen one is in the model
             start = backbone.model_copy(update={"frozen": True})
             self.source = compute_features(corpus, TrunkRecipe(start), None, workers, max_bad)
+        self.dimensions = int(self.source.manifest.info["feature_dim"])
         origins = {"model": "trained with labels before", None: "random weights"}
         origin = origins.get(model.backbone.weights, "pretrained")
         mirrored = ", mirrored" if backbone.mirrored else ""
         self.name = f"{backbone.name}, {backbone.image_size} px{mirrored}, {origin}"
+
+    @property
+    def most_rows(self) -> int:
+        """Rows whose features are held at once."""
+        return max(1, FEATURE_BYTES // (4 * self.dimensions))
 
     def train(self, most: int, seed: int) -> tuple[Floats, NDArray[np.uint8]]:
         """Features float32 [n, d] and multi-hot labels uint8 [n, c] of at most `most` train rows, in corpus order."""

@@ -74,7 +74,9 @@ class EvaluateConfig(Config):
         description="Whether baselines on the same features are scored too (docs/INDEX.md names them)",
     )
     sample_rows: int = Field(
-        100_000, ge=1, description="Rows of a larger database that are drawn for baselines and code health"
+        100_000,
+        ge=1,
+        description="Rows drawn of a larger database for baselines and code health, within 512 MiB of features",
     )
     baseline_train_rows: int = Field(50_000, ge=1, description="Most train rows that baselines are fitted on")
     gallery: int = Field(12, ge=0, description="Queries shown on the page, a quarter of them the hardest")
@@ -153,13 +155,15 @@ def _measured(
         for scenario in scenarios
         for side in [query.among(scenario.query_split)]
     ]
-    picks = sample_places(codes.num_rows, config.sample_rows, config.seed)
+    learned = BaselineFeatures(model, corpus, features, config.pool, config.max_bad) if config.baselines else None
+    size = config.sample_rows if learned is None else min(config.sample_rows, learned.most_rows)
+    picks = sample_places(codes.num_rows, size, config.seed)
     counted = codes.scan("count", targets, picks if config.ties == "expected" else None)
     rows = _known(config, counted, config.database_split)
     sample = rows if picks is None or config.ties == "expected" else rows.take(np.isin(counted.places, picks))
     protocol = _protocol(config, model, corpus, len(query.ids), counted.known, len(sample.ids))
-    if config.baselines:
-        protocol |= _add_baselines(config, model, corpus, features, query, sample)
+    if learned is not None:
+        protocol |= _add_baselines(config, model.num_bits, learned, query, sample)
     results: list[dict[str, Any]] = []
     rankings = []
     for scenario, target, table, num_rows in zip(scenarios, targets, counted.tables, counted.rows, strict=True):
@@ -283,19 +287,18 @@ def _known(config: EvaluateConfig, scan: Scan, split: str) -> Side:
 
 
 def _add_baselines(
-    config: EvaluateConfig, model: Model, corpus: Corpus, frozen: Corpus | None, query: Side, database: Side
+    config: EvaluateConfig, num_bits: int, features: BaselineFeatures, query: Side, database: Side
 ) -> dict[str, Any]:
     """Fit the baselines on train rows, add their codes to both sides; return the features' name and row count."""
     from hashray.evaluate.baselines import CODE_BASELINES, fit_baselines  # a second of scikit-learn's imports
 
-    features = BaselineFeatures(model, corpus, frozen, config.pool, config.max_bad)
-    train, labels = features.train(config.baseline_train_rows, config.seed)
+    train, labels = features.train(min(config.baseline_train_rows, features.most_rows), config.seed)
     sides = [
         (query, features.of(config.query_split, query)),
         (database, features.of(config.database_split, database)),
     ]
     with Bar("baselines", len(CODE_BASELINES), "methods") as bar:
-        for name, baseline in fit_baselines(train, labels, model.num_bits, config.seed):
+        for name, baseline in fit_baselines(train, labels, num_bits, config.seed):
             for side, values in sides:
                 side.values[name] = baseline.codes(values)
             bar.add(1)

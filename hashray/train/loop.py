@@ -25,6 +25,7 @@ from hashray.methods.base import LabelTable, Method, ParameterGroup, Phase, Term
 from hashray.train.batches import Slice, SliceSource
 from hashray.train.checkpoint import Checkpoint, Position, save_checkpoint
 from hashray.train.config import OptimConfig, TrainConfig
+from hashray.train.copies import OnDevice, copied
 
 PROGRESS_S = 0.5
 NO_MASS = 1e-12  # of a term that no row of a step has
@@ -228,11 +229,11 @@ class Loop:
         position, plan = self.position, self.source.plan
         number = position.epochs_done(self.phases)
         sums: dict[str, float] = position.notes.pop("sums", {})
-        for piece in self._in_step(self.source.epoch(number, position.step)):
+        for batch in self._in_step(copied(self._waited(self.source.epoch(number, position.step)), self.device)):
             step = position.epoch * plan.steps + position.step
             rate = learning_rate(self.config.optim, phase, step, plan.steps)
             self._seed(number, position.step)
-            for name, value in self._step(phase, wrapped, piece, rate).items():
+            for name, value in self._step(phase, wrapped, batch, rate).items():
                 sums[name] = sums.get(name, 0.0) + value
             position.step += 1
             self._progress(number, position.step, plan.steps)
@@ -261,7 +262,8 @@ class Loop:
             line = {"event": "progress", "epoch": number + 1, "step": step, "waiting_share": self.waiting_share}
             self.report(line, None)
 
-    def _in_step(self, slices: Iterator[Slice]) -> Iterator[Slice]:
+    def _waited(self, slices: Iterator[Slice]) -> Iterator[Slice]:
+        """The slices, measuring the share of the time that goes into waiting for them."""
         start_s, waited_s = time.monotonic(), 0.0
         while True:
             asked_s = time.monotonic()
@@ -271,18 +273,22 @@ class Loop:
             now_s = time.monotonic()
             waited_s += now_s - asked_s
             self.waiting_share = waited_s / max(now_s - start_s, 1e-9)
+            yield piece
+
+    def _in_step(self, batches: Iterator[OnDevice]) -> Iterator[OnDevice]:
+        for batch in batches:
+            piece = batch.piece
             if piece.step != self.position.step or piece.rows != self.source.plan.batch_rows(piece.step):
                 raise RunError(
                     f"the data stream gave step {piece.step} ({piece.rows} rows) where step {self.position.step} was "
                     "due: workers are out of step; this is a fault of the input pipeline, not of your data"
                 )
-            yield piece
+            yield batch
 
-    def _step(self, phase: Phase, wrapped: nn.Module, piece: Slice, rate: float) -> dict[str, float]:
+    def _step(self, phase: Phase, wrapped: nn.Module, batch: OnDevice, rate: float) -> dict[str, float]:
         assert self.optimizer is not None
-        count = len(piece.inputs)
-        inputs = torch.as_tensor(piece.inputs, device=self.device)
-        labels = torch.as_tensor(piece.labels, device=self.device)
+        piece, inputs, labels = batch
+        count = len(inputs)
         if inputs.ndim == 2:
             inputs = inputs.to(self.method.trunk.mean.dtype)
         weight = torch.ones(count, device=self.device)

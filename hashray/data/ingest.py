@@ -63,7 +63,7 @@ class IngestConfig(SplitConfig):
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     """How listed rows become rows of a corpus.
 
     Attributes:
@@ -92,8 +92,10 @@ class _Reading:
         return rows
 
 
-class _IngestWorker(PartWorker):
-    def __init__(self, reading: _Reading) -> None:
+class IngestWorker(PartWorker):
+    """Fetches, checks and keeps the images of a part."""
+
+    def __init__(self, reading: Reading) -> None:
         self.reading = reading
 
     def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
@@ -170,9 +172,9 @@ def _ingest(config: IngestConfig, source: str, store: Store, inventory: Inventor
         short = inventory.rows <= SHORT_ROWS
         place = inventory.store if config.pool.runs_here(short) else inventory.copied_to(store)
         hashes = f"progress/hashes-{plan}/"
-        reading = _Reading(place.url, labels, splits, rule, config.store == "bytes", store, hashes)
+        reading = Reading(place.url, labels, splits, rule, config.store == "bytes", store, hashes)
         parts = run_parts(
-            store, plan, units, _IngestWorker, {"reading": reading}, config.pool, "ingest", config.max_bad, short, lost
+            store, plan, units, IngestWorker, {"reading": reading}, config.pool, "ingest", config.max_bad, short, lost
         )
         info: dict[str, Any] = {"plan": plan, "format": inventory.format, "num_classes": len(classes)}
         if config.split_protocol == "class-split":

@@ -57,15 +57,16 @@ class TrunkWorker(PartWorker):
 
 
 def is_short(source: Corpus, split: str, image_size: int) -> bool:
-    """Whether a scan of a split is over before a Ray cluster has paid for its start.
-
-    Counted in pixels of a trunk's input: an image is decoded first, which takes as long as some pixels more.
-    """
+    """Whether a scan of a split is over before a Ray cluster has paid for its start."""
     rows = source.count(split)
     if source.manifest.kind == "features":
         return rows <= SHORT_PIXELS
-    size_bytes = sum(source.input_bytes(record) for record in source.parts if source.count_part(record, split))
-    return rows * (image_size**2 + DECODE_PIXELS) + size_bytes / BYTES_PER_PIXEL <= SHORT_PIXELS
+    return pixels_of(rows, image_size, sum(map(source.input_bytes, source.parts))) <= SHORT_PIXELS
+
+
+def pixels_of(rows: int, image_size: int, size_bytes: float) -> float:
+    """The work of a scan of images in pixels of a trunk's input: decoding takes as long as some pixels more."""
+    return rows * (image_size**2 + DECODE_PIXELS) + size_bytes / BYTES_PER_PIXEL
 
 
 def map_part(

@@ -101,7 +101,7 @@ class PartWorker(ABC):
         return
 
 
-class _Runner:
+class PartRunner:
     """Computes parts with one worker and writes their files and records."""
 
     def __init__(self, worker: type[PartWorker], arguments: dict[str, Any], store: Store, plan: str) -> None:
@@ -110,6 +110,7 @@ class _Runner:
         self.store, self.plan = store, plan
 
     def run(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Part:
+        """Compute one part, write its files, then its record."""
         if self.worker is None:
             self.worker = self.make()
         output = self.worker.process(unit, advance)
@@ -136,7 +137,7 @@ class _Runner:
 class _Actor:
     """A runner inside Ray Data's actor pool. Errors travel as data: Ray Data keeps only the text of an exception."""
 
-    def __init__(self, runner: _Runner, reports: Any) -> None:
+    def __init__(self, runner: PartRunner, reports: Any) -> None:
         self.runner, self.reports = runner, reports
         requests.take()  # by other work of this process
 
@@ -198,7 +199,7 @@ def run_parts(
             meter = Meter(bar, "part")
             bad = len(lost) + sum(len(part.bad) for part in parts.values())
             execute = _in_this_process if workers.runs_here(short) else _on_ray
-            runner = _Runner(worker, arguments, store, plan)
+            runner = PartRunner(worker, arguments, store, plan)
             with closing(execute(todo, runner, workers, meter)) as results:
                 for part in results:
                     parts[part.index] = part
@@ -214,7 +215,7 @@ def run_parts(
 
 
 def _in_this_process(
-    todo: Sequence[Mapping[str, Any]], runner: _Runner, workers: WorkersConfig, meter: Meter
+    todo: Sequence[Mapping[str, Any]], runner: PartRunner, workers: WorkersConfig, meter: Meter
 ) -> Generator[Part]:
     """Yield the parts as threads finish them. Decoding and torch release Python's lock, so cores are busy."""
     runner.worker = runner.make()
@@ -236,7 +237,7 @@ def _in_this_process(
 
 
 def _on_ray(
-    todo: Sequence[Mapping[str, Any]], runner: _Runner, workers: WorkersConfig, meter: Meter
+    todo: Sequence[Mapping[str, Any]], runner: PartRunner, workers: WorkersConfig, meter: Meter
 ) -> Generator[Part]:
     """Yield the parts as a pool of actors finishes them."""
     meter.bar.waiting("workers to start")

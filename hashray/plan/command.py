@@ -20,16 +20,19 @@ import tyro
 from pydantic import Field
 
 from hashray.config import parse_toml, validate
+from hashray.data import ingest
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.ingest import IngestConfig, name_classes
 from hashray.data.inventory import BLOCK_ROWS, LISTED_AT_ONCE, MIXED_ROWS
 from hashray.data.sources import UNIT_BYTES, SourceConfig, is_random_access
 from hashray.data.splits import Candidates, Labels, Seen, SplitConfig, order_key, plan_splits
-from hashray.encode.features import BATCH_ROWS
+from hashray.encode.features import BATCH_ROWS, SHORT_PIXELS, pixels_of
 from hashray.engine.session import WorkersConfig, connect
 from hashray.errors import InputError
+from hashray.evaluate import counts
 from hashray.evaluate.run import EvaluateConfig
 from hashray.evaluate.sides import CLASS_SPLIT
+from hashray.index import build
 from hashray.index.build import ROWS_PER_SHARD
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk
@@ -39,12 +42,13 @@ from hashray.plan import costs
 from hashray.plan.costs import Prices, Sample, Work
 from hashray.plan.report import Cluster, as_json, exceeded, show
 from hashray.plan.sample import (
+    Base,
     Listing,
+    base_of,
     fetch_rows,
     look_at_source,
     measure,
     read_rows,
-    resident,
     sample_size,
     splits_of,
 )
@@ -54,6 +58,7 @@ from hashray.train.config import TrainConfig, read_training_config
 from hashray.train.job import fits_memory
 
 WITHOUT_NETWORK = "hashray.data.ingest, ray.data"  # what such a driver or worker imports
+WITH_NETWORK = "hashray.encode.codes, hashray.train.run, ray.data"
 CONNECTED_BYTES = 64 << 20  # of Ray in a process that has joined it: workers of ingest had 249 MiB, of imports 187
 # Splits that a protocol draws a fixed number of rows for, however many rows there are.
 DRAWN = {"per-class": ("query", "train"), "cifar10-semi": ("query", "train"), "class-split": ("query",)}
@@ -129,8 +134,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     method = _method(config, training, num_classes)
     say(f"measuring {len(images):,} rows")
     gpu = config.pool.gpus_per_worker > 0 or bool(training and training.gpu)
-    list_s, base_bytes = listing.list_s if listing else 0.0, resident(WITHOUT_NETWORK) + CONNECTED_BYTES
-    sample = measure(images, method, BATCH_ROWS, config.store == "bytes", list_s, base_bytes, gpu)
+    list_s, base = listing.list_s if listing else 0.0, base_of(WITHOUT_NETWORK)
+    base = Base(base.bytes + CONNECTED_BYTES, base_of(WITH_NETWORK).start_s)
+    sample = measure(images, method, BATCH_ROWS, config.store == "bytes", list_s, base, gpu)
     rows = _of_source(config, listing, sample) if listing else _of_corpus(config, corpus, sample)  # type: ignore[arg-type]
     work = _work(config, training, method, rows, sample, cluster)
     result = costs.work_out(sample, work)
@@ -172,21 +178,21 @@ def _method(config: PlanConfig, training: TrainConfig | None, num_classes: int) 
 def _of_source(config: PlanConfig, listing: Listing, sample: Sample) -> _Rows:
     rows = _rows_wanted(config, listing)
     classes, labels = _classes(listing)
-    counts: dict[tuple[Labels, str | None], Seen] = {}
+    seen: dict[tuple[Labels, str | None], Seen] = {}
     for (value, split), group in listing.tally.items():
         name = labels[value], listing.meaning.splits.get(value, split)
-        before = counts.get(name, Seen(0, group.id))
-        counts[name] = before._replace(rows=before.rows + -(-group.rows * rows // listing.table_rows))
+        before = seen.get(name, Seen(0, group.id))
+        seen[name] = before._replace(rows=before.rows + -(-group.rows * rows // listing.table_rows))
 
     def draw(count: int) -> list[tuple[Labels, Candidates]]:
         """Invented rows: which ones a protocol draws changes no cost."""
         groups = []
-        for each in dict.fromkeys(drawn for drawn, _ in counts):
+        for each in dict.fromkeys(drawn for drawn, _ in seen):
             ids = sorted((f"{each}{i}" for i in range(count)), key=lambda row_id: order_key(config.seed, row_id))
             groups.append((each, Candidates(tuple(ids), True)))
         return groups
 
-    splits = splits_of(plan_splits(config, counts, draw, classes).count(counts))
+    splits = splits_of(plan_splits(config, seen, draw, classes).count(seen))
     units, most = -(-listing.size_bytes * rows // listing.rows // UNIT_BYTES) or 1, BLOCK_ROWS
     if is_random_access(listing.format):
         units = -(-rows // MIXED_ROWS)
@@ -237,7 +243,19 @@ def _work(
     scenarios = len(CLASS_SPLIT) if rows.protocol == "class-split" else 1
     pool = config.pool
     workers = pool.workers or cluster.workers(pool.cpus_per_worker, pool.gpus_per_worker)
+    mean_bytes = sum(sample.sizes) / max(1, len(sample.sizes))
+
+    def is_long(scanned: int) -> bool:
+        return pixels_of(scanned, trunk.image_size, scanned * mean_bytes) > SHORT_PIXELS
+
+    long = {
+        "ingest": rows.rows > ingest.SHORT_ROWS, "features": is_long(rows.rows),
+        "train": training is not None and not (training.workers == 1 and in_memory),
+        "encode": is_long(database) and not trunk.frozen, "index": database > build.SHORT_ROWS,
+        "evaluate": database > counts.SHORT_ROWS or database * rows.splits["query"] > counts.SHORT_PAIRS,
+    }  # fmt: skip
     return Work(
+        on_ray=tuple(name for name, is_so in long.items() if not config.pool.runs_here(not is_so)),
         stages=(*(["ingest"] if config.source else []), *stages), rows=rows.rows, train=train, database=database,
         queries=rows.splits["query"], parts=rows.parts, part_bytes=rows.part_bytes,
         one_object_a_row=rows.one_object_a_row, blocks=rows.blocks,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice, pairwise
 
 from pydantic import Field
@@ -26,6 +26,8 @@ READ_COPIES = 2  # of a part in a worker that reads it: the file and its table
 SHARD_COPIES = 3  # of a shard in its task: as read, sorted, serialised
 DECODED_COPIES = 2  # of an image: as decoded, and after a conversion
 FILES_A_PART = 3
+ROW_SCANS = 3  # of all row tables before a training
+RAY_START_S, RAY_PART_S = 12.0, 0.026  # CPU seconds of Ray 2.60 and its driver, on an Intel Xeon of 2025
 RECORD_COPIES = 2  # of a part's records in the driver: as parts, and in the manifest
 
 
@@ -54,6 +56,7 @@ class Sample:
             and keep it; to decode it to the trunk's pixels; of the trunk and head, forward; the same, a step of
             training, or of the head alone where the trunk is frozen; to build it into a shard.
         search_s: for one query and one code. pair_s: to score one query and one row.
+        read_part_s: to read the row table of a part. start_s: of one process, to import what it needs.
         record_bytes: of one file of an artifact, in the driver.
         base_bytes: resident, of a process without a network. trunk_bytes: of one that has run the trunk.
         on_gpu: whether forward_s and step_s are seconds of a GPU.
@@ -76,6 +79,8 @@ class Sample:
     index_s: float
     search_s: float
     pair_s: float
+    read_part_s: float
+    start_s: float
     record_bytes: float
     base_bytes: int
     trunk_bytes: int
@@ -97,6 +102,7 @@ class Work:
         row_inputs: bytes of a training row in memory.
         shards: of the index.
         codes: number of bits. scenarios: rankings that are scored. sample_rows: most rows of an evaluation's sample.
+        on_ray: names of the stages that start worker processes.
         workers: of every stage but training. train_workers, batch_size, window_rows: of the training.
     """
 
@@ -117,6 +123,7 @@ class Work:
     num_bits: int
     scenarios: int
     sample_rows: int
+    on_ray: tuple[str, ...]
     workers: int
     train_workers: int
     batch_size: int
@@ -125,7 +132,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """The cost of one stage: what it is made of, seconds of cores, bytes that stay in the store, requests."""
+    """The cost of one stage: what it is made of, seconds of cores, bytes that stay in the store, requests.
+
+    `start_s` is for the start of its processes, on top of what grows with rows.
+    """
 
     name: str
     rows: int
@@ -137,15 +147,21 @@ class Stage:
     disk_bytes: int = 0
     reads: int = 0
     writes: int = 0
+    start_s: float = 0.0
 
     @property
     def wall_s(self) -> float:
         """Seconds with all workers busy: cores and GPUs take turns at worst."""
-        return (self.cpu_s + self.gpu_s) / self.workers
+        return (self.cores_s + self.gpu_s) / self.workers
+
+    @property
+    def cores_s(self) -> float:
+        """Seconds of one core, the start of processes among them."""
+        return self.cpu_s + self.start_s
 
     def price(self, prices: Prices) -> float:
         """Money for cores, GPUs and requests."""
-        time = self.cpu_s / HOUR_S * prices.cpu_hour + self.gpu_s / HOUR_S * prices.gpu_hour
+        time = self.cores_s / HOUR_S * prices.cpu_hour + self.gpu_s / HOUR_S * prices.gpu_hour
         return time + self.reads / REQUESTS * prices.reads_1000 + self.writes / REQUESTS * prices.writes_1000
 
 
@@ -224,13 +240,25 @@ def work_out(sample: Sample, work: Work) -> Costs:
     windows, pieces, window_bytes = lay_out_windows(work, _mean(sample.sizes))
     makers = {"ingest": _ingest, "features": _features, "encode": _encode, "index": _index, "evaluate": _evaluate}
     stages = [
-        _train(sample, work, windows, pieces) if name == "train" else makers[name](sample, work) for name in work.stages
+        _with_processes(
+            _train(sample, work, windows, pieces) if name == "train" else makers[name](sample, work), sample, work
+        )
+        for name in work.stages
     ]
     streams = "train" in work.stages and not work.in_memory
     return Costs(
         stages, _roles(sample, work), min(window_bytes, WINDOW_BYTES * 2) if streams else 0,
         sample.search_s * work.database,
     )  # fmt: skip
+
+
+def _with_processes(stage: Stage, sample: Sample, work: Work) -> Stage:
+    """The stage with the start of its processes, and with what Ray does for each of its parts."""
+    if stage.name not in work.on_ray:
+        return replace(stage, start_s=sample.start_s)
+    units = stage.units if stage.name == "train" else work.parts
+    start_s = (1 + stage.workers) * sample.start_s + RAY_START_S
+    return replace(stage, cpu_s=stage.cpu_s + units * RAY_PART_S, start_s=start_s)
 
 
 def _mean(values: Sequence[int]) -> float:
@@ -259,6 +287,7 @@ def _features(sample: Sample, work: Work) -> Stage:
 def _train(sample: Sample, work: Work, windows: int, pieces: int) -> Stage:
     steps, decodes = work.train * work.epochs, 1 if work.in_memory else work.epochs
     seconds = 0.0 if sample.on_gpu else steps * sample.step_s
+    seconds += ROW_SCANS * work.parts * sample.read_part_s
     if not work.frozen:
         seconds += work.train * decodes * sample.decode_s * (work.train_workers if work.in_memory else 1)
     reads = 2 * work.parts * work.train_workers if work.in_memory else 2 * pieces * work.epochs

@@ -107,11 +107,11 @@ def show(
     """Print the tables, then what will be exceeded."""
     times, stored = [], []
     for stage in costs.stages:
-        cores = duration(stage.cpu_s + stage.gpu_s)
+        cores = duration(stage.cores_s + stage.gpu_s)
         times.append([stage.name, f"{stage.rows:,}", f"{stage.units:,} {stage.unit}", cores, duration(stage.wall_s)])
         line = [stage.name, size(stage.disk_bytes), f"{stage.reads:,}", f"{stage.writes:,}"]
         stored.append(line + ([] if prices is None else [f"{stage.price(prices):,.2f}"]))
-    cores_s = sum(stage.cpu_s + stage.gpu_s for stage in costs.stages)
+    cores_s = sum(stage.cores_s + stage.gpu_s for stage in costs.stages)
     times.append(["all", "", "", duration(cores_s), duration(costs.wall_s)])
     requests = [f"{sum(getattr(stage, name) for stage in costs.stages):,}" for name in ("reads", "writes")]
     total = ["all", size(costs.disk_bytes), *requests]
@@ -125,7 +125,7 @@ def show(
     say(f"a query on one core: {costs.query_s * 1000:,.2f} ms over all {work.database:,} rows (flat)")
     if prices is not None:
         say(f"a month in the store: {costs.disk_bytes / GB * prices.gb_month:,.2f} {prices.currency}")
-    say("not counted: Ray's start, baselines of an evaluation, a label network, a slow network")
+    say("not counted: baselines of an evaluation, a label network, a slow network")
     for fault in faults:
         say(f"warning: {fault.what}: needs {_amount(fault.needs, fault.unit)}, there is "
             f"{_amount(fault.has, fault.unit)}. What to do: {fault.do}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The sample that a plan measures: a few rows of a source or a corpus, taken through what each stage does. No Ray.
+"""[Ray] The sample that a plan measures: a few rows of a source or a corpus, taken here through what each stage does.
 
 Seconds are those of one core (`time.process_time`), so that other work on the machine does not change them much; of a
 GPU they are wall seconds.
@@ -19,22 +19,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from hashray import artifact
-from hashray.artifact import FileRecord, Manifest, sha256_hex, table_bytes
+from hashray.artifact import FileRecord, Manifest, read_table, sha256_hex, table_bytes
 from hashray.data import listed
 from hashray.data.columns import bytes_column, list_column
 from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA, Corpus, iterate_bytes
-from hashray.data.images import BadImage, decode, decode_rows
+from hashray.data.images import decode
+from hashray.data.ingest import IngestWorker, Reading
 from hashray.data.listing import Format, SourceConfig, SourceRow, Unit, look, read_class_names
 from hashray.data.sources import Meaning, fetch, guess_format, read_values, scan, units_of
+from hashray.data.splits import SplitRule
+from hashray.encode.features import map_part
+from hashray.engine.parts import PartRunner
 from hashray.errors import InputError
 from hashray.index import shard
 from hashray.methods.base import Method
 from hashray.metrics import mean_average_precision
 from hashray.plan.costs import Sample
-from hashray.storage import open_store
+from hashray.storage import join, open_store
 from hashray.train.local import torch_threads
 
 SCANNED_FILES = 3  # of a source of tars or Parquet files
@@ -177,7 +182,7 @@ def measure(
     batch_rows: int,
     keep_bytes: bool,
     list_s: float,
-    base_bytes: int,
+    base: Base,
     gpu: bool,
 ) -> Sample:
     """Take the images through what the stages do with them.
@@ -187,35 +192,40 @@ def measure(
         batch_rows: rows that encoding takes at a time.
         keep_bytes: whether the corpus keeps images, or only their places.
         list_s: seconds to list a row.
-        base_bytes: resident before anything was measured.
+        base: a process without a network.
 
     Raises:
         InputError: no image of the sample can be decoded.
     """
     config, num_bits = method.trunk.config, int(method.config.num_bits)
-    decoded, ingest_s = _ingested(images)
-    kept = [images[i] for i in decoded]
-    if not kept:
-        raise InputError(f"none of the {len(images)} images of the sample can be decoded; `hashray ingest` says why")
-    pixels, decode_s = _timed(lambda: decode_rows([(i.id, i.data) for i in kept], config.image_size, config.resize)[0])
-    forward_s, step_s = _network(method, pixels, batch_rows, gpu)
-    rows = pa.Table.from_pylist([{"id": i.id, "labels": [0], "split": "database+train"} for i in kept], ROW_SCHEMA)
-    stored = [{"image": i.data, "uri": None} if keep_bytes else {"image": None, "uri": i.uri or i.id} for i in kept]
-    features = np.random.default_rng(0).standard_normal((len(kept), method.trunk.feature_dim)).astype(np.float32)
-    ids = rows.column("id")
-    codes = _codes(len(kept), num_bits)
-    tables = [
-        rows, pa.Table.from_pylist(stored, IMAGE_SCHEMA), pa.table({"feature": list_column(features)}),
-        pa.table({"id": ids, "code": bytes_column(codes)}),
-    ]  # fmt: skip
-    data, write_s = _timed(lambda: [table_bytes(table) for table in tables])
-    row_bytes, image_bytes, feature_bytes, code_bytes = (len(each) / len(kept) for each in data)
-    indexed = _indexed(round(sum(len(i.id) for i in kept) / len(kept)), num_bits)
+    ingested = _ingested(images, keep_bytes)
+    pixels: list[Any] = []
+
+    def decoded() -> None:
+        pixels.clear()
+        map_part(ingested.table, config.image_size, config.resize, keep, batch_rows, lambda count: None)
+
+    def keep(batch: Any) -> Any:
+        pixels.append(batch)
+        return np.zeros((len(batch), 1), np.float32)
+
+    count = len(ingested.table)
+    _, decode_s = _timed(decoded)
+    forward_s, step_s = _network(method, np.concatenate(pixels), batch_rows, gpu)
+    features = np.random.default_rng(0).standard_normal((count, method.trunk.feature_dim)).astype(np.float32)
+    coded = pa.table({"id": ingested.table.column("id"), "code": bytes_column(_codes(count, num_bits))})
+    files = [table_bytes(table) for table in (pa.table({"feature": list_column(features)}), coded)]
+    feature_bytes, code_bytes = (len(file) / count for file in files)
+    length = pc.mean(pc.binary_length(ingested.table.column("id"))).as_py()
+    shard_bytes, ids_bytes, index_s, search_s = _indexed(round(length), num_bits)
     return Sample(
-        len(images), tuple(len(image.data) for image in images), max(decoded.values()), row_bytes, image_bytes,
-        feature_bytes, code_bytes, *indexed[:2], list_s, ingest_s + write_s / len(kept), decode_s / len(kept),
-        forward_s, step_s, *indexed[2:], _scored(num_bits, method.num_classes), _record_bytes(), base_bytes,
-        psutil.Process().memory_info().rss, gpu,
+        rows=len(images), sizes=tuple(len(image.data) for image in images), decoded_bytes=ingested.decoded_bytes,
+        row_bytes=ingested.row_bytes, image_bytes=ingested.image_bytes, feature_bytes=feature_bytes,
+        code_bytes=code_bytes, shard_bytes=shard_bytes, ids_bytes=ids_bytes, list_s=list_s,
+        ingest_s=ingested.row_s, decode_s=decode_s / count, forward_s=forward_s, step_s=step_s, index_s=index_s,
+        search_s=search_s, pair_s=_scored(num_bits, method.num_classes), read_part_s=ingested.read_part_s,
+        start_s=base.start_s, record_bytes=_record_bytes(), base_bytes=base.bytes,
+        trunk_bytes=psutil.Process().memory_info().rss, on_gpu=gpu,
     )  # fmt: skip
 
 
@@ -229,20 +239,50 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, min(seconds)
 
 
-def _ingested(images: Sequence[Image]) -> tuple[dict[int, int], float]:
-    """The bytes of each image that can be decoded, by place; and what one costs: fetched, decoded, hashed."""
-    decoded: dict[int, int] = {}
-    start_s = time.process_time()
-    for place, image in enumerate(images):
-        data = image.data
-        try:
-            data = fetch(image.uri) if image.uri else data
-            width, height = decode(data).size
-        except (BadImage, InputError):
-            continue
-        sha256_hex(data)
-        decoded[place] = 3 * width * height
-    return decoded, (time.process_time() - start_s) / max(1, len(images))
+class _Ingested(NamedTuple):
+    """A part as ingest makes it of the sample: its rows with their images; bytes and seconds a row."""
+
+    table: pa.Table
+    decoded_bytes: int
+    row_bytes: float
+    image_bytes: float
+    row_s: float
+    read_part_s: float
+
+
+def _ingested(images: Sequence[Image], keep_bytes: bool) -> _Ingested:
+    """Take the sample through the worker of ingest.
+
+    Raises:
+        InputError: no image can be decoded.
+    """
+    with tempfile.TemporaryDirectory(prefix="hashray-plan-") as folder:
+        store, rows = open_store(folder), []
+        for number, image in enumerate(images):
+            if image.uri is None:
+                store.write(f"images/{number}", image.data)
+            locator = image.uri or join(store.url, f"images/{number}")
+            rows.append(SourceRow(image.id, locator, None, None, len(image.data)))
+        (table,) = listed.to_tables(rows, 0, False, len(rows), lambda chunk: None)
+        store.write("listed.parquet", listed.to_bytes(table, [0]))
+        reading = Reading(store.url, {"null": (0,)}, {}, SplitRule("database+train"), keep_bytes, store, "hashes/")
+        runner = PartRunner(IngestWorker, {"reading": reading}, store, "plan")
+        unit = {"index": 0, "rows": len(rows), "block": "listed.parquet", "group": 0}
+        part, seconds = _timed(lambda: runner.run(unit, lambda count: None))
+        if not part.file.rows:
+            raise InputError(f"none of the {len(rows)} images of the sample can be decoded; `hashray ingest` says why")
+        read, read_part_s = _timed(lambda: read_table(store, part.file))
+        both = pa.Table.from_arrays(
+            [*read.columns, *read_table(store, part.beside[0]).columns], [*ROW_SCHEMA.names, *IMAGE_SCHEMA.names]
+        )
+        largest = max(
+            3 * width * height
+            for _, data in iterate_bytes(both)
+            if isinstance(data, bytes)
+            for width, height in [decode(data).size]
+        )
+        sizes = (part.file.bytes / part.file.rows, part.beside[0].bytes / part.file.rows)
+        return _Ingested(both, largest, *sizes, seconds / len(rows), read_part_s)
 
 
 def _network(method: Method, pixels: Any, batch_rows: int, gpu: bool) -> tuple[float, float]:
@@ -330,10 +370,19 @@ def _record_bytes() -> float:
         tracemalloc.stop()
 
 
-def resident(modules: str) -> int:
-    """Bytes that a process has resident when it has imported these modules ("a, b"), and nothing else."""
-    code = f"import {modules}, psutil; print(psutil.Process().memory_info().rss)"
-    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+class Base(NamedTuple):
+    """A process that has imported what a stage needs: resident bytes and CPU seconds; without a network."""
+
+    bytes: int
+    start_s: float
+
+
+def base_of(modules: str) -> Base:
+    """A process that imports these modules ("a, b"), and nothing else."""
+    code = f"import {modules}, psutil, time; print(psutil.Process().memory_info().rss, time.process_time())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    size, seconds = done.stdout.split()
+    return Base(int(size), float(seconds))
 
 
 def splits_of(rows: Mapping[tuple[Any, str], int]) -> Counter[str]:

@@ -30,12 +30,14 @@ HERE = WorkersConfig(ray="never")
 SAMPLE = Sample(
     rows=512, sizes=(3000, 5000), decoded_bytes=300_000, row_bytes=30, image_bytes=4000, feature_bytes=2048,
     code_bytes=40, shard_bytes=8, ids_bytes=16, list_s=1e-5, ingest_s=1e-3, decode_s=1e-3, forward_s=5e-3, step_s=15e-3,
-    index_s=1e-6, search_s=1e-9, pair_s=1e-8, record_bytes=1000, base_bytes=300 << 20, trunk_bytes=700 << 20,
+    index_s=1e-6, search_s=1e-9, pair_s=1e-8, read_part_s=1e-3, start_s=2.0,
+    record_bytes=1000, base_bytes=300 << 20, trunk_bytes=700 << 20,
 )  # fmt: skip
 WORK = Work(
     stages=("ingest", "train", "encode", "index", "evaluate"), rows=1_000_000, train=50_000, database=999_000,
     queries=1000, parts=1000, part_bytes=4 << 20, one_object_a_row=False, blocks=8, epochs=10, in_memory=True,
-    frozen=False, row_inputs=3 * 32 * 32, shards=1, num_bits=64, scenarios=1, sample_rows=100_000, workers=8,
+    frozen=False, row_inputs=3 * 32 * 32, shards=1, num_bits=64, scenarios=1, sample_rows=100_000,
+    on_ray=("ingest", "encode"), workers=8,
     train_workers=2, batch_size=128, window_rows=16_384,
 )  # fmt: skip
 LARGE = Cluster(4, 256 << 30, 64 << 30, cpus=64, gpus=0, free_disk_bytes=1 << 40)
@@ -104,7 +106,8 @@ def test_money_is_cores_requests_and_months() -> None:
     costs = work_out(SAMPLE, WORK)
     report = as_json(costs, WORK, SAMPLE, LARGE, [], prices)
     stage = costs.stages[0]
-    expected = stage.cpu_s / 3600 * 0.05 + stage.reads / 1000 * 0.0004 + stage.writes / 1000 * 0.005
+    assert stage.cores_s == stage.cpu_s + stage.start_s > stage.cpu_s + 9 * SAMPLE.start_s
+    expected = stage.cores_s / 3600 * 0.05 + stage.reads / 1000 * 0.0004 + stage.writes / 1000 * 0.005
     assert report["stages"][0]["price"] == pytest.approx(expected)
     assert report["price"]["stages"] == pytest.approx(sum(line["price"] for line in report["stages"]))
     assert report["price"]["month"] == pytest.approx(costs.disk_bytes / 1e9 * 0.02)

@@ -61,7 +61,10 @@ def is_short(source: Corpus, split: str, image_size: int) -> bool:
     rows = source.count(split)
     if source.manifest.kind == "features":
         return rows <= SHORT_PIXELS
-    return pixels_of(rows, image_size, sum(map(source.input_bytes, source.parts))) <= SHORT_PIXELS
+    held = sum(
+        source.input_bytes(each) * source.count_part(each, split) / max(1, each.rows or 0) for each in source.parts
+    )
+    return pixels_of(rows, image_size, held) <= SHORT_PIXELS
 
 
 def pixels_of(rows: int, image_size: int, size_bytes: float) -> float:

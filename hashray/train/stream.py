@@ -1,9 +1,9 @@
 """[Ray] Corpus -> batches on every worker, streamed by Ray Data, the same global batches for any worker count.
 
-A dataset holds every window of every epoch, in order. One task reads a window's rows
-(encoded bytes, verified), shuffles them and lays them out as batch 0 slice 0, batch 0 slice 1, …, each
-slice padded to the same number of rows; blocks are then cut to exactly one slice, decoded and augmented (cached
-features as they are), and dealt out by Ray's stream split. That split promises no order. With equal blocks, their
+A dataset holds every window of every epoch, in order. One task reads a window's rows, shuffles them, decodes and
+augments them (cached features it leaves as they are) and lays them out as batch 0 slice 0, batch 0 slice 1, …, each
+slice padded to the same number of rows. Encoded images never leave the task: pixels are what travels. Blocks are then
+cut to exactly one slice and dealt out by Ray's stream split. That split promises no order. With equal blocks, their
 number a multiple of the workers, and `preserve_order` it deals them round in turn (read in its source, 2.60), so the
 k-th block of a worker is its slice of batch k; every row carries its epoch and step, and the training
 loop refuses a slice that is not the one due, so a Ray that deals otherwise is an error, not a wrong
@@ -14,6 +14,7 @@ new size, which the tasks read where they read its position; the blocks stay as 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -73,14 +74,10 @@ def scan_dataset(spec: StreamSpec) -> ray.data.Dataset:
 
 
 def _dataset(items: list[dict[str, str]], spec: StreamSpec, scan: bool) -> ray.data.Dataset:
-    rows = slice_rows(spec.plan.batch_size, spec.world)
-    read = partial(_read_window, spec=spec, scan=scan)
-    decode = partial(_decode, spec=spec, scan=scan)
     return (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.5)
-        .repartition(target_num_rows_per_block=rows, strict=True)
-        .map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+        .map_batches(partial(_read_window, spec=spec, scan=scan), batch_size=1, batch_format="numpy", num_cpus=0.5)
+        .repartition(target_num_rows_per_block=slice_rows(spec.plan.batch_size, spec.world), strict=True)
     )
 
 
@@ -90,7 +87,7 @@ def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, scan: bool
         window = spec.plan.windows(item["epoch"])[item["window"]]
         at = _position(spec)
         if scan or not _is_past(spec, at, item["epoch"], window):
-            yield from _window_tables(spec, at["world"], item["epoch"], window)
+            yield from _window_tables(spec, at["world"], item["epoch"], window, scan)
 
 
 def _position(spec: StreamSpec) -> dict[str, int]:
@@ -108,34 +105,42 @@ def _is_past(spec: StreamSpec, at: Mapping[str, int], number: int, window: Windo
     return (number, window.first_step + steps) <= (at["epoch"], at["step"])
 
 
-def _window_tables(spec: StreamSpec, world: int, number: int, window: Window) -> Iterator[pa.Table]:
+def _window_tables(spec: StreamSpec, world: int, number: int, window: Window, scan: bool) -> Iterator[pa.Table]:
+    """The slices of a window, batch by batch; only the rows of one are decoded at a time."""
     corpus = _corpus(spec.corpus)
     pieces = []
     for part, start, stop in window.pieces:
         table = training_rows(corpus, spec.parts[part], spec.selection)
         pieces.append(table.slice(start, stop - start))
-    table = pa.concat_tables(pieces).take(spec.plan.shuffle(number, window)).combine_chunks()
+    table, order = pa.concat_tables(pieces), spec.plan.shuffle(number, window)
     size, rows = spec.plan.batch_size, slice_rows(spec.plan.batch_size, spec.world)
     share = slice_rows(size, world)
-    for start in range(0, len(table), size):
-        step = window.first_step + start // size
-        batch = table.slice(start, size)
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        tags = {"epoch": number, "step": window.first_step + start // size, "batch_rows": len(batch)}
         for rank in range(world):
-            part = batch.slice(min(rank * share, len(batch)), share)
-            count = len(part)
-            filler = pa.table(
-                {name: pa.nulls(rows - count, part.schema.field(name).type) for name in part.column_names}
-            )
-            laid = pa.concat_tables([part, filler])
-            tags = {
-                "real": np.arange(rows) < count,
-                "epoch": np.full(rows, number, dtype=np.int64),
-                "step": np.full(rows, step, dtype=np.int64),
-                "batch_rows": np.full(rows, len(batch), dtype=np.int64),
-            }
-            for name, values in tags.items():
-                laid = laid.append_column(name, pa.array(values))
-            yield laid
+            mine = table.take(pa.array(batch[rank * share : (rank + 1) * share]))
+            columns = {
+                "labels": bytes_matrix(mine.column("labels")), "inputs": _inputs(corpus, mine, spec, number, scan)
+            }  # fmt: skip
+            laid = {name: bytes_column(_padded(values, rows)) for name, values in columns.items()}
+            laid |= {name: pa.array(np.full(rows, value, dtype=np.int64)) for name, value in tags.items()}
+            yield pa.table({"real": np.arange(rows) < len(mine), **laid})
+
+
+def _inputs(corpus: Corpus, rows: pa.Table, spec: StreamSpec, number: int, scan: bool) -> NDArray[np.uint8]:
+    """What the loop gets of some rows, as bytes [n, of a row]."""
+    inputs = corpus.inputs(rows, spec.shape[-1], spec.resize).reshape(len(rows), *spec.shape)
+    if not scan and len(rows) and inputs.ndim == 4:
+        seeds = row_seeds(spec.plan.seed, number, rows.column("id").to_pylist())
+        inputs = augment(inputs, spec.augmentation, seeds)
+    row_bytes = math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+    return np.ascontiguousarray(inputs).view(np.uint8).reshape(len(rows), row_bytes)
+
+
+def _padded(values: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
+    """`rows` rows, zeros after those that there are."""
+    return np.concatenate([values, np.zeros((rows - len(values), values.shape[1]), np.uint8)])
 
 
 @lru_cache(maxsize=4)
@@ -148,19 +153,6 @@ def training_rows(corpus: Corpus, part: str, selection: Selection) -> pa.Table:
     table = selection.take(corpus.read_part(corpus.manifest.record(part)))
     column = bytes_column(selection.labels(corpus, table))
     return table.set_column(table.column_names.index("labels"), "labels", column)
-
-
-def _decode(table: pa.Table, spec: StreamSpec, scan: bool) -> pa.Table:
-    real = table.filter(table.column("real"))
-    inputs = _corpus(spec.corpus).inputs(real, spec.shape[-1], spec.resize)
-    if not scan and len(real) and inputs.ndim == 4:
-        number = int(table.column("epoch")[0].as_py())
-        ids = real.column("id").to_pylist()
-        inputs = augment(inputs, spec.augmentation, row_seeds(spec.plan.seed, number, ids))
-    padded = np.zeros((len(table), *spec.shape), dtype=spec.dtype)
-    padded[np.flatnonzero(table.column("real").to_numpy())] = inputs
-    keep = ["labels", "real", "epoch", "step", "batch_rows"]
-    return table.select(keep).append_column("inputs", bytes_column(padded.reshape(len(padded), -1).view(np.uint8)))
 
 
 class StreamSlices(SliceSource):

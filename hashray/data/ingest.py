@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -101,8 +101,7 @@ class IngestWorker(PartWorker):
     def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
         rows, images, bad, hashes = [], [], [], []
         items = self.reading.rows(unit["block"], unit["group"])
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            fetched = list(pool.map(_fetch_or_reason, [row["uri"] for row in items]))
+        fetched = _fetch_all([row["uri"] for row in items])
         for row, data in zip(items, fetched, strict=True):
             advance(1)
             try:
@@ -123,6 +122,14 @@ class IngestWorker(PartWorker):
         info = {"splits": splits, "image_bytes": image_bytes}
         beside = {"images": pa.Table.from_pylist(images, schema=IMAGE_SCHEMA)}
         return Output(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), bad, info, beside=beside)
+
+
+def _fetch_all(locators: Sequence[str]) -> list[bytes | BadImage]:
+    """Several at a time from S3; local files and rows of Parquet one by one, which threads would only slow down."""
+    if not all(locator.startswith("s3://") for locator in locators):
+        return [_fetch_or_reason(locator) for locator in locators]
+    with ThreadPoolExecutor(FETCH_THREADS) as pool:
+        return list(pool.map(_fetch_or_reason, locators))
 
 
 def _fetch_or_reason(locator: str) -> bytes | BadImage:

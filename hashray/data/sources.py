@@ -13,6 +13,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs
@@ -26,7 +27,7 @@ from hashray.data.parquet import ENDINGS as PARQUET_ENDINGS
 from hashray.data.parquet import image_column, scan_parquet
 from hashray.data.tars import refuse_compressed, scan_tars
 from hashray.errors import InputError
-from hashray.storage import join, open_store, split_url
+from hashray.storage import Store, join, open_store, split_url
 
 FORMATS: dict[str, Format] = {
     ".tar": "tar", **dict.fromkeys(PARQUET_ENDINGS, "parquet"), **dict.fromkeys(LIST_ENDINGS, "list"),
@@ -195,6 +196,11 @@ def read_values(survey: Survey, kind: Format, values: Mapping[str, str], num_cla
     return Meaning(dict(zip(texts, labels, strict=True)), {}, named)
 
 
+@lru_cache(maxsize=64)
+def _local(folder: str) -> Store:
+    return open_store(folder)
+
+
 def fetch(locator: str) -> bytes:
     """The encoded bytes of one image: a file, a range of one, or a row of a Parquet column.
 
@@ -210,5 +216,5 @@ def fetch(locator: str) -> bytes:
         return column[int(options["row"])].as_py() or b""
     span = re.fullmatch(r"(.+)#offset=(\d+)&size=(\d+)", locator, re.DOTALL)
     folder, name = split_url(span[1] if span else locator)
-    store = open_store(folder)
+    store = _local(folder) if folder.startswith("/") else open_store(folder)
     return store.read_range(name, int(span[2]), int(span[3])) if span else store.read(name)

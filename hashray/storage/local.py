@@ -15,6 +15,7 @@ from hashray.errors import AlreadyExists, InputError, StorageError, StoreUnavail
 from hashray.storage.base import TEMP_PREFIX, Level, Store, check_key, check_prefix, check_range
 
 COPY_BLOCK_BYTES = 8 << 20
+FOLDER_ATTEMPTS = 10
 
 
 @final
@@ -140,18 +141,29 @@ def file_errors(path: Path, writes: bool = False) -> Iterator[None]:
 
 def place(target: Path, fill: Callable[[Path], None], commit: Callable[[Path, Path], None]) -> None:
     """Fill a temporary file beside `target`, commit it under its name, make the name durable."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.parent / f"{TEMP_PREFIX}{uuid.uuid4().hex}"
     try:
-        fill(temp)
+        _fill(temp, fill)
         commit(temp, target)
     finally:
         temp.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with suppress(FileNotFoundError):  # another run has removed the file, and its folder, since
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _fill(temp: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder and fill the file; again where another run that tidies up removes the empty folder in between."""
+    for _ in range(FOLDER_ATTEMPTS - 1):
+        with suppress(FileNotFoundError, FileExistsError):  # the latter from a folder that goes while mkdir looks at it
+            temp.parent.mkdir(parents=True, exist_ok=True)
+            fill(temp)
+            return
+    temp.parent.mkdir(parents=True, exist_ok=True)
+    fill(temp)
 
 
 def _link(temp: Path, target: Path) -> None:

@@ -50,10 +50,12 @@ class LocalStore(Store):
     def upload(self, key: str, path: Path) -> None:
         self._place(key, lambda temp: _copy_synced(path, temp), os.replace)
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, advance: Callable[[int], None] | None = None) -> None:
         source = self.local_path(key)
         with file_errors(path, writes=True):
             place(path, lambda temp: _copy_synced(source, temp), os.replace)
+        if advance is not None:
+            advance(path.stat().st_size)
 
     def exists(self, key: str) -> bool:
         path = self.local_path(key)

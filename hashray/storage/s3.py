@@ -112,18 +112,20 @@ class S3Store(Store):
             else:
                 client.put_object(**where, Body=file)
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, advance: Callable[[int], None] | None = None) -> None:
         if self.size(key) <= SINGLE_REQUEST_BYTES:
             data = self.read(key)
             fill: Callable[[Path], None] = lambda temp: write_synced(temp, data)  # noqa: E731
+            if advance is not None:
+                advance(len(data))
         else:
-            fill = lambda temp: self._download_large(key, temp)  # noqa: E731
+            fill = lambda temp: self._download_large(key, temp, advance)  # noqa: E731
         with file_errors(path, writes=True):
             place(path, fill, os.replace)
 
-    def _download_large(self, key: str, path: Path) -> None:
+    def _download_large(self, key: str, path: Path, advance: Callable[[int], None] | None) -> None:
         with self._errors(key) as where:
-            where.pop("client").download_file(*where.values(), str(path), Config=_transfer())
+            where.pop("client").download_file(*where.values(), str(path), Callback=advance, Config=_transfer())
 
     def exists(self, key: str) -> bool:
         return self._head(key) is not None

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from hashray.data.columns import bytes_column, bytes_matrix
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.images import AugmentConfig, Resize, augment
+from hashray.engine.reports import sending_requests
 from hashray.errors import CorruptArtifact, RunError
 from hashray.storage import open_store
 from hashray.train.batches import EpochPlan, Slice, SliceSource, Window, row_seeds, slice_rows
@@ -56,26 +57,30 @@ class StreamSpec:
     position_url: str
 
 
-def training_dataset(spec: StreamSpec, epochs: int) -> ray.data.Dataset:
-    """Every window of `epochs` epochs. Windows before the place where the worker group starts give no rows."""
+def training_dataset(spec: StreamSpec, epochs: int, reports: Any) -> ray.data.Dataset:
+    """Every window of `epochs` epochs. Windows before the place where the worker group starts give no rows.
+
+    Args:
+        reports: the queue that the tasks send their counts of requests to.
+    """
     items = [
         {"item": json.dumps({"epoch": number, "window": window.index})}
         for number in range(epochs)
         for window in spec.plan.windows(number)
     ]
-    return _dataset(items, spec, scan=False)
+    return _dataset(items, spec, reports, scan=False)
 
 
-def scan_dataset(spec: StreamSpec) -> ray.data.Dataset:
-    """All training rows once, in the order of epoch 0, not augmented."""
+def scan_dataset(spec: StreamSpec, reports: Any) -> ray.data.Dataset:
+    """All training rows once, in the order of epoch 0, not augmented; `reports` as above."""
     items = [{"item": json.dumps({"epoch": 0, "window": window.index})} for window in spec.plan.windows(0)]
-    return _dataset(items, spec, scan=True)
+    return _dataset(items, spec, reports, scan=True)
 
 
-def _dataset(items: list[dict[str, str]], spec: StreamSpec, scan: bool) -> ray.data.Dataset:
+def _dataset(items: list[dict[str, str]], spec: StreamSpec, reports: Any, scan: bool) -> ray.data.Dataset:
     rows = slice_rows(spec.plan.batch_size, spec.world)
-    read = partial(_read_window, spec=spec, scan=scan)
-    decode = partial(_decode, spec=spec, scan=scan)
+    read = partial(_read_window, spec=spec, reports=reports, scan=scan)
+    decode = partial(_decode, spec=spec, reports=reports, scan=scan)
     return (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.5)
@@ -84,13 +89,16 @@ def _dataset(items: list[dict[str, str]], spec: StreamSpec, scan: bool) -> ray.d
     )
 
 
-def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, scan: bool) -> Iterator[pa.Table]:
+def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, reports: Any, scan: bool) -> Iterator[pa.Table]:
     for text in batch["item"]:
         item = json.loads(text)
-        window = spec.plan.windows(item["epoch"])[item["window"]]
-        at = _position(spec)
-        if scan or not _is_past(spec, at, item["epoch"], window):
-            yield from _window_tables(spec, at["world"], item["epoch"], window)
+        number, window = item["epoch"], spec.plan.windows(item["epoch"])[item["window"]]
+        with sending_requests(reports):
+            at = _position(spec)
+            wanted = scan or not _is_past(spec, at, number, window)
+            table = _window_rows(spec, window) if wanted else None
+        if table is not None:
+            yield from _window_tables(table, spec, at["world"], number, window)
 
 
 def _position(spec: StreamSpec) -> dict[str, int]:
@@ -108,13 +116,17 @@ def _is_past(spec: StreamSpec, at: Mapping[str, int], number: int, window: Windo
     return (number, window.first_step + steps) <= (at["epoch"], at["step"])
 
 
-def _window_tables(spec: StreamSpec, world: int, number: int, window: Window) -> Iterator[pa.Table]:
+def _window_rows(spec: StreamSpec, window: Window) -> pa.Table:
     corpus = _corpus(spec.corpus)
     pieces = []
     for part, start, stop in window.pieces:
         table = training_rows(corpus, spec.parts[part], spec.selection)
         pieces.append(table.slice(start, stop - start))
-    table = pa.concat_tables(pieces).take(spec.plan.shuffle(number, window)).combine_chunks()
+    return pa.concat_tables(pieces)
+
+
+def _window_tables(table: pa.Table, spec: StreamSpec, world: int, number: int, window: Window) -> Iterator[pa.Table]:
+    table = table.take(spec.plan.shuffle(number, window)).combine_chunks()
     size, rows = spec.plan.batch_size, slice_rows(spec.plan.batch_size, spec.world)
     share = slice_rows(size, world)
     for start in range(0, len(table), size):
@@ -150,9 +162,10 @@ def training_rows(corpus: Corpus, part: str, selection: Selection) -> pa.Table:
     return table.set_column(table.column_names.index("labels"), "labels", column)
 
 
-def _decode(table: pa.Table, spec: StreamSpec, scan: bool) -> pa.Table:
+def _decode(table: pa.Table, spec: StreamSpec, reports: Any, scan: bool) -> pa.Table:
     real = table.filter(table.column("real"))
-    inputs = _corpus(spec.corpus).inputs(real, spec.shape[-1], spec.resize)
+    with sending_requests(reports):
+        inputs = _corpus(spec.corpus).inputs(real, spec.shape[-1], spec.resize)
     if not scan and len(real) and inputs.ndim == 4:
         number = int(table.column("epoch")[0].as_py())
         ids = real.column("id").to_pylist()

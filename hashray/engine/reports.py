@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hashray.errors import RunError
 from hashray.progress import Bar, say
 from hashray.storage import requests
+from hashray.storage.requests import Requests
 
 POLL_S = REPORT_S = 0.5
 MAX_RETRIES = 3  # of one piece of work after a lost worker: what kills a worker each time is not retried without end
@@ -70,6 +71,24 @@ def start_reports() -> Any:
     """A queue on the driver's node: no other node takes it away when it is lost."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Reports.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+def send_requests(reports: Any) -> None:
+    """Send the driver the requests of this process that it does not know yet, and wait until they are there."""
+    sent = requests.take()
+    if sent != Requests():
+        with suppress(RayError):  # the driver has left
+            ray.get(reports.put.remote({"sent": sent}))
+
+
+@contextmanager
+def sending_requests(reports: Any) -> Iterator[None]:
+    """Send the driver the requests of the block, however it ends."""
+    requests.take()  # by other work of this process
+    try:
+        yield
+    finally:
+        send_requests(reports)
 
 
 class Meter:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashray import artifact
-from hashray.artifact import Manifest
+from hashray.artifact import FileRecord, Manifest
 from hashray.codes import Codes, as_codes
 from hashray.errors import InputError, MismatchError
 from hashray.index.ids import MappedIds
 from hashray.index.shard import Shard, ShardInfo, check_kind, open_shard
+from hashray.progress import Bar
 from hashray.search.merge import merge
 from hashray.storage import Store, join, open_store
-from hashray.storage.cache import verified_path
+from hashray.storage.cache import is_verified, verified_path
 
 OPEN_THREADS = 8
 # Candidates (a distance and a position: 12 bytes) that one round of a search holds before they are merged.
@@ -172,8 +174,7 @@ def open_index(
         raise MismatchError(f"{store.url} was built by an older hashray; run `hashray index build` again, elsewhere")
     cache = Path(cache_dir or os.environ.get("HASHRAY_CACHE") or "~/.cache/hashray").expanduser()
     records = [manifest.record(name) for info in infos for name in (info.shard, info.ids)]
-    with ThreadPoolExecutor(OPEN_THREADS) as pool:
-        paths = list(pool.map(lambda r: verified_path(store, r.name, r.bytes, r.sha256, cache), records))
+    paths = _verified(store, records, cache)
     num_bits, nprobe = int(manifest.info["num_bits"]), manifest.info["nprobe"]
     shards = [
         (open_shard(codes, kind, num_bits, info.rows, nprobe), MappedIds(ids, info.rows))
@@ -181,6 +182,16 @@ def open_index(
     ]
     ascending = all(before.last < info.first for before, info in pairwise(infos))
     return Index(manifest, number, shards, ascending, threads or faiss.omp_get_max_threads())
+
+
+def _verified(store: Store, records: Sequence[FileRecord], cache: Path) -> list[Path]:
+    """Local paths of the files; a bar shows the bytes that have to be fetched or verified first."""
+    with ThreadPoolExecutor(OPEN_THREADS) as pool:
+        known = list(pool.map(lambda r: is_verified(store, r.name, r.bytes, r.sha256, cache), records))
+        left = sum(record.bytes for record, is_known in zip(records, known, strict=True) if not is_known)
+        with Bar("verify index", left, "bytes") if left else nullcontext() as bar:
+            advance = (bar.add,) if bar is not None else ()
+            return list(pool.map(lambda r: verified_path(store, r.name, r.bytes, r.sha256, cache, *advance), records))
 
 
 def _load(store: Store, version: int | None) -> tuple[int, Manifest]:

@@ -4,6 +4,7 @@ Store (read, write, create-if-absent, list, open)      base.py
 ├── LocalStore   a folder                               local.py
 └── S3Store      a bucket and a prefix                  s3.py
     ├── RangedFile   an object of which ranges are read     ranged.py
+    ├── renew        a token that expired is replaced       credentials.py
     └── Requests     what this process asked of S3          requests.py
 """
 

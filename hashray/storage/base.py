@@ -56,8 +56,12 @@ class Store(ABC):
         """Copy a local file into the store, whole or not at all."""
 
     @abstractmethod
-    def download(self, key: str, path: Path) -> None:
-        """Copy an object to a local file, whole or not at all; makes the folder of `path`."""
+    def download(self, key: str, path: Path, advance: Callable[[int], None] | None = None) -> None:
+        """Copy an object to a local file, whole or not at all; makes the folder of `path`.
+
+        Args:
+            advance: gets numbers of bytes as they come, in any thread; a negative one where some are fetched again.
+        """
 
     @abstractmethod
     def exists(self, key: str) -> bool:

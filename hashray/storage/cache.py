@@ -17,6 +17,7 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from hashray.errors import CorruptArtifact, InputError
@@ -27,29 +28,52 @@ logger = logging.getLogger(__name__)
 # Times of files are multiples of a file system's granule, 2 s at most: a write soon after the last one may leave them
 # as they are. So a file that changed so short a time before it was read gets no record yet.
 QUIET_NS = 2_000_000_000
+BLOCK_BYTES = 1 << 20
 
 
-def sha256_file(path: str | Path) -> str:
-    """Return the sha256 of a local file, read in blocks."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _unheard(count: int) -> None:
+    """Take a number of bytes that nobody counts."""
 
 
-def verified_path(store: Store, key: str, size_bytes: int, sha256: str, cache: Path) -> Path:
+def sha256_file(path: str | Path, advance: Callable[[int], None] = _unheard) -> str:
+    """Return the sha256 of a local file, read in blocks; `advance` gets the bytes of each."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
+    with Path(path).open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            advance(size)
+    return digest.hexdigest()
+
+
+def is_verified(store: Store, key: str, size_bytes: int, sha256: str, cache: Path) -> bool:
+    """Whether `verified_path` has nothing to read: the file is on this machine, and unchanged since it was verified."""
+    path = store.local_path(key) or _place(key, sha256, cache)
+    try:
+        return _is_recorded(path, path.stat(), size_bytes, sha256, cache)
+    except OSError:
+        return False
+
+
+def verified_path(
+    store: Store, key: str, size_bytes: int, sha256: str, cache: Path, advance: Callable[[int], None] = _unheard
+) -> Path:
     """Return a local file with exactly these bytes: the store's own when it is local, else one in `cache`.
+
+    Args:
+        advance: gets numbers of bytes as they are fetched, or as a file on this machine is verified.
 
     Raises:
         CorruptArtifact: the file is missing in the store, or its bytes are others.
     """
     path = store.local_path(key)
     if path is None:
-        path = cache / sha256[:2] / f"{sha256}{Path(key).suffix}"
-        if path.is_file() and _is_whole(path, size_bytes, sha256, cache):
+        path = _place(key, sha256, cache)
+        if path.is_file() and _is_whole(path, size_bytes, sha256, cache, advance):
             return path
         part = path.with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}")
         try:
-            store.download(key, part)
-            _check(join(store.url, key), part, size_bytes, sha256, cache)
+            store.download(key, part, advance)
+            _check(join(store.url, key), part, size_bytes, sha256, cache, _unheard)
             part.replace(path)
         except InputError as error:
             raise CorruptArtifact(f"{join(store.url, key)} is missing: its manifest lists it") from error
@@ -58,33 +82,44 @@ def verified_path(store: Store, key: str, size_bytes: int, sha256: str, cache: P
     elif not path.is_file():
         raise CorruptArtifact(f"{path} is missing: its manifest lists it with {size_bytes} bytes")
     else:
-        _check(str(path), path, size_bytes, sha256, cache)
+        _check(str(path), path, size_bytes, sha256, cache, advance)
     return path
 
 
-def _check(name: str, path: Path, size_bytes: int, sha256: str, cache: Path) -> None:
-    if not _is_whole(path, size_bytes, sha256, cache):
+def _place(key: str, sha256: str, cache: Path) -> Path:
+    return cache / sha256[:2] / f"{sha256}{Path(key).suffix}"
+
+
+def _check(name: str, path: Path, size_bytes: int, sha256: str, cache: Path, advance: Callable[[int], None]) -> None:
+    if not _is_whole(path, size_bytes, sha256, cache, advance):
         raise CorruptArtifact(
             f"{name} is corrupt: its bytes are not those its manifest lists (sha256 {sha256[:12]}…); "
             "restore it from a copy, or run the stage that made it again, elsewhere"
         )
 
 
-def _is_whole(path: Path, size_bytes: int, sha256: str, cache: Path) -> bool:
+def _is_whole(path: Path, size_bytes: int, sha256: str, cache: Path, advance: Callable[[int], None]) -> bool:
     """Whether the file has these bytes: by its record, else by reading it."""
     state = path.stat()
     if state.st_size != size_bytes:
         return False
     start_ns, seen = time.time_ns(), _seen(path, sha256, state)
-    record = cache / "verified" / f"{hashlib.sha256(f'{sha256} {path.absolute()}'.encode()).hexdigest()[:32]}.json"
-    if _read_mine(record) == seen:
+    if _is_recorded(path, state, size_bytes, sha256, cache):
         return True
-    if sha256_file(path) != sha256:
+    if sha256_file(path, advance) != sha256:
         return False
     changed_ns = max(state.st_mtime_ns, state.st_ctime_ns)
     if changed_ns + QUIET_NS < start_ns and _seen(path, sha256, path.stat()) == seen:
-        _write(record, seen)
+        _write(_record(path, sha256, cache), seen)
     return True
+
+
+def _record(path: Path, sha256: str, cache: Path) -> Path:
+    return cache / "verified" / f"{hashlib.sha256(f'{sha256} {path.absolute()}'.encode()).hexdigest()[:32]}.json"
+
+
+def _is_recorded(path: Path, state: os.stat_result, size_bytes: int, sha256: str, cache: Path) -> bool:
+    return state.st_size == size_bytes and _read_mine(_record(path, sha256, cache)) == _seen(path, sha256, state)
 
 
 def _seen(path: Path, sha256: str, state: os.stat_result) -> bytes:

@@ -15,6 +15,7 @@ from hashray.errors import AlreadyExists, InputError, StorageError, StoreUnavail
 from hashray.storage.base import TEMP_PREFIX, Level, Store, check_key, check_prefix, check_range
 
 COPY_BLOCK_BYTES = 8 << 20
+FOLDER_ATTEMPTS = 10
 
 
 @final
@@ -49,10 +50,12 @@ class LocalStore(Store):
     def upload(self, key: str, path: Path) -> None:
         self._place(key, lambda temp: _copy_synced(path, temp), os.replace)
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, advance: Callable[[int], None] | None = None) -> None:
         source = self.local_path(key)
         with file_errors(path, writes=True):
             place(path, lambda temp: _copy_synced(source, temp), os.replace)
+        if advance is not None:
+            advance(path.stat().st_size)
 
     def exists(self, key: str) -> bool:
         path = self.local_path(key)
@@ -140,18 +143,29 @@ def file_errors(path: Path, writes: bool = False) -> Iterator[None]:
 
 def place(target: Path, fill: Callable[[Path], None], commit: Callable[[Path, Path], None]) -> None:
     """Fill a temporary file beside `target`, commit it under its name, make the name durable."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.parent / f"{TEMP_PREFIX}{uuid.uuid4().hex}"
     try:
-        fill(temp)
+        _fill(temp, fill)
         commit(temp, target)
     finally:
         temp.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with suppress(FileNotFoundError):  # another run has removed the file, and its folder, since
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _fill(temp: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder and fill the file; again where another run that tidies up removes the empty folder in between."""
+    for _ in range(FOLDER_ATTEMPTS - 1):
+        with suppress(FileNotFoundError, FileExistsError):  # the latter from a folder that goes while mkdir looks at it
+            temp.parent.mkdir(parents=True, exist_ok=True)
+            fill(temp)
+            return
+    temp.parent.mkdir(parents=True, exist_ok=True)
+    fill(temp)
 
 
 def _link(temp: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """How many requests a stage sent to S3: counted in each process, and carried to the driver with the results.
 
 The counts go to progress lines and are written nowhere else, so no artifact depends on them. Not counted: what Arrow
-sends for the checkpoints of Ray Train, what the tasks of a training's stream read, and workers that were lost.
+sends for the checkpoints of Ray Train, what workers sent that were lost, and segments of a sweep that failed.
 """
 
 from __future__ import annotations

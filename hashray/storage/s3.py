@@ -25,7 +25,7 @@ from botocore import exceptions as boto
 from botocore.config import Config
 
 from hashray.errors import AlreadyExists, InputError, StorageError, StoreUnavailable
-from hashray.storage import requests
+from hashray.storage import credentials, requests
 from hashray.storage.base import (
     TEMP_PREFIX,
     Level,
@@ -112,18 +112,20 @@ class S3Store(Store):
             else:
                 client.put_object(**where, Body=file)
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, advance: Callable[[int], None] | None = None) -> None:
         if self.size(key) <= SINGLE_REQUEST_BYTES:
             data = self.read(key)
             fill: Callable[[Path], None] = lambda temp: write_synced(temp, data)  # noqa: E731
+            if advance is not None:
+                advance(len(data))
         else:
-            fill = lambda temp: self._download_large(key, temp)  # noqa: E731
+            fill = lambda temp: self._download_large(key, temp, advance)  # noqa: E731
         with file_errors(path, writes=True):
             place(path, fill, os.replace)
 
-    def _download_large(self, key: str, path: Path) -> None:
+    def _download_large(self, key: str, path: Path, advance: Callable[[int], None] | None) -> None:
         with self._errors(key) as where:
-            where.pop("client").download_file(*where.values(), str(path), Config=_transfer())
+            where.pop("client").download_file(*where.values(), str(path), Callback=advance, Config=_transfer())
 
     def exists(self, key: str) -> bool:
         return self._head(key) is not None
@@ -267,15 +269,15 @@ def arrow_filesystem(store: Store) -> tuple[Any, str]:
     """(pyarrow filesystem, path in it) of a store, for Ray Train's own checkpoints; None is the local one.
 
     No key is in it where Arrow's SDK finds the same credentials as boto3: each process that it travels to asks the
-    provider chain itself, and asks again when a token expires.
+    provider chain itself, and asks again when a token expires. Arrow does not send a refused request again.
     """
     if not isinstance(store, S3Store):
         return None, store.url
     session = boto3.Session()
-    credentials = session.get_credentials()
+    of_session = session.get_credentials()
     keys: dict[str, str | None] = {}
-    if credentials is not None and credentials.method not in ARROW_FINDS:
-        frozen = credentials.get_frozen_credentials()
+    if of_session is not None and of_session.method not in ARROW_FINDS:
+        frozen = of_session.get_frozen_credentials()
         keys = {"access_key": frozen.access_key, "secret_key": frozen.secret_key, "session_token": frozen.token}
     filesystem = pyarrow.fs.S3FileSystem(region=_region(store, session), endpoint_override=store.endpoint_url, **keys)
     return filesystem, f"{store.bucket}/{store.prefix}".rstrip("/")
@@ -298,10 +300,12 @@ def _client(endpoint_url: str | None) -> Any:
     with _CLIENTS_LOCK:
         if key not in _CLIENTS:
             try:
-                client = boto3.session.Session().client("s3", endpoint_url=endpoint_url, config=_config(endpoint_url))
+                session = boto3.session.Session()
+                client = session.client("s3", endpoint_url=endpoint_url, config=_config(endpoint_url))
             except ValueError as error:
                 raise StorageError(f"endpoint {endpoint_url!r} is not a url such as http://host:9000") from error
             requests.watch(client)
+            credentials.renew(client, session.get_credentials())
             _CLIENTS[key] = client
         return _CLIENTS[key]
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from hashray.data.columns import bytes_column, bytes_matrix
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.images import AugmentConfig, Resize, augment
+from hashray.engine.reports import sending_requests
 from hashray.errors import CorruptArtifact, RunError
 from hashray.storage import open_store
 from hashray.train.batches import EpochPlan, Slice, SliceSource, Window, row_seeds, slice_rows
@@ -57,37 +58,44 @@ class StreamSpec:
     position_url: str
 
 
-def training_dataset(spec: StreamSpec, epochs: int) -> ray.data.Dataset:
-    """Every window of `epochs` epochs. Windows before the place where the worker group starts give no rows."""
+def training_dataset(spec: StreamSpec, epochs: int, reports: Any) -> ray.data.Dataset:
+    """Every window of `epochs` epochs. Windows before the place where the worker group starts give no rows.
+
+    Args:
+        reports: the queue that the tasks send their counts of requests to.
+    """
     items = [
         {"item": json.dumps({"epoch": number, "window": window.index})}
         for number in range(epochs)
         for window in spec.plan.windows(number)
     ]
-    return _dataset(items, spec, scan=False)
+    return _dataset(items, spec, reports, scan=False)
 
 
-def scan_dataset(spec: StreamSpec) -> ray.data.Dataset:
-    """All training rows once, in the order of epoch 0, not augmented."""
+def scan_dataset(spec: StreamSpec, reports: Any) -> ray.data.Dataset:
+    """All training rows once, in the order of epoch 0, not augmented; `reports` as above."""
     items = [{"item": json.dumps({"epoch": 0, "window": window.index})} for window in spec.plan.windows(0)]
-    return _dataset(items, spec, scan=True)
+    return _dataset(items, spec, reports, scan=True)
 
 
-def _dataset(items: list[dict[str, str]], spec: StreamSpec, scan: bool) -> ray.data.Dataset:
+def _dataset(items: list[dict[str, str]], spec: StreamSpec, reports: Any, scan: bool) -> ray.data.Dataset:
+    read = partial(_read_window, spec=spec, reports=reports, scan=scan)
+    rows = slice_rows(spec.plan.batch_size, spec.world)
     return (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(partial(_read_window, spec=spec, scan=scan), batch_size=1, batch_format="numpy", num_cpus=0.5)
-        .repartition(target_num_rows_per_block=slice_rows(spec.plan.batch_size, spec.world), strict=True)
+        .map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.5)
+        .repartition(target_num_rows_per_block=rows, strict=True)
     )
 
 
-def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, scan: bool) -> Iterator[pa.Table]:
+def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, reports: Any, scan: bool) -> Iterator[pa.Table]:
     for text in batch["item"]:
         item = json.loads(text)
-        window = spec.plan.windows(item["epoch"])[item["window"]]
-        at = _position(spec)
-        if scan or not _is_past(spec, at, item["epoch"], window):
-            yield from _window_tables(spec, at["world"], item["epoch"], window, scan)
+        number, window = item["epoch"], spec.plan.windows(item["epoch"])[item["window"]]
+        with sending_requests(reports):
+            at = _position(spec)
+            if scan or not _is_past(spec, at, number, window):
+                yield from _window_tables(spec, at["world"], number, window, scan)
 
 
 def _position(spec: StreamSpec) -> dict[str, int]:

@@ -25,10 +25,10 @@ from ray.train.torch import TorchTrainer, get_device
 
 from hashray import errors
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.engine.reports import listening, start_reports
+from hashray.engine.reports import listening, sending_requests, start_reports
 from hashray.engine.session import connect, memory_environment, quicken_on_one_machine, require_room, unwrap
 from hashray.errors import HashrayError, RunError, WorkersLost
-from hashray.storage import join, open_store, requests
+from hashray.storage import join, open_store
 from hashray.storage.s3 import arrow_filesystem
 from hashray.train.assembly import build_loop
 from hashray.train.checkpoint import Checkpoint, Position, load_checkpoint, read_checkpoint
@@ -46,10 +46,9 @@ def run_worker(options: dict[str, Any]) -> None:
     job: TrainJob = options["job"]
     rank, world = rt.get_context().get_world_rank(), rt.get_context().get_world_size()
     reports = options["reports"]
-    requests.take()  # by other work of this process
     try:
-        _run(job, reports, rank, world)
-        ray.get(reports.put.remote({"sent": requests.take()}))
+        with sending_requests(reports):
+            _run(job, reports, rank, world)
     except Exception as error:
         if ray.get(reports.has_failed.remote()):  # the failed worker has left, and this one only misses it
             return
@@ -196,6 +195,7 @@ def _until_done(trainer: TorchTrainer, failure: queue.SimpleQueue[HashrayError |
         plain = unwrap(outcome["error"])
         if isinstance(plain, HashrayError):
             raise plain from outcome["error"]
+        plain = getattr(plain, "controller_failure", plain)  # Ray Train's: its first line says nothing
         lost = isinstance(plain, RayActorError) or getattr(plain, "worker_failures", None)
         why = f"{type(plain).__name__}: {str(plain).strip().partition(os.linesep)[0]}"
         if lost:
@@ -230,7 +230,7 @@ def _trainer(job: TrainJob, reports: Any) -> TorchTrainer:
     if not job.in_memory:
         spec = stream_spec(job, open_corpus(job.source, None))
         epochs = total_epochs(config, job.num_classes)
-        datasets = {"train": training_dataset(spec, epochs), "scan": scan_dataset(spec)}
+        datasets = {"train": training_dataset(spec, epochs, reports), "scan": scan_dataset(spec, reports)}
     filesystem, path = arrow_filesystem(open_store(job.checkpoints))
     return TorchTrainer(
         run_worker,

@@ -20,7 +20,8 @@ from typing import Any
 import ray
 
 from hashray.artifact import canonical
-from hashray.storage import join, open_store
+from hashray.storage import join, open_store, requests
+from hashray.storage.requests import Requests
 from hashray.train.checkpoint import FILE, Position
 from hashray.train.job import TrainJob
 from hashray.train.local import fit_here
@@ -67,8 +68,11 @@ def _seconds_counted(segment: Segment) -> Iterator[None]:
         store.write(SECONDS, canonical(earlier + time.monotonic() - begin))
 
 
-def train_here(job: TrainJob, segment: Segment, tell: Callable[[dict[str, Any]], None]) -> None:
+def train_here(job: TrainJob, segment: Segment, tell: Callable[[dict[str, Any]], None]) -> Requests:
     """Train a segment in this process, from its start or from the point of its interruption; `tell` each step.
+
+    Returns:
+        the requests that it sent to S3.
 
     Raises:
         Diverged: the loss is not finite.
@@ -78,9 +82,11 @@ def train_here(job: TrainJob, segment: Segment, tell: Callable[[dict[str, Any]],
         if line["event"] == "progress":
             tell({"epoch": line["epoch"], "step": line["step"], "steps": job.plan.steps})
 
+    requests.take()  # by other work of this process
     with _seconds_counted(segment):
         part = replace(job, start=segment.start, until=segment.until)
         fit_here(part, f"{segment.end}-partial", hear, segment.end)
+    return requests.take()
 
 
 def train_by_ray_train(job: TrainJob, segment: Segment) -> None:

@@ -22,9 +22,10 @@ from ray.exceptions import RayTaskError
 
 from hashray.artifact import canonical
 from hashray.data.corpus import Corpus, open_corpus
+from hashray.engine.reports import send_requests, sending_requests
 from hashray.engine.session import unwrap
 from hashray.errors import HashrayError, RunError, WorkersLost
-from hashray.storage import join, open_store
+from hashray.storage import join, open_store, requests
 from hashray.train.checkpoint import read_position
 from hashray.train.config import TrainConfig
 from hashray.train.job import TrainJob, plan_job, run_of, total_epochs
@@ -102,8 +103,13 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any, reports:
 
     A segment that loses its workers is retried here, up to `max_failures` times; any other error is final at once.
     Only a final failure is reported. It is reported in turn and stored only then, because the points that are drawn
-    later depend on when it is known. `reports` passes retries and steps on to the driver.
+    later depend on when it is known. `reports` passes retries, steps and counts of requests on to the driver.
     """
+    with sending_requests(reports):
+        _run_segments(point, sweep, turns, reports)
+
+
+def _run_segments(point: dict[str, Any], sweep: dict[str, Any], turns: Any, reports: Any) -> None:
     # Tune reuses this process. It gives the previous trial two seconds to leave, else it drops the new one silently.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
     config = SweepConfig.model_validate(sweep["config"])
@@ -131,7 +137,7 @@ def run_trial(point: dict[str, Any], sweep: dict[str, Any], turns: Any, reports:
             keep_failure(prepared.folder, reason)
             if not population:
                 raise RunError(reason)
-        _report(segment, population, prepared.epochs, trained)
+        _report(segment, population, prepared.epochs, trained, reports)
         start = segment.end
 
 
@@ -159,7 +165,7 @@ def _prepare(config: SweepConfig, sweep: dict[str, Any], point: dict[str, Any], 
     return _Prepared(current, job, folder, epochs, done, start)
 
 
-def _report(segment: Segment, population: bool, epochs: int, trained: bool) -> None:
+def _report(segment: Segment, population: bool, epochs: int, trained: bool, reports: Any) -> None:
     """Report the end of a segment to Tune."""
     position = read_position(segment.end)
     # A member of a population hands on its current weights, so these are scored and not the best ones so far.
@@ -168,6 +174,7 @@ def _report(segment: Segment, population: bool, epochs: int, trained: bool) -> N
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / EPOCHS).write_text(str(segment.until))
         report = {SCORE: score, EPOCHS: segment.until, TOTAL: epochs, TRAINED: trained}
+        send_requests(reports)  # Tune may end this process at its report
         tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
@@ -212,7 +219,7 @@ def _train(
                 # Outside the trial's placement group, which reserves almost nothing.
                 options: dict[str, Any] = {"num_cpus": chosen.cpus_per_worker, "num_gpus": int(chosen.gpu)}
                 options |= {"runtime_env": environment_of(chosen), "scheduling_strategy": "DEFAULT", "max_retries": 0}
-                ray.get(train_segment.options(**options).remote(prepared.job, segment, tell))
+                requests.add(ray.get(train_segment.options(**options).remote(prepared.job, segment, tell)))
         except Exception as error:  # any error becomes the trial's reason, and the sweep goes on
             reason = reason_of(error)
             if not (isinstance(error, WorkersLost) or is_of_lost_worker(error, world=1)):

@@ -24,6 +24,7 @@ from hashray.config import validate
 from hashray.data.columns import list_column
 from hashray.data.corpus import open_corpus
 from hashray.data.images import AugmentConfig
+from hashray.engine.reports import start_reports
 from hashray.errors import AlreadyExists
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.storage import open_store
@@ -221,7 +222,7 @@ def test_the_slices_of_a_stream_are_those_of_memory_for_one_worker_and_two(
         for source, slices in zip(memory, read_all(spec, world, 1, 5), strict=True):
             assert_slices(slices, [*source.epoch(1, 5), *source.epoch(2, 0)])
         with ThreadPoolExecutor(world) as pool:
-            shards = split(scan_dataset(spec), world)
+            shards = split(scan_dataset(spec, start_reports()), world)
             swept = list(pool.map(lambda shard, spec=spec: list(StreamSlices(spec, None, shard, 3).scan()), shards))  # type: ignore[misc]
         assert sum(len(rows) for share in swept for rows, _ in share) == plan.rows
 
@@ -249,7 +250,7 @@ def read_all(spec: StreamSpec, world: int, first_epoch: int, first_step: int) ->
         return slices
 
     with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(read, split(training_dataset(spec, EPOCHS), world)))
+        return list(pool.map(read, split(training_dataset(spec, EPOCHS, start_reports()), world)))
 
 
 def assert_slices(slices: list[Slice], expected: list[Slice]) -> None:

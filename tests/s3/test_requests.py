@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from ray import cloudpickle
 from test_flaky_store import Proxy, through  # noqa: F401  # a fixture
+from tiny import BACKBONE, write_corpus, write_toml
+from werkzeug.serving import WSGIRequestHandler
 
 from hashray.artifact import Manifest, publish, write_file
 from hashray.cli import main
@@ -97,6 +100,53 @@ def test_a_training_worker_reports_its_counts(ray_session: Any) -> None:
         ray_session.get(reports.put.remote({"event": "start"}))
     assert requests.total() - before == Requests(get=3, bytes_down=9)
     assert lines == [{"event": "start"}]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The requests that boto3 sent to the server from whatever process; those of Arrow are not counted."""
+    lines: list[str] = []
+    log = WSGIRequestHandler.log_request
+
+    def log_request(self: WSGIRequestHandler, *words: Any) -> None:
+        if "boto3" in self.headers.get("User-Agent", "").lower():
+            lines.append(self.requestline)
+        log(self, *words)
+
+    monkeypatch.setattr(WSGIRequestHandler, "log_request", log_request)
+    return lines
+
+
+TRAINING = {
+    "method": {"kind": "adalabelhash", "num_bits": 16}, "backbone": BACKBONE, "epochs": 2, "batch_size": 16,
+    "validation_rows": 6, "cpus_per_worker": 0.5, "precision": "fp32", "tensorboard": False,
+}  # fmt: skip
+SWEEP = {
+    **TRAINING, "space": {"optim.lr": {"log": [1e-4, 1e-1]}},
+    "search": {"trials": 2, "scheduler": "none", "at_once": 2, "report_seeds": []},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "config", "words"),
+    [
+        ("train", TRAINING, ("--ray", "always", "--input", "memory")),
+        ("train", TRAINING, ("--ray", "always", "--input", "stream")),
+        ("tune", SWEEP, ()),
+        ("tune", SWEEP, ("--input", "stream")),
+    ],
+    ids=["train-memory", "train-stream", "tune-memory", "tune-stream"],
+)
+def test_trainings_and_sweeps_on_ray_count_what_the_server_saw(
+    ray_session: Any, s3_url: str, seen: list[str], tmp_path: Path, command: str, config: Any, words: tuple[str, ...]
+) -> None:
+    write_corpus(f"{s3_url}/corpus", 40, 10)
+    before, lines = requests.total(), len(seen)
+    path = write_toml(tmp_path / "c.toml", config)
+    assert main([command, path, "--corpus", f"{s3_url}/corpus", "--out", f"{s3_url}/out", *words]) == 0
+    sent = requests.total() - before
+    assert sum(getattr(sent, name) for name in OPERATIONS) == len(seen) - lines
 
 
 def test_verbose_says_it_on_a_terminal_and_elsewhere_it_is_a_line(

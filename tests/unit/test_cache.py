@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every file that is read whole."""
     paths: list[Path] = []
     read = module.sha256_file
-    monkeypatch.setattr(module, "sha256_file", lambda path: (paths.append(path), read(path))[1])
+    monkeypatch.setattr(module, "sha256_file", lambda path, *rest: (paths.append(path), read(path, *rest))[1])
     return paths
 
 
@@ -107,8 +108,8 @@ def test_a_file_that_just_changed_gets_no_record(tmp_path, cache, reads):
 def test_a_file_that_changes_while_it_is_read_gets_no_record(tmp_path, cache, quiet, monkeypatch):
     path, read = write(tmp_path), module.sha256_file
 
-    def change_after_reading(name: Path) -> str:
-        digest = read(name)
+    def change_after_reading(name: Path, *rest: Any) -> str:
+        digest = read(name, *rest)
         in_place(name, bytes(100))
         return digest
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -282,3 +284,33 @@ def test_a_second_version_one_is_refused(tmp_path):
 def test_no_ray_is_needed():
     code = "import sys, hashray.search.reader, hashray.index.shard; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_opening_shows_the_bytes_that_it_fetches_or_verifies_and_nothing_where_all_are_verified(
+    place, tmp_path, request, monkeypatch, capfd
+):
+    clock = time.time_ns
+    monkeypatch.setattr("hashray.storage.cache.time.time_ns", lambda: clock() + 60 * 10**9)  # long after the writing
+    url = request.getfixturevalue("s3_url") if place == "s3" else tmp_path / "index"
+    codes = np.random.default_rng(0).integers(0, 256, (50, 4), dtype=np.uint8)
+    manifest = write_index(url, split([f"{i:03d}" for i in range(50)], codes, 3))
+    size_bytes = sum(record.bytes for record in manifest.files)
+
+    def shown():
+        capfd.readouterr()
+        open_index(url, cache_dir=tmp_path / "cache")
+        lines = capfd.readouterr().err.splitlines()
+        return [json.loads(line) for line in lines if line.startswith('{"stage": "verify index"')]
+
+    line = shown()[-1]
+    assert (line["done"], line["total"], line["unit"]) == (size_bytes, size_bytes, "bytes")
+    if place == "s3":  # what was fetched a moment ago has no record yet, and is read once more
+        assert shown()[-1]["done"] == size_bytes
+    assert shown() == []
+    # One file has to be verified again: only its bytes are counted.
+    folder = tmp_path / ("cache" if place == "s3" else "index")
+    path = next(path for path in sorted(folder.rglob("*.faiss")))
+    os.utime(path, (1, 1))
+    assert [line["total"] for line in shown()] == [path.stat().st_size]
+    assert shown() == []

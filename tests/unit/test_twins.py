@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny import write_corpus, write_images, write_tiny_model
+from tiny import BACKBONE, METHOD, write_corpus, write_images, write_tiny_model
+from twins import Twins, twins
 
 from hashray import artifact
 from hashray.artifact import Manifest, write_named, write_plain
+from hashray.config import validate
+from hashray.data.corpus import open_corpus
 from hashray.data.ingest import IngestConfig, ingest
 from hashray.encode.codes import EncodeConfig, encode
+from hashray.encode.features import TrunkRecipe, compute_features
 from hashray.engine.session import WorkersConfig
-from hashray.errors import AlreadyExists, CorruptArtifact
+from hashray.errors import AlreadyExists, CorruptArtifact, InputError
+from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.index.build import IndexConfig, build_index
 from hashray.model import load_model
 from hashray.storage import open_store
+from hashray.storage.local import place, write_synced
+from hashray.train.config import TrainConfig
+from hashray.train.run import train
+
+TRAINING = {
+    "method": {**METHOD, "rounds": 1, "label_epochs": 3}, "backbone": BACKBONE, "epochs": 2, "batch_size": 8,
+    "validation_rows": 4, "ray": "never", "tensorboard": False,
+}  # fmt: skip
+HERE = WorkersConfig(workers=1, ray="never")
+ALL_PAIRS = 20
 
 
 def test_the_model_of_the_winner_is_not_touched_by_the_loser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,52 +74,108 @@ def test_plain_copies_are_of_what_is_published(tmp_path: Path) -> None:
         manifest.record("report.html")
 
 
-HERE = WorkersConfig(ray="never")
-PAIRS = 6
+def test_a_folder_that_another_run_removes_is_made_again(tmp_path: Path) -> None:
+    target, seen = tmp_path / "out" / "progress" / "record", []
+
+    def fill(temp: Path) -> None:
+        seen.append(temp)
+        if len(seen) < 3:
+            temp.parent.rmdir()
+        if len(seen) == 1:
+            temp.parent.parent.rmdir()
+        write_synced(temp, b"data")
+
+    place(target, fill, os.replace)
+    assert target.read_bytes() == b"data" and len(seen) == 3
+
+    def cleared_at_once(temp: Path, target: Path) -> None:
+        temp.replace(target)
+        target.unlink()
+        target.parent.rmdir()
+
+    place(target, lambda temp: write_synced(temp, b"data"), cleared_at_once)
+    assert not target.parent.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="a part of this path is a file"):
+        open_store(tmp_path).write("file/record", b"data")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Inputs that all pairs share; the two models differ in their weights, also in those of the trunk."""
+
+    source: str
+    corpus: str
+    models: tuple[str, str]
+    codes: str
+
+
+def run_ingest(places: Places, which: int, out: str) -> Manifest:
+    return ingest(IngestConfig(source=places.source, out=out, seed=which, rows_per_part=5, pool=HERE))
+
+
+def run_encode(places: Places, which: int, out: str) -> Manifest:
+    return encode(EncodeConfig(model=places.models[which], corpus=places.corpus, out=out, pool=HERE))
+
+
+def run_features(places: Places, which: int, out: str) -> Manifest:
+    recipe = TrunkRecipe(load_model(places.models[which]).backbone, places.models[which])
+    return compute_features(open_corpus(places.corpus), recipe, out, HERE, 0.0).manifest
+
+
+def run_train(places: Places, which: int, out: str) -> Manifest:
+    return train(validate(TrainConfig, {**TRAINING, "corpus": places.corpus, "out": out, "seed": which}, "twin"))
+
+
+def run_index(places: Places, which: int, out: str) -> Manifest:
+    return build_index(IndexConfig(codes=places.codes, out=out, shards=1 + which, pool=HERE))
+
+
+def run_evaluate(places: Places, which: int, out: str) -> dict[str, Any]:
+    config = EvaluateConfig(
+        model=places.models[0], corpus=places.corpus, out=out, top_k=5 + which, baselines=False, gallery=2, pool=HERE
+    )
+    return evaluate(config)
+
+
+def run_evaluate_models(places: Places, which: int, out: str) -> dict[str, Any]:
+    config = EvaluateConfig(
+        model=places.models[which], corpus=places.corpus, out=out, baselines=False, gallery=2, pool=HERE
+    )
+    return evaluate(config)
+
+
+# Each stage, and its pairs in the fast suite.
+STAGES = {
+    "ingest": (run_ingest, 4), "features": (run_features, 4), "train": (run_train, 2), "encode": (run_encode, 4),
+    "index": (run_index, 8), "evaluate": (run_evaluate, 1), "evaluate-models": (run_evaluate_models, 1),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[int, str], Any]]:
-    """Each stage as a function of what differs between the two runs, and of --out."""
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     root = tmp_path_factory.mktemp("twins")
-    source, corpus = write_images(root / "images", 24), str(root / "corpus")
-    write_corpus(corpus, 24, 5)
-    models = [str(root / f"model-{seed}") for seed in range(2)]
+    source, corpus, codes = write_images(root / "images", 24), str(root / "corpus"), str(root / "codes")
+    write_corpus(corpus, 24, 6, split_of=lambda i: "query" if i % 4 == 3 else "database+train")
+    models = (str(root / "model-0"), str(root / "model-1"))
     for seed, model in enumerate(models):
         write_tiny_model(model, seed=seed)
-    codes = str(root / "codes")
     encode(EncodeConfig(model=models[0], corpus=corpus, out=codes, pool=HERE))
-    return {
-        "ingest": lambda which, out: ingest(
-            IngestConfig(source=source, out=out, seed=which, rows_per_part=5, pool=HERE)
-        ),
-        "encode": lambda which, out: encode(EncodeConfig(model=models[which], corpus=corpus, out=out, pool=HERE)),
-        "index": lambda which, out: build_index(IndexConfig(codes=codes, out=out, shards=1 + which, pool=HERE)),
-    }
+    return Places(source, corpus, models, codes)
 
 
-def outcome(start: threading.Barrier, run: Callable[[], Any]) -> Any:
-    start.wait()
-    try:
-        return run()
-    except AlreadyExists as error:
-        return error
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Twins]:
+    with twins() as processes:
+        yield processes
 
 
-@pytest.mark.parametrize("stage", ["ingest", "encode", "index"])
-@pytest.mark.parametrize("different", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("different", [True, False], ids=["different", "identical"])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["few", "all"])
+@pytest.mark.timeout(1200)
 def test_racing_runs_leave_one_whole_artifact(
-    stages: dict[str, Callable[[int, str], Any]], stage: str, different: bool, tmp_path: Path
+    pair: Twins, places: Places, stage: str, different: bool, every: bool, tmp_path: Path
 ) -> None:
-    for pair in range(PAIRS):
-        out, start = str(tmp_path / str(pair)), threading.Barrier(2)
-        with ThreadPoolExecutor(2) as pool:
-            runs = [pool.submit(outcome, start, partial(stages[stage], which, out)) for which in (0, int(different))]
-            ends = [run.result() for run in runs]
-        lost = [end for end in ends if isinstance(end, AlreadyExists)]
-        assert artifact.verify(out) == []
-        assert len(lost) == different, ends
-        (winner,) = {end.id for end in ends if isinstance(end, Manifest)}
-        assert artifact.load_manifest(out).id == winner
-        for error in lost:
-            assert "another input or configuration" in str(error) or "another run published here first" in str(error)
+    run, few = STAGES[stage]
+    pair.race_pairs(partial(run, places), different, tmp_path, ALL_PAIRS if every else few)

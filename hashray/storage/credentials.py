@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-REFUSALS = (
-    400,
-    401,
-    403,
-)  # Amazon says 400 to an expired token, others 403; the answer to a HEAD has no more than that
+# Amazon says 400 to an expired token, others 403; the answer to a HEAD has no more than that.
+REFUSALS = (400, 401, 403)
 MOST_ATTEMPTS = 10
 TOKEN = "hashray-token"
 
@@ -30,10 +27,8 @@ def renew(client: Any, credentials: Any) -> None:
     def retry(response: Any, attempts: int, request_dict: Any, **_: Any) -> int | None:
         if response is None or attempts >= MOST_ATTEMPTS:
             return None
-        status, token = (
-            response[1].get("ResponseMetadata", {}).get("HTTPStatusCode"),
-            request_dict["context"].get(TOKEN),
-        )
+        status = response[1].get("ResponseMetadata", {}).get("HTTPStatusCode")
+        token = request_dict["context"].get(TOKEN)
         if status not in REFUSALS or token is None or token == credentials.get_frozen_credentials().token:
             return None
         return 0  # seconds

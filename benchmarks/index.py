@@ -77,6 +77,15 @@ def build(codes: str, out: str, shards: int) -> dict[str, float]:
             "shard_mb": max(sizes) / MB, "build_beyond_bare_shards": beyond / max(sizes)}  # fmt: skip
 
 
+def verify(url: str) -> dict[str, float]:
+    """CPU seconds and peak memory of reading every checksum and looking for ids that stand twice."""
+    bare, start = resident_bytes(), time.process_time()
+    if faults := artifact.verify(url):
+        raise SystemExit(f"verify: {faults}")
+    beyond = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - bare
+    return {"verify_cpu_s": time.process_time() - start, "verify_beyond_bare_mb": beyond / MB}
+
+
 def draw_queries(count: int) -> np.ndarray:
     """Queries of the same clusters."""
     words = np.random.default_rng(SEED).random((CLUSTERS, NUM_BITS)) < 0.5
@@ -124,7 +133,7 @@ def in_process(function: Callable[..., dict[str, float]], *arguments: Any) -> di
 
 
 def main() -> None:
-    """Write codes, build, open, search, compare; print every figure."""
+    """Write codes, build, open, search, compare, verify; print every figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--shards", type=int, default=2)
@@ -137,7 +146,7 @@ def main() -> None:
         codes, url = f"{folder}/codes", f"{folder}/index"
         write_codes(codes, options.rows)
         result = {"rows": options.rows, "shards": options.shards, "searches": options.searches}
-        steps = ((build, codes, url, options.shards), (search, url, options.searches), (compare, url))
+        steps = ((build, codes, url, options.shards), (search, url, options.searches), (compare, url), (verify, url))
         for step, *arguments in steps:
             result |= in_process(step, *arguments)  # type: ignore[arg-type]
     for name, value in result.items():

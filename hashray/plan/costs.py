@@ -179,7 +179,7 @@ class Costs:
     """Everything that was worked out.
 
     Attributes:
-        window_bytes: of the encoded images that a stream's tasks hold at once.
+        window_bytes: of the encoded images that a task of a stream holds at once.
         query_s: of one query on one core, over all shards.
     """
 
@@ -246,10 +246,8 @@ def work_out(sample: Sample, work: Work) -> Costs:
         for name in work.stages
     ]
     streams = "train" in work.stages and not work.in_memory
-    return Costs(
-        stages, _roles(sample, work), min(window_bytes, WINDOW_BYTES * 2) if streams else 0,
-        sample.search_s * work.database,
-    )  # fmt: skip
+    window = min(window_bytes, WINDOW_BYTES * 2) if streams else 0
+    return Costs(stages, _roles(sample, work, window), window, sample.search_s * work.database)
 
 
 def _with_processes(stage: Stage, sample: Sample, work: Work) -> Stage:
@@ -336,7 +334,7 @@ def _gpu(sample: Sample, rows: int) -> float:
     return rows * sample.forward_s if sample.on_gpu else 0.0
 
 
-def _roles(sample: Sample, work: Work) -> list[Role]:
+def _roles(sample: Sample, work: Work, window_bytes: int) -> list[Role]:
     """Memory of the processes of the stages ahead."""
     shard_rows = -(-work.database // work.shards)
     each = sample.shard_bytes + sample.ids_bytes
@@ -350,7 +348,11 @@ def _roles(sample: Sample, work: Work) -> list[Role]:
     decoded = DECODED_COPIES * sample.decoded_bytes
     roles = {
         "ingest": [Role("ingest worker", sample.base_bytes + PART_COPIES * work.part_bytes + decoded, work.workers)],
-        "train": [Role("training worker", sample.trunk_bytes + inputs, work.train_workers)],
+        "train": [
+            Role("training worker", sample.trunk_bytes + inputs, work.train_workers),
+            *([Role("stream task", sample.base_bytes + READ_COPIES * window_bytes + decoded, work.workers)]
+              if window_bytes else []),
+        ],
         "encode": [Role("encode worker", sample.trunk_bytes + READ_COPIES * work.part_bytes + decoded, work.workers)],
         "index": [
             Role("index task", int(sample.base_bytes + SHARD_COPIES * shard_rows * each + codes_of_part),

@@ -16,6 +16,7 @@ WHAT_TO_DO = {
     "ingest worker": "lower --part-bytes or --rows-per-part of ingest, or --workers",
     "encode worker": "lower --part-bytes of ingest, or --workers, or take a smaller trunk or image_size",
     "training worker": 'stream the rows (input = "stream"); a frozen trunk needs nodes with more memory',
+    "stream task": "lower shuffle_window, or take nodes with more memory for each core",
     "index task": "raise --shards, or lower --workers of index build",
     "searcher": "take fewer bits, or nodes with more memory; a mapped index also searches from disk, slowly",
     "evaluation driver": "evaluate fewer queries (--query-per-class), or lower the sample of baselines",
@@ -63,10 +64,6 @@ def exceeded(costs: Costs, work: Work, cluster: Cluster) -> list[Excess]:
         if on_one_node > room:
             what = f"memory of a node, by {math.ceil(role.at_once / cluster.nodes)} x {role.name}"
             faults.append(Excess(what, on_one_node, room, "bytes", WHAT_TO_DO[role.name]))
-    streamed = costs.window_bytes * 2 * math.ceil(cluster.cpus / cluster.nodes)  # a stream's task takes half a CPU
-    if streamed > cluster.object_store_bytes:
-        do = "lower shuffle_window, or give Ray a larger object store; it spills to disk and slows down"
-        faults.append(Excess("object store of a node", streamed, cluster.object_store_bytes, "bytes", do))
     if cluster.free_disk_bytes is not None and costs.disk_bytes > cluster.free_disk_bytes:
         do = "free some space, choose another --out, or keep only places of images (--store reference)"
         faults.append(Excess("disk at --out", costs.disk_bytes, cluster.free_disk_bytes, "bytes", do))

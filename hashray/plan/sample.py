@@ -14,6 +14,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 
 from hashray import artifact
 from hashray.artifact import FileRecord, Manifest, read_table, sha256_hex, table_bytes
+from hashray.codes import binarize
 from hashray.data import listed
 from hashray.data.columns import bytes_column, list_column
 from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA, Corpus, iterate_bytes
@@ -201,17 +203,21 @@ def measure(
     ingested = _ingested(images, keep_bytes)
     pixels: list[Any] = []
 
-    def decoded() -> None:
-        pixels.clear()
-        map_part(ingested.table, config.image_size, config.resize, keep, batch_rows, lambda count: None)
+    def mapped(compute: Callable[[Any], Any]) -> float:
+        table, size = ingested.table, config.image_size
+        work = partial(map_part, table, size, config.resize, compute, batch_rows, lambda count: None)
+        return _timed(work)[1] / len(table)
 
     def keep(batch: Any) -> Any:
         pixels.append(batch)
         return np.zeros((len(batch), 1), np.float32)
 
-    count = len(ingested.table)
-    _, decode_s = _timed(decoded)
-    forward_s, step_s = _network(method, np.concatenate(pixels), batch_rows, gpu)
+    count, decode_s = len(ingested.table), mapped(keep)
+    forward_s, step_s = _network(method, np.concatenate(pixels)[:count], batch_rows, gpu)
+    if not gpu:  # with the next batch decoded meanwhile, as a worker does
+        with torch.inference_mode():
+            coded = mapped(lambda batch: binarize(method.logits(torch.as_tensor(batch))))
+        forward_s = max(forward_s, coded - decode_s)
     features = np.random.default_rng(0).standard_normal((count, method.trunk.feature_dim)).astype(np.float32)
     coded = pa.table({"id": ingested.table.column("id"), "code": bytes_column(_codes(count, num_bits))})
     files = [table_bytes(table) for table in (pa.table({"feature": list_column(features)}), coded)]
@@ -222,7 +228,7 @@ def measure(
         rows=len(images), sizes=tuple(len(image.data) for image in images), decoded_bytes=ingested.decoded_bytes,
         row_bytes=ingested.row_bytes, image_bytes=ingested.image_bytes, feature_bytes=feature_bytes,
         code_bytes=code_bytes, shard_bytes=shard_bytes, ids_bytes=ids_bytes, list_s=list_s,
-        ingest_s=ingested.row_s, decode_s=decode_s / count, forward_s=forward_s, step_s=step_s, index_s=index_s,
+        ingest_s=ingested.row_s, decode_s=decode_s, forward_s=forward_s, step_s=step_s, index_s=index_s,
         search_s=search_s, pair_s=_scored(num_bits, method.num_classes), read_part_s=ingested.read_part_s,
         start_s=base.start_s, record_bytes=_record_bytes(), base_bytes=base.bytes,
         trunk_bytes=psutil.Process().memory_info().rss, on_gpu=gpu,
@@ -275,12 +281,8 @@ def _ingested(images: Sequence[Image], keep_bytes: bool) -> _Ingested:
         both = pa.Table.from_arrays(
             [*read.columns, *read_table(store, part.beside[0]).columns], [*ROW_SCHEMA.names, *IMAGE_SCHEMA.names]
         )
-        largest = max(
-            3 * width * height
-            for _, data in iterate_bytes(both)
-            if isinstance(data, bytes)
-            for width, height in [decode(data).size]
-        )
+        shapes = [decode(data).size for _, data in iterate_bytes(both) if isinstance(data, bytes)]
+        largest = max(3 * width * height for width, height in shapes)
         sizes = (part.file.bytes / part.file.rows, part.beside[0].bytes / part.file.rows)
         return _Ingested(both, largest, *sizes, seconds / len(rows), read_part_s)
 
@@ -319,7 +321,9 @@ def _network(method: Method, pixels: Any, batch_rows: int, gpu: bool) -> tuple[f
         inputs = torch.randn(len(pixels), method.trunk.feature_dim, device=device)
     method.train()
     optimizer = torch.optim.AdamW(trained, lr=0.0)
-    return forward_s, seconds(step, inputs[:STEP_ROWS], STEP_ROWS)
+    step_s = seconds(step, inputs[:STEP_ROWS], STEP_ROWS)
+    method.eval()
+    return forward_s, step_s
 
 
 def _codes(rows: int, num_bits: int) -> Any:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from hashray.data.images import AugmentConfig, augment
 from hashray.data.splits import order_key
 
-WINDOW_BYTES = 256 << 20  # of encoded images; a window is one batch at least
+WINDOW_BYTES = 512 << 20  # of encoded images; a window is one batch at least
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class TrainConfig(Config):
     memory_limit_mib: int = Field(
         1024, ge=1, description="Most MiB of training rows, decoded or as cached features, in each worker"
     )
-    shuffle_window: int = Field(16_384, ge=1, description="Most rows shuffled together; 256 MiB of images at most")
+    shuffle_window: int = Field(16_384, ge=1, description="Most rows shuffled together; 512 MiB of images at most")
     features: str | None = Field(None, description="Cached features of a frozen trunk; unset: inside the corpus")
     workers: int | str = Field(
         1, description="Processes that share each global batch; 2:8 is a group of 2 to 8 that follows the cluster"

@@ -120,7 +120,7 @@ def test_what_is_exceeded_is_said_with_what_to_do() -> None:
     work = replace(WORK, rows=10**9, train=10**8, database=10**9, parts=10**6, part_bytes=1 << 30, in_memory=False)
     small = Cluster(1, 2 << 30, 1 << 27, cpus=2, gpus=0, free_disk_bytes=1 << 30)
     faults = {fault.what: fault for fault in exceeded(work_out(SAMPLE, work), work, small)}
-    for word in ("ingest worker", "searcher", "object store", "disk at --out", "time"):
+    for word in ("ingest worker", "searcher", "stream task", "disk at --out", "time"):
         (what,) = (what for what in faults if word in what)
         assert faults[what].needs > faults[what].has and faults[what].do
     in_s3 = replace(small, free_disk_bytes=None)

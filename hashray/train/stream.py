@@ -29,7 +29,7 @@ from hashray.data.columns import bytes_column, bytes_matrix
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.images import AugmentConfig, Resize, augment
 from hashray.engine.reports import sending_requests
-from hashray.engine.session import memory_environment
+from hashray.engine.session import keep_memory
 from hashray.errors import CorruptArtifact, RunError
 from hashray.storage import open_store
 from hashray.train.batches import EpochPlan, Slice, SliceSource, Window, row_seeds, slice_rows
@@ -81,21 +81,16 @@ def scan_dataset(spec: StreamSpec, reports: Any) -> ray.data.Dataset:
 
 def _dataset(items: list[dict[str, str]], spec: StreamSpec, reports: Any, scan: bool) -> ray.data.Dataset:
     read = partial(_read_window, spec=spec, reports=reports, scan=scan)
-    rows, keeps_memory = slice_rows(spec.plan.batch_size, spec.world), {"env_vars": memory_environment()}
+    rows = slice_rows(spec.plan.batch_size, spec.world)
     return (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.4, runtime_env=keeps_memory)
+        .map_batches(read, batch_size=1, batch_format="numpy", num_cpus=0.5)
         .repartition(target_num_rows_per_block=rows, strict=True)
-        .map_batches(_as_it_is, batch_size=None, batch_format="pyarrow", num_cpus=0.1)
     )
 
 
-def _as_it_is(table: pa.Table) -> pa.Table:
-    """Cutting blocks would reserve a whole CPU, for which the reading tasks then wait; with this it reserves little."""
-    return table
-
-
 def _read_window(batch: Mapping[str, NDArray[Any]], spec: StreamSpec, reports: Any, scan: bool) -> Iterator[pa.Table]:
+    keep_memory()
     for text in batch["item"]:
         item = json.loads(text)
         number, window = item["epoch"], spec.plan.windows(item["epoch"])[item["window"]]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from hashray.index.shard import Shard, ShardInfo, check_kind, open_shard
 from hashray.progress import Bar
 from hashray.search.merge import merge
 from hashray.storage import Store, join, open_store
-from hashray.storage.cache import is_verified, verified_path
+from hashray.storage.cache import recorded_path, verified_path
 
 OPEN_THREADS = 8
 # Candidates (a distance and a position: 12 bytes) that one round of a search holds before they are merged.
@@ -187,11 +186,14 @@ def open_index(
 def _verified(store: Store, records: Sequence[FileRecord], cache: Path) -> list[Path]:
     """Local paths of the files; a bar shows the bytes that have to be fetched or verified first."""
     with ThreadPoolExecutor(OPEN_THREADS) as pool:
-        known = list(pool.map(lambda r: is_verified(store, r.name, r.bytes, r.sha256, cache), records))
-        left = sum(record.bytes for record, is_known in zip(records, known, strict=True) if not is_known)
-        with Bar("verify index", left, "bytes") if left else nullcontext() as bar:
-            advance = (bar.add,) if bar is not None else ()
-            return list(pool.map(lambda r: verified_path(store, r.name, r.bytes, r.sha256, cache, *advance), records))
+        paths = list(pool.map(lambda r: recorded_path(store, r.name, r.bytes, r.sha256, cache), records))
+        left = {r.name: r for r, path in zip(records, paths, strict=True) if path is None}
+        verified: dict[str, Path] = {}
+        if left:
+            with Bar("verify index", sum(r.bytes for r in left.values()), "bytes") as bar:
+                read = lambda r: verified_path(store, r.name, r.bytes, r.sha256, cache, bar.add)  # noqa: E731
+                verified = dict(zip(left, pool.map(read, left.values()), strict=True))
+        return [path or verified[r.name] for r, path in zip(records, paths, strict=True)]
 
 
 def _load(store: Store, version: int | None) -> tuple[int, Manifest]:

@@ -45,13 +45,13 @@ def sha256_file(path: str | Path, advance: Callable[[int], None] = _unheard) -> 
     return digest.hexdigest()
 
 
-def is_verified(store: Store, key: str, size_bytes: int, sha256: str, cache: Path) -> bool:
-    """Whether `verified_path` has nothing to read: the file is on this machine, and unchanged since it was verified."""
+def recorded_path(store: Store, key: str, size_bytes: int, sha256: str, cache: Path) -> Path | None:
+    """What `verified_path` gives, if it has nothing to read: the file is here, and unchanged since it was verified."""
     path = store.local_path(key) or _place(key, sha256, cache)
     try:
-        return _is_recorded(path, path.stat(), size_bytes, sha256, cache)
+        return path if _is_recorded(path, path.stat(), size_bytes, sha256, cache) else None
     except OSError:
-        return False
+        return None
 
 
 def verified_path(

@@ -33,7 +33,7 @@ from hashray.data.listing import Format, SourceConfig, SourceRow, Survey, Unit, 
 from hashray.data.lists import merge_rows
 from hashray.data.sources import Meaning, guess_format, is_random_access, read_values, scan, units_of
 from hashray.data.splits import Candidates
-from hashray.data.unique import Hashes, equal_hashes
+from hashray.data.unique import SUSPECTS, Hashes, equal_hashes
 from hashray.engine.reports import Meter
 from hashray.engine.session import WorkersConfig
 from hashray.engine.tasks import run_tasks
@@ -357,7 +357,7 @@ def _require_unique(groups: Sequence[list[str]]) -> None:
     if groups:
         extra = sum(len(group) - 1 for group in groups)
         raise InputError(
-            f"{extra:,} ids occur more than once, for example "
+            f"{'at least ' if len(groups) >= SUSPECTS else ''}{extra:,} ids occur more than once, for example "
             + ", ".join(f"{group[0]!r} ({len(group)} times)" for group in sorted(groups)[:SHOWN])
             + "; ids must be unique in a corpus"
         )

@@ -126,7 +126,7 @@ class IngestWorker(PartWorker):
 
 def _fetch_all(locators: Sequence[str]) -> list[bytes | BadImage]:
     """Several at a time from S3; local files and rows of Parquet one by one, which threads would only slow down."""
-    if not all(locator.startswith("s3://") for locator in locators):
+    if not any(locator.startswith("s3://") for locator in locators):
         return [_fetch_or_reason(locator) for locator in locators]
     with ThreadPoolExecutor(FETCH_THREADS) as pool:
         return list(pool.map(_fetch_or_reason, locators))

@@ -42,7 +42,6 @@ from hashray.plan import costs
 from hashray.plan.costs import Prices, Sample, Work
 from hashray.plan.report import Cluster, as_json, exceeded, show
 from hashray.plan.sample import (
-    Base,
     Listing,
     base_of,
     fetch_rows,
@@ -134,8 +133,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     method = _method(config, training, num_classes)
     say(f"measuring {len(images):,} rows")
     gpu = config.pool.gpus_per_worker > 0 or bool(training and training.gpu)
-    list_s, base = listing.list_s if listing else 0.0, base_of(WITHOUT_NETWORK)
-    base = Base(base.bytes + CONNECTED_BYTES, base_of(WITH_NETWORK).start_s)
+    list_s, base = listing.list_s if listing else 0.0, base_of(WITHOUT_NETWORK, WITH_NETWORK)
+    base = base._replace(bytes=base.bytes + CONNECTED_BYTES)
     sample = measure(images, method, BATCH_ROWS, config.store == "bytes", list_s, base, gpu)
     rows = _of_source(config, listing, sample) if listing else _of_corpus(config, corpus, sample)  # type: ignore[arg-type]
     work = _work(config, training, method, rows, sample, cluster)
@@ -243,10 +242,9 @@ def _work(
     scenarios = len(CLASS_SPLIT) if rows.protocol == "class-split" else 1
     pool = config.pool
     workers = pool.workers or cluster.workers(pool.cpus_per_worker, pool.gpus_per_worker)
-    mean_bytes = sum(sample.sizes) / max(1, len(sample.sizes))
 
     def is_long(scanned: int) -> bool:
-        return pixels_of(scanned, trunk.image_size, scanned * mean_bytes) > SHORT_PIXELS
+        return pixels_of(scanned, trunk.image_size, scanned * sample.mean_bytes) > SHORT_PIXELS
 
     long = {
         "ingest": rows.rows > ingest.SHORT_ROWS, "features": is_long(rows.rows),

@@ -86,6 +86,11 @@ class Sample:
     trunk_bytes: int
     on_gpu: bool = False
 
+    @property
+    def mean_bytes(self) -> float:
+        """Of an encoded image."""
+        return sum(self.sizes) / max(1, len(self.sizes))
+
 
 @dataclass(frozen=True)
 class Work:
@@ -237,7 +242,7 @@ def lay_out_windows(work: Work, mean_bytes: float) -> tuple[int, int, int]:
 
 def work_out(sample: Sample, work: Work) -> Costs:
     """The cost of every stage in `work.stages`, and the memory of every role in them."""
-    windows, pieces, window_bytes = lay_out_windows(work, _mean(sample.sizes))
+    windows, pieces, window_bytes = lay_out_windows(work, sample.mean_bytes)
     makers = {"ingest": _ingest, "features": _features, "encode": _encode, "index": _index, "evaluate": _evaluate}
     stages = [
         _with_processes(
@@ -257,10 +262,6 @@ def _with_processes(stage: Stage, sample: Sample, work: Work) -> Stage:
     units = stage.units if stage.name == "train" else work.parts
     start_s = (1 + stage.workers) * sample.start_s + RAY_START_S
     return replace(stage, cpu_s=stage.cpu_s + units * RAY_PART_S, start_s=start_s)
-
-
-def _mean(values: Sequence[int]) -> float:
-    return sum(values) / max(1, len(values))
 
 
 def _ingest(sample: Sample, work: Work) -> Stage:

@@ -83,7 +83,7 @@ def as_json(
         line = asdict(stage) | {"wall_s": stage.wall_s}
         stages.append(line | ({} if prices is None else {"price": stage.price(prices)}))
     measured = {name: value for name, value in asdict(sample).items() if name != "sizes"}
-    measured["mean_image_bytes"] = sum(sample.sizes) / max(1, len(sample.sizes))
+    measured["mean_image_bytes"] = sample.mean_bytes
     out: dict[str, Any] = {
         "rows": work.rows, "stages": stages, "memory": [asdict(role) for role in costs.roles],
         "disk_bytes": costs.disk_bytes, "wall_s": costs.wall_s, "query_s": costs.query_s,

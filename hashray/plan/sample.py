@@ -194,7 +194,7 @@ def measure(
         batch_rows: rows that encoding takes at a time.
         keep_bytes: whether the corpus keeps images, or only their places.
         list_s: seconds to list a row.
-        base: a process without a network.
+        base: a process before it works.
 
     Raises:
         InputError: no image of the sample can be decoded.
@@ -375,15 +375,16 @@ def _record_bytes() -> float:
 
 
 class Base(NamedTuple):
-    """A process that has imported what a stage needs: resident bytes and CPU seconds; without a network."""
+    """A process that has imported what a stage needs: resident bytes and CPU seconds."""
 
     bytes: int
     start_s: float
 
 
-def base_of(modules: str) -> Base:
-    """A process that imports these modules ("a, b"), and nothing else."""
-    code = f"import {modules}, psutil, time; print(psutil.Process().memory_info().rss, time.process_time())"
+def base_of(without: str, with_network: str) -> Base:
+    """A process that imports modules ("a, b"): its memory before those with a network, its seconds after them."""
+    code = f"import {without}, psutil, time; print(psutil.Process().memory_info().rss)"
+    code += f"; import {with_network}; print(time.process_time())"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     size, seconds = done.stdout.split()
     return Base(int(size), float(seconds))

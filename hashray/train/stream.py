@@ -140,7 +140,7 @@ def _window_tables(spec: StreamSpec, world: int, number: int, window: Window, sc
 
 def _inputs(corpus: Corpus, rows: pa.Table, spec: StreamSpec, number: int, scan: bool) -> NDArray[np.uint8]:
     """What the loop gets of some rows, as bytes [n, of a row]."""
-    inputs = corpus.inputs(rows, spec.shape[-1], spec.resize).reshape(len(rows), *spec.shape)
+    inputs = corpus.inputs(rows, spec.shape[-1], spec.resize)
     if not scan and len(rows) and inputs.ndim == 4:
         seeds = row_seeds(spec.plan.seed, number, rows.column("id").to_pylist())
         inputs = augment(inputs, spec.augmentation, seeds)

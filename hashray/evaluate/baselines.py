@@ -26,14 +26,13 @@ from hashray.codes import Codes, binarize, check_num_bits
 from hashray.errors import InputError, MismatchError
 from hashray.methods.base import LabelTable
 from hashray.methods.codewords import Codewords, spread_codewords
+from hashray.methods.linear import FLAT, rotate_to_signs
 from hashray.methods.losses import label_margin
 
 Features = NDArray[np.float32]
 
-_ITQ_ITERATIONS = 50  # Gong and Lazebnik, section 3.2
 _LINEAR_STEPS = 1500
 _BLOCK_ROWS = 8192  # of features in float64 at once
-_FLAT = 1e-6  # a principal direction this much narrower than the widest is rounding noise: its signs mean nothing
 
 
 class Baseline(Protocol):
@@ -143,11 +142,7 @@ class PCASign:
 class ITQ:
     """Iterative quantization: PCA, then the rotation that brings the projections nearest to their signs.
 
-    Equation: min over B in {-1, +1}, R orthogonal of ||B - V R||^2; alternately B = sign(V R) and, with the SVD
-    B^T V = S O S'^T, R = S' S^T (Gong and Lazebnik, CVPR 2011, Eq. 2). R may reflect: that complements a bit
-    everywhere and changes no distance.
-    Differs: with more bits than principal directions V is padded with zero columns before the random first
-    rotation, so that every bit is a mixture of all directions; the paper has num_bits <= d.
+    Equation: Gong and Lazebnik, CVPR 2011, Eq. 2, as `methods.linear.itq_rotation`.
     """
 
     @staticmethod
@@ -163,12 +158,7 @@ class ITQ:
         """
         values = _check(train_features)
         principal = _principal(values, check_num_bits(num_bits), seed)
-        V = principal.project(values)
-        rotation, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((num_bits, num_bits)))
-        for _ in range(_ITQ_ITERATIONS):
-            B = np.where(V @ rotation >= 0, 1.0, -1.0)
-            left, _, right = np.linalg.svd(B.T @ V)
-            rotation = right.T @ left.T
+        rotation = rotate_to_signs(principal.project(values), seed)
         return Projection(principal.mean, principal.directions @ rotation)
 
 
@@ -302,7 +292,7 @@ def _principal(values: Features, num_bits: int, seed: int) -> Projection:
     directions = np.zeros((values.shape[1], num_bits))
     pca = PCA(n_components=min(num_bits, *values.shape), copy=False, random_state=seed).fit(values.astype(np.float64))
     spread = np.sqrt(pca.explained_variance_)
-    moving = spread > _FLAT * spread.max(initial=0.0)
+    moving = spread > FLAT * spread.max(initial=0.0)
     directions[:, : len(spread)] = pca.components_.T * moving
     return Projection(np.asarray(pca.mean_, dtype=np.float64), directions)
 

@@ -160,6 +160,14 @@ class WorkerGroup(ABC):
         """
 
     @abstractmethod
+    def sum_products(self, factors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """Sum float64 [a, b] of left_i^T right_i over all training images i, without augmentation.
+
+        `factors(inputs, labels [n, c])` returns left [n, a] and right [n, b]. With a column of ones on both sides that
+        is counts, means and covariances; with labels on the left, the sums of every class.
+        """
+
+    @abstractmethod
     def gather_rows(self, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """(`outputs(inputs)` [n, width], labels [n, c]) of all training images, without augmentation.
 

@@ -55,10 +55,23 @@ class TorchWorkerGroup(WorkerGroup):
                     if sums is None:
                         sums = torch.zeros(groups, values.shape[1], dtype=torch.float64)
                     sums.index_add_(0, places[places >= 0], values[places >= 0])
-        width = self.agree(torch.tensor([0 if sums is None else sums.shape[1]]), dist.ReduceOp.MAX)
-        if sums is None:
-            sums = torch.zeros(groups, int(width), dtype=torch.float64)
-        return self.agree(sums, dist.ReduceOp.SUM)
+        return self._sum_of(sums)
+
+    def sum_products(self, factors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        sums: Tensor | None = None
+        with torch.no_grad():
+            for inputs, labels in self._scan():
+                if len(inputs):
+                    rows = torch.as_tensor(inputs, device=self.device), torch.as_tensor(labels, device=self.device)
+                    left, right = factors(*rows)
+                    product = (left.double().T @ right.double()).cpu()
+                    sums = product if sums is None else sums.add_(product)
+        return self._sum_of(sums)
+
+    def _sum_of(self, mine: Tensor | None) -> Tensor:
+        """The sum of a matrix over all workers; None on a worker that has no rows."""
+        shape = self.agree(torch.tensor([0, 0] if mine is None else list(mine.shape)), dist.ReduceOp.MAX).tolist()
+        return self.agree(torch.zeros(*shape, dtype=torch.float64) if mine is None else mine, dist.ReduceOp.SUM)
 
     def gather_rows(self, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         pieces: list[tuple[Tensor, Tensor]] = []

@@ -18,7 +18,7 @@ FLAT = 1e-6  # a principal direction this much narrower than the widest is round
 class Moments(NamedTuple):
     """Number of rows, mean float64 [d] and covariance float64 [d, d] of features."""
 
-    count: int
+    rows: int
     mean: Floats
     covariance: Floats
 

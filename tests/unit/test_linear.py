@@ -23,7 +23,7 @@ def moments() -> Moments:
 def test_principal_directions_of_sums_are_those_of_the_rows() -> None:
     expected = PCA(BITS).fit(FEATURES)
     got = moments()
-    assert got.count == ROWS
+    assert got.rows == ROWS
     np.testing.assert_allclose(got.mean, expected.mean_)
     directions = principal_directions(got.covariance, BITS)
     np.testing.assert_allclose(np.abs((directions * expected.components_.T).sum(0)), 1, atol=1e-9)

@@ -55,6 +55,7 @@ from hashray.progress import say
 from hashray.storage import open_store, read_url
 from hashray.train.config import TrainConfig, read_training_config
 from hashray.train.job import fits_memory
+from hashray.train.run import trains_here
 
 WITHOUT_NETWORK = "hashray.data.ingest, ray.data"  # what such a driver or worker imports
 WITH_NETWORK = "hashray.encode.codes, hashray.train.run, ray.data"
@@ -246,20 +247,21 @@ def _work(
     def is_long(scanned: int) -> bool:
         return pixels_of(scanned, trunk.image_size, scanned * sample.mean_bytes) > SHORT_PIXELS
 
+    epochs = sum(phase.epochs for phase in method.phases(training.epochs)) if training else 0
     long = {
         "ingest": rows.rows > ingest.SHORT_ROWS, "features": is_long(rows.rows),
-        "train": training is not None and not (training.workers == 1 and in_memory),
         "encode": is_long(database) and not trunk.frozen, "index": database > build.SHORT_ROWS,
         "evaluate": database > counts.SHORT_ROWS or database * rows.splits["query"] > counts.SHORT_PAIRS,
     }  # fmt: skip
+    on_ray = [name for name, is_so in long.items() if not config.pool.runs_here(not is_so)]
+    if training is not None and not trains_here(training, epochs, train, in_memory):
+        on_ray.append("train")
     return Work(
-        on_ray=tuple(name for name, is_so in long.items() if not config.pool.runs_here(not is_so)),
+        on_ray=tuple(on_ray),
         stages=(*(["ingest"] if config.source else []), *stages), rows=rows.rows, train=train, database=database,
         queries=rows.splits["query"], parts=rows.parts, part_bytes=rows.part_bytes,
         one_object_a_row=rows.one_object_a_row, blocks=rows.blocks,
-        epochs=sum(phase.epochs for phase in method.phases(training.epochs)) if training else 0,
-        in_memory=in_memory, frozen=trunk.frozen,
-        row_inputs=row_inputs,
+        epochs=epochs, in_memory=in_memory, frozen=trunk.frozen, row_inputs=row_inputs,
         shards=min(database, config.shards or -(-database // ROWS_PER_SHARD)), num_bits=int(method.config.num_bits),
         scenarios=scenarios, sample_rows=_sample_rows(), workers=workers,
         train_workers=training.fewest_workers if training else 1,

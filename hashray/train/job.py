@@ -62,16 +62,6 @@ class TrainJob:
         """The training rows."""
         return Selection(frozenset(self.validation), self.config.pseudo_labels, self.config.unlabelled)
 
-    @property
-    def is_short(self) -> bool:
-        """Whether the training is over before a Ray cluster has paid for its start: one worker and little to compute.
-
-        A step forward and back costs about three times the trunk's forward pass.
-        """
-        side = 1 if self.config.backbone.frozen else self.config.backbone.image_size
-        epochs = total_epochs(self.config, self.num_classes)
-        return self.config.workers == 1 and self.in_memory and 3 * epochs * self.plan.rows * side**2 <= SHORT_PIXELS
-
 
 def require_validation(config: TrainConfig, corpus: Corpus, what: str) -> None:
     """Refuse a corpus and a config that give no validation rows.
@@ -184,6 +174,15 @@ def run_of(config: TrainConfig, corpus: Corpus, init: Model | None) -> tuple[str
     settings = config.result_of()
     settings["backbone"]["weights"] = weights_identity(config.backbone)  # by what they hold, not by where they are
     return sha256_hex(canonical({"config": settings, "parents": parents}))[:16], parents
+
+
+def is_short(config: TrainConfig, epochs: int, rows: int) -> bool:
+    """Whether a training in memory is over before a Ray cluster has paid for its start: there is little to compute.
+
+    A step forward and back costs about three times the trunk's forward pass.
+    """
+    side = 1 if config.backbone.frozen else config.backbone.image_size
+    return 3 * epochs * rows * side**2 <= SHORT_PIXELS
 
 
 def fits_memory(config: TrainConfig, size_bytes: int) -> bool:

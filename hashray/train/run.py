@@ -31,7 +31,16 @@ from hashray.progress import Bar, say
 from hashray.storage import join, open_store
 from hashray.train.checkpoint import Checkpoint, has_checkpoint, keep_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
-from hashray.train.job import TrainJob, plan_job, require_labels, require_phases, run_of, untrained
+from hashray.train.job import (
+    TrainJob,
+    is_short,
+    plan_job,
+    require_labels,
+    require_phases,
+    run_of,
+    total_epochs,
+    untrained,
+)
 from hashray.train.local import fit_here, local_checkpoint
 from hashray.train.precision import AnyTrainConfig, multiplies_bf16, with_precision
 from hashray.train.watch import Watch
@@ -155,9 +164,14 @@ def fit_until(job: TrainJob, end: str) -> None:
         keep_checkpoint(end, Path(folder))
 
 
+def trains_here(config: TrainConfig, epochs: int, rows: int, in_memory: bool) -> bool:
+    """Whether a training of so many epochs and rows runs in this process, without Ray."""
+    return config.workers == 1 and in_memory and runs_here(config.ray, is_short(config, epochs, rows))
+
+
 def fit(job: TrainJob) -> Checkpoint:
     """Run a job, here or on Ray Train; return its last checkpoint."""
-    if not (job.config.workers == 1 and job.in_memory and runs_here(job.config.ray, job.is_short)):
+    if not trains_here(job.config, total_epochs(job.config, job.num_classes), job.plan.rows, job.in_memory):
         if job.config.ray == "never":
             raise InputError(
                 'ray = "never" trains in this process: one worker, with all rows in memory. Set workers = 1 and raise '

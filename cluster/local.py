@@ -263,13 +263,14 @@ def node_environment(state: State, name: str) -> dict[str, str]:
 def serve_node(options: dict[str, Any]) -> None:
     """Be a Ray node until SIGTERM, or until one of its processes has died.
 
-    `ray start` would do, but on Linux it puts 127.0.0.1 aside for the address of the machine, and so opens every port
-    to the network. These are the classes that it and ray.cluster_utils use.
+    `ray start` opens every port to the network on Linux. These are the classes that it uses.
     """
     from ray._private.node import Node
     from ray._private.parameter import RayParams
+    from ray._private.utils import write_ray_address
 
     node = Node(RayParams(**options), head="gcs_server_port" in options, shutdown_at_exit=True, spawn_reaper=True)
+    write_ray_address(node.gcs_address, options["temp_dir"])  # or a job joins any cluster of this machine
     (Path(options["temp_dir"]) / READY).touch()
     while not node.dead_processes():
         time.sleep(1)

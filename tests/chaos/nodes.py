@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import local
 import psutil
 from tiny import command, wait_until
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "cluster"))
-import local  # noqa: E402
 
 
 class Run:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import local
@@ -19,14 +20,28 @@ SCRIPT = str(ROOT / "cluster" / "local.py")
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
+@contextmanager
+def cluster_folder() -> Iterator[Path]:
     """A folder with a short name, for Ray's sockets; its cluster is ended."""
     with tempfile.TemporaryDirectory(prefix="hr", dir="/tmp", ignore_cleanup_errors=True) as name:
         yield Path(name)
         cluster = local.Cluster(Path(name))
         if cluster.file.exists():
             cluster.down()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """The folder of the cluster under test."""
+    with cluster_folder() as path:
+        yield path
+
+
+@pytest.fixture
+def other() -> Iterator[Path]:
+    """The folder of another cluster on this machine."""
+    with cluster_folder() as path:
+        yield path
 
 
 def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -43,8 +58,9 @@ def state_with(folder: Path, *members: local.Member) -> local.Cluster:
 
 
 @pytest.mark.slow
-def test_a_cluster_takes_a_job_loses_a_node_and_is_ended(folder: Path, tmp_path: Path) -> None:
+def test_a_cluster_takes_a_job_loses_a_node_and_is_ended(folder: Path, other: Path, tmp_path: Path) -> None:
     bystander = subprocess.Popen(SLEEP, start_new_session=True)
+    assert call(other, "up", "--nodes", "1", "--object-store-mib", "100").returncode == 0
     up = call(folder, "up", "--nodes", "2", "--s3", "--object-store-mib", "100")
     assert up.returncode == 0, up.stderr
     again = call(folder, "up")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn, Union
 
 import tyro
@@ -277,12 +278,27 @@ def _from_file(name: str, config_class: type[Config], read: Any, words: list[str
     """The config of a command whose first argument is a TOML file, with the tables its flags are about; the flags."""
     if words and not words[0].startswith("-"):
         path, *flags = words
-        return with_tables(read(path), flags), flags
+        return _with_kind(with_tables(read(path), flags), path, flags), flags
     if words and words[0] in ("-h", "--help"):
         say("The fields of the TOML file, with the defaults of method.kind = dseh:")
         default = validate(config_class, {"method": {"kind": "dseh"}}, "defaults")
         return with_tables(default, words), words
     raise InputError(f"hashray {name} needs a config first: hashray {name} CONFIG.toml [--any.field value]")
+
+
+def _with_kind(config: Config, path: str, flags: list[str]) -> Config:
+    """The config of the file with the method that a flag names: the other flags are about that one's fields."""
+    kinds = [word.partition("=")[2] for word in flags if word.startswith("--method.kind=")]
+    kinds += [value for word, value in pairwise(flags) if word == "--method.kind"]
+    method = getattr(config, "method", None)
+    if not kinds or method is None or kinds[-1] == method.kind:
+        return config
+    from hashray.methods import of_kind
+
+    other, left_out = of_kind(method, kinds[-1])
+    if left_out:
+        say(f"note: {kinds[-1]} takes no {', '.join(f'method.{name}' for name in left_out)} from {path}")
+    return config.model_copy(update={"method": other})
 
 
 def _take_endpoint(words: list[str]) -> list[str]:

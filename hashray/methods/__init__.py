@@ -48,6 +48,19 @@ def parse_method_config(data: Any) -> MethodConfig:
     return methods[kind][0].model_validate(data)
 
 
+def of_kind(config: MethodConfig, kind: str) -> tuple[MethodConfig, list[str]]:
+    """The config of another method with the settings that both have, and the names of those that are left out.
+
+    Raises:
+        ConfigError: as `parse_method_config`.
+    """
+    known = type(parse_method_config({"kind": kind})).model_fields
+    given = sorted(config.model_fields_set - {"kind"})
+    # Presets of two methods may have the same name; they do not have the same values.
+    kept = {name: getattr(config, name) for name in given if name in known and name != "preset"}
+    return parse_method_config({"kind": kind, **kept}), [name for name in given if name not in kept]
+
+
 def build_method(config: MethodConfig, trunk: Trunk, num_classes: int) -> Method:
     """Build the method of a config, with fresh weights."""
     return known_methods()[config.kind][1](config, trunk, num_classes)

@@ -14,17 +14,27 @@ from torch import Tensor, nn
 
 from hashray.codes import Codes
 from hashray.methods.backbone import Trunk
-from hashray.methods.base import LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term, WorkerGroup
-from hashray.methods.codewords import CodewordInit, Codewords
-from hashray.methods.losses import Quantization, adaptive_margin, full_precision, quantization, weighted_mean
+from hashray.methods.base import LabelTable, Method, ParameterGroup, Phase, Term, WorkerGroup
+from hashray.methods.codewords import CodewordConfig, Codewords
+from hashray.methods.losses import (
+    Quantization,
+    adaptive_margin,
+    full_precision,
+    label_surprise,
+    quantization,
+    weighted_mean,
+)
 
-AS_WRITTEN = {"margin_ratio": None, "codeword_lr_factor": 1.0, "codeword_init": "uniform", "quantization": "none"}
+AS_WRITTEN = {
+    "label_loss": "hinge", "margin_ratio": None, "codeword_lr_factor": 1.0, "codeword_init": "uniform",
+    "quantization": "none",
+}  # fmt: skip
 # Paper and released Keras code (METHODS 2.4 [C]) have the same loss. They differ in optim.*: the paper uses SGD with
 # Nesterov momentum and searched rates, the code uses Adam at 1e-5.
 PRESETS: dict[str, dict[str, Any]] = {"hashray": {}, "paper": AS_WRITTEN, "released": AS_WRITTEN}
 
 
-class AdaLabelHashConfig(MethodConfig):
+class AdaLabelHashConfig(CodewordConfig):
     """Settings of AdaLabelHash. Its presets do not cover optim.*, which a config sets beside them."""
 
     presets = PRESETS
@@ -40,12 +50,6 @@ class AdaLabelHashConfig(MethodConfig):
         "zero",
         description="zero: a masked class counts as inner product 0, as in Eq. 1 and the released code; "
         "strict: it does not count",
-    )
-    codeword_init: CodewordInit = Field(
-        "spread", description="First codewords: spread far apart, or uniform near 0 as in the released code"
-    )
-    codeword_lr_factor: float = Field(
-        10.0, gt=0, description="Learning rate of the codewords divided by that of the head"
     )
     quantization: Quantization = Field("l1", description="Term that pulls |u| to 1; none in the paper")
     quantization_weight: float = Field(0.01, ge=0, description="Weight of the quantisation term")
@@ -68,25 +72,31 @@ class AdaLabelHash(Method):
         self.hash = nn.Linear(trunk.feature_dim, config.num_bits)
         nn.init.xavier_uniform_(self.hash.weight)  # Table 2
         nn.init.zeros_(self.hash.bias)
-        self.codewords = Codewords(num_classes, config.num_bits, config.codeword_init)
+        self.codewords = Codewords(num_classes, config.num_bits, config.codeword_init, trunk)
 
     def phases(self, epochs: int) -> tuple[Phase, ...]:
         return (Phase("image", 0, epochs),)
 
     def begin_phase(self, phase: Phase, table: LabelTable, seed: int, workers: WorkerGroup) -> dict[str, float]:
-        self.codewords.learn_classes(table)
+        self.codewords.begin(table, seed, workers, self.features)
         return {}
 
     def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
-        """Equation: AdaLabelHash Eq. 1. Differs: divided by the positive entries of the batch, as released."""
+        """Equation: AdaLabelHash Eq. 1, divided by the positive entries of the batch as released, or METHODS 6.11."""
         code = torch.tanh(self.logits(inputs))
         known = self.codewords.known(labels, weight)
-        margin = adaptive_margin(code, self.codewords(), known, self.config.margin, self.config.negative_floor)
         gap = weighted_mean(quantization(code, self.config.quantization), weight)
-        return {
-            "margin": Term.of_mean(margin, known == 1),
-            "quantization": Term.of_mean(self.config.quantization_weight * gap, weight),
+        return self._label_term(code, known) | {
+            "quantization": Term.of_mean(self.config.quantization_weight * gap, weight)
         }
+
+    def _label_term(self, code: Tensor, known: Tensor) -> dict[str, Term]:
+        config, words = self.config, self.codewords()
+        if config.label_loss == "softmax":
+            labelled = (known == 1).any(1)
+            return {"softmax": Term((label_surprise(code, words, known, config.temperature)).sum(), labelled.sum())}
+        margin = adaptive_margin(code, words, known, config.margin, config.negative_floor)
+        return {"margin": Term.of_mean(margin, known == 1)}
 
     def logits(self, inputs: Tensor) -> Tensor:
         return full_precision(self.hash(self.trunk(inputs)))

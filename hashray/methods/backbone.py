@@ -84,6 +84,11 @@ class Trunk(nn.Module):
         self.train(not config.frozen)
         self.feature_dim = self._probe()
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether it begins with weights that were trained before."""
+        return self.config.frozen or self.config.weights is not None
+
     @torch.no_grad()
     def _probe(self) -> int:
         training, size = self.training, self.config.image_size

@@ -27,6 +27,7 @@ from hashray.codes import Codes, check_num_bits
 from hashray.config import Config
 from hashray.errors import ConfigError, InputError
 from hashray.methods.backbone import Trunk
+from hashray.methods.losses import full_precision
 
 
 class MethodConfig(Config):
@@ -183,6 +184,10 @@ class WorkerGroup(ABC):
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far the work before the steps of a phase is, such as 3 of 30 epochs of a label network."""
 
+    @abstractmethod
+    def say(self, text: str) -> None:
+        """Tell the user something, once."""
+
 
 class Method(nn.Module, ABC):
     """A trunk and a hash head that train with the losses of a paper."""
@@ -257,6 +262,16 @@ class Method(nn.Module, ABC):
 
     def _trunk_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.trunk.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def features(self, inputs: Tensor) -> Tensor:
+        """The trunk's features [n, d] in evaluation mode, in full precision."""
+        was_training = self.trunk.training
+        self.trunk.eval()
+        try:
+            return full_precision(self.trunk(inputs))
+        finally:
+            self.trunk.train(was_training)
 
     def forward(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
         """`loss_terms` under the name that DistributedDataParallel wraps."""

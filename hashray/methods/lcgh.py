@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from hashray.codes import Codes
 from hashray.errors import ConfigError, InputError
 from hashray.methods.backbone import Trunk
-from hashray.methods.base import LabelTable, Method, MethodConfig, ParameterGroup, Phase, Term, WorkerGroup
-from hashray.methods.codewords import CodewordInit, Codewords
+from hashray.methods.base import LabelTable, Method, ParameterGroup, Phase, Term, WorkerGroup
+from hashray.methods.codewords import CodewordConfig, Codewords
 from hashray.methods.losses import (
     Quantization,
     full_precision,
     label_margins,
+    label_surprise,
     quantization,
     reconstruction_rows,
     signs,
@@ -38,7 +39,7 @@ FLAT = 1e-3  # least spread of a dimension, as a share of the widest one; a dead
 AVERAGE = 0.95  # decay of the running mean of the label loss that `dual` watches
 
 
-class LCGHConfig(MethodConfig):
+class LCGHConfig(CodewordConfig):
     """Settings of LCGH. Autoencoder-only is label_weight = 0, supervised-only is reconstruction_weight = 0."""
 
     kind: Literal["lcgh"] = "lcgh"
@@ -60,10 +61,6 @@ class LCGHConfig(MethodConfig):
     head: Literal["mlp", "linear"] = Field("mlp", description="Layers between the feature and the code")
     hidden: int = Field(512, gt=0, description="Width of the mlp head")
     decoder_hidden: int = Field(512, gt=0, description="Width of the decoder's hidden layer")
-    codeword_init: CodewordInit = Field("spread", description="First codewords: spread far apart, or uniform near 0")
-    codeword_lr_factor: float = Field(
-        10.0, gt=0, description="Learning rate of the codewords divided by that of the head"
-    )
     target: Literal["auto", "feature", "pixels"] = Field(
         "auto", description="Target of the decoder: the pretrained trunk's feature, or the image at 8 pixels; auto: the"
         " feature if the trunk is frozen or has weights"
@@ -131,12 +128,11 @@ class LCGH(Method):
                 'method.target = "pixels" needs images, but a frozen trunk trains on cached features; '
                 'set method.target = "feature"'
             )
-        pretrained = trunk.config.frozen or trunk.config.weights is not None
-        if config.target == "feature" and not pretrained:
+        if config.target == "feature" and not trunk.is_pretrained:
             raise InputError('method.target = "feature" would rebuild random features; set backbone.weights')
-        self.rebuilds_feature = config.target == "feature" or (config.target == "auto" and pretrained)
+        self.rebuilds_feature = config.target == "feature" or (config.target == "auto" and trunk.is_pretrained)
         self.hash = nn.Linear(width, bits) if config.head == "linear" else _mlp(width, config.hidden, bits)
-        self.codewords = Codewords(num_classes, bits, config.codeword_init)
+        self.codewords = Codewords(num_classes, bits, config.codeword_init, trunk)
         rebuilt = width if self.rebuilds_feature else 3 * PIXEL_SIDE**2
         self.decoder = _mlp(bits, config.decoder_hidden, rebuilt)
         self.register_buffer("target_mean", torch.zeros(rebuilt))
@@ -162,7 +158,7 @@ class LCGH(Method):
                 return {}
             self.dual[2] = (1 + self.config.dual_slack) * self.dual[1]
             return {"label_plateau": float(self.dual[1])}
-        self.codewords.learn_classes(table)
+        self.codewords.begin(table, seed, workers, self.features)
         self.dual.copy_(torch.tensor([1.0, 0.0, 0.0]))  # forget the warm-up of a model that --init loaded
 
         def moments(inputs: Tensor) -> Tensor:
@@ -196,7 +192,12 @@ class LCGH(Method):
         known = self.codewords.known(labels, weight)
         margins, consistent = self._margins(for_labels, known)
         labelled = (known == 1).any(1).to(weight.dtype)
-        hinge = weighted_mean(torch.relu(config.margin - margins), labelled)
+        if config.label_loss == "softmax":
+            bits, words = self._label_bits, self.codewords()
+            per_row = label_surprise(for_labels[:, :bits], words[:, :bits], known, config.temperature)
+        else:
+            per_row = torch.relu(config.margin - margins)
+        mean_loss = weighted_mean(per_row, labelled)
         multiplier = float(self.dual[0]) if config.priority == "dual" else 1.0
         # Quantisation shares the labels' priority only in rows with labels, as in the pseudo-code of METHODS 3.2.
         regular = torch.where(labelled[:, None] > 0, for_labels, code)
@@ -205,18 +206,18 @@ class LCGH(Method):
         error = reconstruction_rows(rebuilt, self._target(inputs), 1.0)
         kept = weight * consistent if config.priority == "gate" and not warm else weight
         return {
-            "label": Term.of_mean(config.label_weight * multiplier * hinge, labelled),
+            "label": Term.of_mean(config.label_weight * multiplier * mean_loss, labelled),
             "quantization": Term.of_mean(config.quantization_weight * gap, weight),
             "reconstruction": Term((error * kept).sum(), weight.sum().to(error.dtype)),
-            "label_hinge": Term.of_mean(hinge.detach(), labelled, in_loss=False),
+            "label_loss": Term.of_mean(mean_loss.detach(), labelled, in_loss=False),
             "consistency": Term.of_mean(weighted_mean(consistent, labelled), labelled, in_loss=False),
         }
 
     def after_step(self, phase: Phase, means: Mapping[str, float]) -> None:
-        if self.config.priority != "dual" or "label_hinge" not in means:  # a step without labelled rows
+        if self.config.priority != "dual" or "label_loss" not in means:  # a step without labelled rows
             return
         multiplier, average, bound = self.dual.tolist()
-        average = means["label_hinge"] if average == 0 else AVERAGE * average + (1 - AVERAGE) * means["label_hinge"]
+        average = means["label_loss"] if average == 0 else AVERAGE * average + (1 - AVERAGE) * means["label_loss"]
         if phase.name == "codes":
             most = self.config.dual_most
             multiplier = min(most, max(1 / most, multiplier + self.config.dual_rate * (average - bound)))

@@ -191,6 +191,25 @@ def adaptive_margin(
 
 
 @outside_autocast
+def label_surprise(codes: Tensor, codewords: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy [n] of the positive classes against the negative ones; 0 for a row without a positive class.
+
+    Args:
+        codes: [n, K] relaxed codes u; codewords: [c, K] relaxed class codewords v.
+        labels: [n, c] in {0, 1, -1}; -1 is unknown and takes no part.
+        temperature: T; inner products are divided by K, so that the same T suits any number of bits.
+
+    Equation: METHODS 6.11, with s_t = u.v_t / (K T): the mean over classes j with y_j = 1 of
+    log(e^{s_j} + sum_{t: y_t=0} e^{s_t}) - s_j. With one class a row that is softmax cross-entropy over the codewords.
+    """
+    scores = full_precision(codes) @ full_precision(codewords).T / (codes.shape[1] * temperature)
+    positive = labels == 1
+    negatives = torch.where(labels == 0, scores, -torch.inf).logsumexp(1, keepdim=True)
+    surprise = torch.where(positive, F.softplus(negatives - scores), 0)
+    return surprise.sum(1) / positive.sum(1).clamp_min(1)
+
+
+@outside_autocast
 def label_margins(codes: Tensor, codewords: Tensor, labels: Tensor) -> Tensor:
     """Signed label margin Delta_i [n] in [-2, 2]; +inf for a row without a positive or without a negative class.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from hashray.train.selection import Selection
 
 VALIDATION_DATABASE = 5000
 ENCODE_ROWS = 256
+RANDOM_DRAWS = 5
+LEAST_GAIN = 0.02  # share of the way from random codes to a perfect ranking that counts as having learned
 
 
 def build_loop(
@@ -51,7 +53,10 @@ def build_loop(
     validation = _Validation(data, job) if job.validation or job.validation_given else None
     if validation is not None and rank == 0:
         validation.load()
-    return Loop(method, config, job.table, source, report, validation, device)
+    loop = Loop(method, config, job.table, source, report, validation, device)
+    if validation is not None and rank == 0:
+        loop.position.notes["random_map"] = validation.of_random_codes()
+    return loop
 
 
 class _Validation:
@@ -80,11 +85,33 @@ class _Validation:
         return load_rows(self.data, chosen, self.config, split)
 
     def __call__(self, method: Method) -> float:
+        return self._score(lambda inputs: _codes(method, inputs))
+
+    def of_random_codes(self) -> list[float]:
+        """The scores of five draws of random codes: what a model that has learned nothing would get."""
+        width, rng = self.config.method.num_bits // 8, np.random.default_rng(self.config.seed)
+        draw = lambda inputs: rng.integers(0, 256, (len(inputs), width), dtype=np.uint8)  # noqa: E731
+        return [self._score(draw) for _ in range(RANDOM_DRAWS)]
+
+    def _score(self, codes: Callable[[NDArray[Any]], NDArray[np.uint8]]) -> float:
         scores = [
-            mean_average_precision(_codes(method, query), query_labels, _codes(method, database), database_labels)
+            mean_average_precision(codes(query), query_labels, codes(database), database_labels)
             for (query, query_labels), (database, database_labels) in self.sides
         ]
         return statistics.harmonic_mean(scores)
+
+
+def has_learned(score: float, of_random: Sequence[float]) -> bool:
+    """Whether a validation score is clearly above those of random codes.
+
+    That is by more than three standard deviations between draws, and by 2 % of the way to 1: the codes of an untrained
+    network are not independent, so their score is a little above that of random codes.
+
+    >>> has_learned(0.105, [0.1003, 0.1005, 0.1001]), has_learned(0.3, [0.1003, 0.1005, 0.1001])
+    (False, True)
+    """
+    chance = statistics.mean(of_random)
+    return score > chance + max(3 * statistics.stdev(of_random), LEAST_GAIN * (1 - chance))
 
 
 def training_rows(

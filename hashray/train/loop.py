@@ -9,6 +9,7 @@ resumed run draws what an unbroken one draws.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,6 +104,10 @@ class TorchWorkerGroup(WorkerGroup):
     def progress(self, what: str, done: int, total: int) -> None:
         if self.is_due():
             self.report({"event": "prepare", "what": what, "done": done, "total": total}, None)
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            self.report({"event": "say", "text": text}, None)
 
     def is_due(self) -> bool:
         """Whether the first worker shows progress now: twice a second at most."""
@@ -267,6 +272,8 @@ class Loop:
         if self.validate is not None and (last or position.epoch % self.config.validation_every == 0):
             place = f"phase {position.phase}, epoch {position.epoch}" if phase.selectable else None
             line["validation_map"] = self._select(place)
+            if "random_map" in position.notes:  # the first worker's, which reports
+                line["random_map"] = statistics.mean(position.notes["random_map"])
         position.notes.setdefault("history", []).append(line)
         self._report(line, save=last or self._reached(until) or position.epoch % self.config.checkpoint_every == 0)
 

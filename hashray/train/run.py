@@ -8,6 +8,7 @@ train/loop.py: on Ray Train (train/worker.py), or where the training is short an
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,8 @@ from hashray.methods.backbone import with_absolute_weights
 from hashray.model import Model, load_model, write_model
 from hashray.progress import Bar, say
 from hashray.storage import join, open_store
-from hashray.train.checkpoint import Checkpoint, has_checkpoint, keep_checkpoint, read_checkpoint
+from hashray.train.assembly import has_learned
+from hashray.train.checkpoint import Checkpoint, Position, has_checkpoint, keep_checkpoint, read_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.job import (
     TrainJob,
@@ -85,6 +87,9 @@ def _write(config: TrainConfig, corpus: Corpus, job: TrainJob, final: Checkpoint
     store, position = open_store(str(config.out)), final.position
     weights, history = final.best() or final.under("average") or final.under("method"), position.notes["history"]
     chosen = {"best_at": position.best_at, "validation_map": position.best_score} if position.best_at else {}
+    of_random = position.notes.get("random_map", [])
+    if chosen and of_random:
+        chosen["random_map"] = statistics.mean(of_random)
     info = {
         "run": job.run,
         "train_rows": job.plan.rows,
@@ -96,8 +101,24 @@ def _write(config: TrainConfig, corpus: Corpus, job: TrainJob, final: Checkpoint
     manifest = write_model(store, method, weights, corpus.classes, config.result_of(), parents, history, info)
     store.clear("checkpoints/")
     store.clear("progress/")
-    say(f"{store.url}: model {manifest.id[:12]}" + (f", validation mAP {position.best_score:.4f}" if chosen else ""))
+    say(f"{store.url}: model {manifest.id[:12]}" + _scored(position))
+    if position.best_score is not None and of_random and not has_learned(position.best_score, of_random):
+        steps = job.plan.steps * total_epochs(config, corpus.num_classes)
+        say(
+            f"warning: that is hardly more than random codes score: the model has learned next to nothing in {steps:,} "
+            f"steps. Try more epochs (now {config.epochs}), another optim.lr (now {config.optim.lr:g}) or a pretrained "
+            "trunk (backbone.weights; with few images, backbone.frozen = true too)"
+        )
     return manifest
+
+
+def _scored(position: Position) -> str:
+    """What the last line of a training says of its validation."""
+    if not position.best_at:
+        return ""
+    of_random = position.notes.get("random_map")
+    beside = f" (random codes {statistics.mean(of_random):.4f})" if of_random else ""
+    return f", validation mAP {position.best_score:.4f}{beside}"
 
 
 def workers_multiply_bf16(config: TrainConfig) -> bool:

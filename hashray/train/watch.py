@@ -50,6 +50,8 @@ class Watch:
             self.bar.waiting(f"phase {line['phase']} to begin")
         elif event == "prepare":
             self.bar.waiting(f"{line['what']}: {line['done']:,} of {line['total']:,}")
+        elif event == "say":
+            say(f"note: {line['text']}")
         elif event == "phase":
             self.bar.started()
         elif event == "progress":
@@ -60,6 +62,8 @@ class Watch:
             self.notes = {"loss": f"{line['loss']:.4f}"}
             if "validation_map" in line:
                 self.notes["mAP"] = f"{line['validation_map']:.4f}"
+            if "random_map" in line:
+                self.notes["random"] = f"{line['random_map']:.4f}"
             self.bar.at(line["epoch"] * rows, epoch=f"{line['epoch']}/{self.epochs}", **self.notes)
             for name, value in line.items():
                 if self.writer is not None and isinstance(value, float):

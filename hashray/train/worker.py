@@ -85,7 +85,12 @@ def _run(job: TrainJob, reports: Any, rank: int, world: int) -> None:
     def report(metrics: dict[str, Any], write: Any) -> None:
         if rank == 0:
             reports.put.remote(metrics)
-        if metrics["event"] in ("begin", "prepare", "progress"):  # the first worker's: the others do not wait for it
+        if metrics["event"] in (
+            "begin",
+            "prepare",
+            "say",
+            "progress",
+        ):  # the first worker's: the others do not wait for it
             return
         checkpoint = None
         if rank == 0 and write is not None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import write_tiny_model
+from tiny import head_config, write_corpus, write_tiny_model, write_toml, write_trunk
 
 from hashray import artifact, storage
 from hashray.artifact import Manifest
 from hashray.cli import main
+from hashray.methods import of_kind
+from hashray.train.config import read_training_config
 from tests.unit.worker_group import config_of
 
 
@@ -127,3 +129,33 @@ def test_the_endpoint_flag_reaches_the_store(
         capsys, "--endpoint-url", "http://127.0.0.1:9", "describe", "s3://b/x", code=1
     )
     assert "needs a value" in fails(capsys, "verify", "x", "--endpoint-url")
+
+
+def test_another_method_on_the_command_line_keeps_what_both_know(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = 'epochs = 2\n[method]\nkind = "adalabelhash"\nnum_bits = 16\nmargin_ratio = 0.3\n'
+    path = toml(tmp_path, text)
+    said = fails(capsys, "train", path, "--method.kind", "dseh", "--method.num-bit", "8")
+    assert "dseh takes no method.margin_ratio from" in said and "Unrecognized" in said
+    assert "'dsh' is not known, perhaps you meant 'dseh'" in fails(capsys, "train", path, "--method.kind=dsh")
+    assert "--out is missing" in fails(capsys, "train", path, "--method.kind=lcgh", "--method.hidden", "8")
+    config = read_training_config(str(path))
+    other, left_out = of_kind(config.method, "lcgh")
+    assert (other.kind, other.num_bits, left_out) == ("lcgh", 16, ["margin_ratio"])
+
+
+def test_a_training_that_learned_nothing_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).integers(0, 3, 300)  # of which the images say nothing
+    write_corpus(tmp_path / "chance", 300, 300, labels_of=lambda number: [int(labels[number])])
+    write_corpus(tmp_path / "corpus", 300, 300)
+    write_trunk(tmp_path / "trunk.pt")
+    path = write_toml(tmp_path / "c.toml", head_config(tmp_path / "trunk.pt"))
+    flags = ("--ray", "never", "--epochs", "1")
+    said = fails(capsys, "train", path, "--corpus", tmp_path / "chance", "--out", tmp_path / "m", *flags, code=0)
+    info = artifact.load_manifest(tmp_path / "m").info
+    assert f"(random codes {info['random_map']:.4f})" in said and "learned next to nothing in 30 steps" in said
+    said = fails(
+        capsys, "train", path, "--corpus", tmp_path / "corpus", "--out", tmp_path / "n", "--ray", "never", code=0
+    )
+    assert "(random codes 0.3" in said and "learned" not in said

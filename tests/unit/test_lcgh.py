@@ -190,18 +190,18 @@ def test_dual_raises_the_multiplier_while_the_label_loss_is_above_its_plateau() 
         LCGHConfig(priority="dual")
     method = method_of(priority="dual", warmup_share=0.5, dual_slack=0.5)
     warm, rest = method.phases(2)
-    method.after_step(warm, {"label_hinge": 0.2})
+    method.after_step(warm, {"label_loss": 0.2})
     workers = TorchWorkerGroup.__new__(TorchWorkerGroup)
     table = LabelTable.of(torch.eye(4, dtype=torch.uint8))
     assert method.begin_phase(rest, table, 0, workers)["label_plateau"] == pytest.approx(0.2)
     assert float(method.dual[2]) == pytest.approx(0.3)
     for hinge, rises in ((9.0, True), (0.0, None), (0.0, None)):
         before = float(method.dual[0])
-        method.after_step(rest, {"label_hinge": hinge})
+        method.after_step(rest, {"label_loss": hinge})
         if rises:
             assert float(method.dual[0]) > before
     for _ in range(400):
-        method.after_step(rest, {"label_hinge": 0.0})
+        method.after_step(rest, {"label_loss": 0.0})
     assert float(method.dual[0]) < 1
     assert "dual" in method.state_dict()  # a resumed run continues with it
     before = method.dual.clone()

@@ -29,15 +29,14 @@ class CodewordConfig(MethodConfig):
     """Base of the configs of methods with learned codewords."""
 
     label_loss: Literal["softmax", "hinge"] = Field(
-        "hinge", description="Loss of the labels: softmax over the codewords, or a margin to the hardest negative class"
+        "softmax",
+        description="Loss of the labels: softmax over the codewords, or a margin to the hardest negative class",
     )
     temperature: float = Field(
-        0.1,
-        gt=0,
-        description="With softmax, what inner products of codes and codewords divided by num_bits are divided by",
+        0.2, gt=0, description="Temperature of the softmax, whose inner products are divided by num_bits"
     )
     codeword_init: CodewordInit = Field(
-        "spread",
+        "semantic",
         description="First codewords: semantic, by the mean feature of each class of a pretrained trunk; spread far"
         " apart; or uniform near 0",
     )

@@ -48,7 +48,7 @@ class LCGHConfig(CodewordConfig):
         "project", description="Rule that puts labels before reconstruction (METHODS 3.2)"
     )
     label_weight: float = Field(1.0, ge=0, description="Weight of the label margin")
-    reconstruction_weight: float = Field(3.0, ge=0, description="Weight beta of the decoder's gradient on the codes")
+    reconstruction_weight: float = Field(1.0, ge=0, description="Weight beta of the decoder's gradient on the codes")
     quantization: Quantization = Field("l1", description="Distance between a code and its signs (METHODS 6.4)")
     quantization_weight: float = Field(0.01, ge=0, description="Weight mu of the quantisation term")
     warmup_share: float = Field(0.0, ge=0, lt=1, description="Share of the epochs in which codes see only labels")

@@ -158,4 +158,4 @@ def test_a_training_that_learned_nothing_says_so(capsys: pytest.CaptureFixture[s
     said = fails(
         capsys, "train", path, "--corpus", tmp_path / "corpus", "--out", tmp_path / "n", "--ray", "never", code=0
     )
-    assert "(random codes 0.3" in said and "learned" not in said
+    assert "(random codes 0.3" in said and "next to nothing" not in said

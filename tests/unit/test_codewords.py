@@ -23,8 +23,8 @@ def surprise_of(u: np.ndarray, v: np.ndarray, y: np.ndarray, temperature: float)
     """The loss of one row, class by class."""
     scores = [float(u @ word) / (len(u) * temperature) for word in v]
     rivals = [math.exp(s) for s, label in zip(scores, y, strict=True) if label == 0]
-    own = [math.log(math.exp(s) + sum(rivals)) - s for s, label in zip(scores, y, strict=True) if label == 1]
-    return sum(own) / len(own) if own else 0.0
+    terms = [math.log(math.exp(s) + sum(rivals)) - s for s, label in zip(scores, y, strict=True) if label == 1]
+    return sum(terms) / len(terms) if terms else 0.0
 
 
 def test_surprise_is_that_of_a_loop_over_classes() -> None:

@@ -19,10 +19,11 @@ from hashray.train.loop import TorchWorkerGroup
 from tests.unit.worker_group import build, config_of, make_rows, run_loop
 
 METHOD: dict[str, Any] = {"kind": "lcgh"}
+SPREAD_HINGE = {"codeword_init": "spread", "label_loss": "hinge"}  # needs no features, and can be exactly zero
 
 
 def method_of(**fields: Any) -> LCGH:
-    built = build(config_of(method=METHOD | fields), torch.float64)
+    built = build(config_of(method=METHOD | SPREAD_HINGE | fields), torch.float64)
     assert isinstance(built, LCGH)
     return built
 
@@ -324,7 +325,8 @@ def train_toy(data: dict[str, tuple[np.ndarray, np.ndarray]], epochs: int = 100,
 
 def test_unseen_classes_gain_more_than_seen_ones_lose_on_strong_features() -> None:
     data = toy(0)
-    within, cross = train_toy(data)
-    supervised_within, supervised_cross = train_toy(data, reconstruction_weight=0.0)
+    # The hinge: every setting tells the seen classes apart here, and only a hinge then leaves the decoder its way.
+    within, cross = train_toy(data, reconstruction_weight=3.0, **SPREAD_HINGE)
+    supervised_within, supervised_cross = train_toy(data, reconstruction_weight=0.0, **SPREAD_HINGE)
     assert cross > supervised_cross + 0.03
     assert within > supervised_within - 0.03

@@ -12,7 +12,7 @@ from hashray.data.ingest import IngestConfig, ingest
 from hashray.data.sources import SourceConfig
 from hashray.data.splits import SplitConfig
 from hashray.encode.codes import encode_split
-from hashray.encode.features import features_of_model
+from hashray.encode.features import BATCH_ROWS, features_of_model
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import require_no_artifact
 from hashray.evaluate.run import EvaluateConfig, evaluate_on
@@ -66,7 +66,7 @@ def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
     model, corpus = load_model(at["model"], device="cpu"), open_corpus(at["corpus"])
     features = features_of_model(model, corpus, config.pool, max_bad, training.features)
     codes = open_store(at["codes"])
-    encode_split(model, corpus, features, codes, "database", None, max_bad, config.pool)
+    encode_split(model, corpus, features, codes, "database", BATCH_ROWS, max_bad, config.pool)
     build_index(
         IndexConfig(codes=at["codes"], out=at["index"], kind=config.kind, shards=config.shards, pool=config.pool)
     )

@@ -145,9 +145,16 @@ def to_pixels(image: Image.Image, size: int, resize: Resize) -> Pixels:
     if image.size != (width, height):
         image = image.resize((width, height), FILTERS[framing.interpolation])
     if image.size != (size, size):
-        left, top = ((side - size) // 2 if usual else round((side - size) / 2) for side in (width, height))
+        left, top = (_start(side - size, usual) for side in (width, height))
         image = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _start(rest: int, usual: bool) -> int:
+    """Where the cut begins that leaves `rest` pixels out, or adds a border of -rest."""
+    if usual:
+        return rest // 2
+    return round(rest / 2) if rest > 0 else -(-rest // 2)
 
 
 def _near_square(image: Image.Image) -> Image.Image:

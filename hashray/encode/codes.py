@@ -22,7 +22,7 @@ from hashray.config import Config
 from hashray.data.columns import bytes_column, list_matrix
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.data.images import Pixels
-from hashray.encode.features import TrunkWorker, batch_rows, is_short, lost_before, map_part, trunk_fingerprint
+from hashray.encode.features import TrunkWorker, is_short, lost_before, map_part, trunk_fingerprint
 from hashray.engine.parts import BadRow, Output, run_parts, write_quarantine
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import run_stage
@@ -42,19 +42,16 @@ class EncodeConfig(Config):
         None, description="Cached features of the model's frozen trunk, read instead of images"
     )
     split: str = Field("database", description="Rows to encode: train, query, database, unlabelled, validation or all")
-    batch_size: int | None = Field(
-        None, ge=1, description="Images at a time in each worker; unset: 64, fewer if they have over 224 pixels a side"
-    )
+    batch_size: int = Field(64, ge=1, description="Images in memory at a time in each worker")
     max_bad: float = Field(0.05, ge=0, le=1, description="Share of rows that may go to quarantine")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
 
 class _EncodeWorker(TrunkWorker):
-    def __init__(self, model: str, source: str, split: str, batch_size: int | None, gpu: bool) -> None:
+    def __init__(self, model: str, source: str, split: str, batch_size: int, gpu: bool) -> None:
         super().__init__(gpu)
         self.model = load_model(model, device=self.device.type)
-        self.corpus, self.split = open_corpus(source, None), split
-        self.batch_size = batch_size or batch_rows(self.model.backbone.image_size)
+        self.corpus, self.split, self.batch_size = open_corpus(source, None), split, batch_size
 
     def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
         bad: list[BadRow] = []
@@ -106,7 +103,7 @@ def encode_split(
     features: Corpus | None,
     store: Store,
     split: str,
-    batch_size: int | None,
+    batch_size: int,
     max_bad: float,
     pool: WorkersConfig,
 ) -> Manifest:

@@ -36,9 +36,7 @@ from hashray.methods.backbone import (
 from hashray.model import Model, load_model
 from hashray.storage import absolute, join, open_store
 
-# Images at a time, of at most 224 pixels; of larger ones as many as have the same number of pixels. The number is a
-# function of the config alone: MobileNetV2's features in batches of 8 differed in the last bits from those of 16.
-BATCH_ROWS, BATCH_PIXELS = 64, 64 * 224**2
+BATCH_ROWS = 64
 SHORT_PIXELS = 100_000_000  # a minute or two of MobileNetV2 on two cores, less than Ray's start for smaller trunks
 # Decoding in such pixels (0.4 us): the smallest PNG took 80 us, a photograph of 2.2 MB 50 ms.
 DECODE_PIXELS, BYTES_PER_PIXEL = 200, 20
@@ -73,15 +71,6 @@ def is_short(source: Corpus, split: str, image_size: int) -> bool:
 def pixels_of(rows: int, image_size: int, size_bytes: float) -> float:
     """The work of a scan of images in pixels of a trunk's input: decoding takes as long as some pixels more."""
     return rows * (image_size**2 + DECODE_PIXELS) + size_bytes / BYTES_PER_PIXEL
-
-
-def batch_rows(image_size: int) -> int:
-    """Images that go through a trunk at a time, the same on every machine.
-
-    >>> [batch_rows(size) for size in (32, 224, 518, 2048)]
-    [64, 64, 11, 1]
-    """
-    return max(1, min(BATCH_ROWS, BATCH_PIXELS // image_size**2))
 
 
 def map_part(
@@ -144,8 +133,7 @@ class _FeatureWorker(TrunkWorker):
     def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
         table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]))
         config = self.trunk.config
-        size = config.image_size
-        rows, features, bad = map_part(table, size, config.framing, self._features, batch_rows(size), advance)
+        rows, features, bad = map_part(table, config.image_size, config.framing, self._features, BATCH_ROWS, advance)
         column = list_column(features.reshape(len(rows), self.trunk.feature_dim))
         info = {"splits": dict(sorted(Counter(rows.column("split").to_pylist()).items()))}
         return Output(rows.select(ROW_SCHEMA.names), bad, info, beside={"features": pa.table({"feature": column})})

@@ -20,7 +20,7 @@ from hashray.artifact import Manifest, canonical, sha256_hex
 from hashray.config import Config
 from hashray.data.corpus import Corpus, open_corpus
 from hashray.encode.codes import encode_split
-from hashray.encode.features import features_of_model, trunk_fingerprint
+from hashray.encode.features import BATCH_ROWS, features_of_model, trunk_fingerprint
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import require_free, run_stage
 from hashray.errors import InputError, MismatchError, perhaps
@@ -265,7 +265,7 @@ def _coded(
     store = open_store(given or join(config.out, "codes", split))
     if given is None:
         manifest = encode_split(
-            model, corpus, features, store, split, None, config.max_bad, config.pool
+            model, corpus, features, store, split, BATCH_ROWS, config.max_bad, config.pool
         )  # fmt: skip
     else:
         manifest = artifact.load_manifest(store, "codes")

@@ -34,6 +34,9 @@ from hashray.methods.trunks.timm_models import PREFIX as TIMM
 
 Precision = Literal["fp32", "bf16"]
 Channels = tuple[float, float, float]
+# Pixels that go through a network at a time on a CPU, outside training: what stays in its caches. MobileNetV2 at 128
+# pixels, images a second of one core (Xeon with AMX): 104 in batches of 8, 119 of 16, 107 of 32, 91 of 64.
+CPU_PIXELS, CPU_ROWS, GPU_ROWS = 2**18, 64, 256
 # Fields that came later. Where they say what was always so, they stay out of the dump: hashes of it hold.
 LATER: Mapping[str, Any] = {
     "interpolation": "bilinear", "crop_pct": 1.0, "mean": None, "std": None, "precision": "fp32",
@@ -177,6 +180,22 @@ class Trunk(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         if inputs.ndim == 2:
             return inputs
+        if self.training:
+            return self._run(inputs)
+        return torch.cat([self._run(chunk) for chunk in inputs.split(self.rows_at_a_time)])
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Images that go through the network at a time outside training, however many are given.
+
+        The number depends on the size of the images and the kind of processor alone, never on a measurement: it can
+        change the last bits of the features.
+        """
+        if self.mean.device.type != "cpu":
+            return GPU_ROWS
+        return max(1, min(CPU_ROWS, CPU_PIXELS // self.config.image_size**2))
+
+    def _run(self, inputs: Tensor) -> Tensor:
         images = (inputs.to(self.mean.dtype) / 255 - self.mean) / self.std
         images = images.contiguous(memory_format=torch.channels_last)
         cast = self.amp or (self.config.precision == "bf16" and not self.training)

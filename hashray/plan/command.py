@@ -26,7 +26,7 @@ from hashray.data.ingest import IngestConfig, name_classes
 from hashray.data.inventory import BLOCK_ROWS, LISTED_AT_ONCE, MIXED_ROWS
 from hashray.data.sources import UNIT_BYTES, SourceConfig, is_random_access
 from hashray.data.splits import Candidates, Labels, Seen, SplitConfig, order_key, plan_splits
-from hashray.encode.features import BATCH_ROWS, SHORT_PIXELS, batch_rows, pixels_of
+from hashray.encode.features import BATCH_ROWS, SHORT_PIXELS, pixels_of
 from hashray.engine.session import WorkersConfig, connect
 from hashray.errors import InputError
 from hashray.evaluate import counts
@@ -135,8 +135,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     gpu = config.pool.gpus_per_worker > 0 or bool(training and training.gpu)
     list_s, base = listing.list_s if listing else 0.0, base_of(WITHOUT_NETWORK, WITH_NETWORK)
     base = base._replace(bytes=base.bytes + CONNECTED_BYTES)
-    batch = batch_rows(method.trunk.config.image_size)
-    sample = measure(images, method, batch, config.store == "bytes", list_s, base, gpu)
+    sample = measure(images, method, BATCH_ROWS, config.store == "bytes", list_s, base, gpu)
     rows = _of_source(config, listing, sample) if listing else _of_corpus(config, corpus, sample)  # type: ignore[arg-type]
     work = _work(config, training, method, rows, sample, cluster)
     result = costs.work_out(sample, work)

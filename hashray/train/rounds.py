@@ -21,7 +21,7 @@ from hashray.artifact import Manifest, canonical, read_table, sha256_hex, table_
 from hashray.config import require_path
 from hashray.data.columns import list_column, list_matrix
 from hashray.data.corpus import Corpus, open_corpus
-from hashray.encode.features import TrunkWorker, batch_rows, features_of_model, is_short, lost_before, map_part
+from hashray.encode.features import BATCH_ROWS, TrunkWorker, features_of_model, is_short, lost_before, map_part
 from hashray.engine.parts import BadRow, Output, Part, run_parts, write_quarantine
 from hashray.engine.stage import run_stage
 from hashray.model import Model, load_model
@@ -132,8 +132,9 @@ class _ProposalWorker(TrunkWorker):
             rows, scores = table, self.model.class_scores(list_matrix(table.column("feature")))
         else:
             trunk = self.model.backbone
-            size, scores_of = trunk.image_size, self.model.class_scores
-            rows, scores, bad = map_part(table, size, trunk.framing, scores_of, batch_rows(size), advance)
+            rows, scores, bad = map_part(
+                table, trunk.image_size, trunk.framing, self.model.class_scores, BATCH_ROWS, advance
+            )
         proposals = propose(scores.reshape(len(rows), self.corpus.num_classes), self.temperature, self.shape)
         columns = {
             "id": rows.column("id"),

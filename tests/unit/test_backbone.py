@@ -144,6 +144,19 @@ def test_bfloat16_gives_float32_features_near_those_of_float32() -> None:
     assert torch.nn.functional.cosine_similarity(plain, cast).min() > 0.99
 
 
+def test_outside_training_the_size_of_the_images_says_how_many_the_network_takes_at_a_time() -> None:
+    trunk, seen = build(width=4, image_size=128).eval(), []
+    trunk.net.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    pixels = images(40, 128)
+    with torch.no_grad():
+        whole = trunk(pixels)
+        assert torch.equal(whole, torch.cat([trunk(pixels[:16]), trunk(pixels[16:])]))
+        assert trunk(pixels[:0]).shape == (0, 32)
+        trunk.train()(pixels)
+    assert seen == [16, 16, 8, 16, 16, 8, 0, 40]
+    assert [build(width=4, image_size=size).rows_at_a_time for size in (32, 224, 1024)] == [64, 5, 1]
+
+
 def test_features_multiply_in_bfloat16_where_the_config_says_so() -> None:
     plain, trunk = build().eval(), build(precision="bf16").eval()
     trunk.load_state_dict(plain.state_dict())
@@ -169,7 +182,7 @@ def test_fields_that_came_later_change_no_hash_of_what_was_there() -> None:
 
 def test_an_unknown_trunk_gets_a_hint() -> None:
     with pytest.raises(
-        ValidationError, match="no trunk is called 'resnet19', perhaps you meant 'resnet.*'.; other forms: timm:NAME"
+        ValidationError, match=r"no trunk is called 'resnet19', perhaps you meant 'resnet.*'.; other forms: timm:NAME"
     ):
         BackboneConfig(name="resnet19")
 

@@ -229,7 +229,7 @@ def test_torchscript_needs_a_file_of_torchscript(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(InputError, match=r"w\.pth' is no TorchScript file"):
         build("torchscript", weights=str(tmp_path / "w.pth"))
-    with pytest.raises(InputError, match="weights = 'none.pt' for torchscript: no such file"):
+    with pytest.raises(InputError, match=r"weights = 'none\.pt' for torchscript: no such file"):
         build("torchscript", weights="none.pt")
     path = script(tmp_path / "net.pt", nn.Sequential(nn.Flatten(), nn.Linear(12, 4)))
     with pytest.raises(InputError, match=r"torchscript cannot take images of 16 x 16 pixels: RuntimeError: .*; raise"):

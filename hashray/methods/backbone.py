@@ -136,7 +136,7 @@ class Trunk(nn.Module):
     def __init__(self, config: BackboneConfig, net: nn.Module, code: bytes | None = None) -> None:
         super().__init__()
         mean, std = _normalisation(config, net)
-        if code is not None:  # the module says its normalisation, which nothing else keeps
+        if source_of(config.name).says_normalisation:
             config = config.model_copy(update={"mean": tuple(mean), "std": tuple(std)})
         self.config, self.code = config, code
         self.net = net.to(memory_format=torch.channels_last)

@@ -56,6 +56,9 @@ def not_pooled():
 def tokens():
     return nn.Sequential(nn.Flatten(2), nn.Linear(256, 5))
 
+def needs_more(depth):
+    return build()
+
 def no_module():
     return 3
 
@@ -142,6 +145,7 @@ def test_weights_of_a_function_are_its_state_dict(module: Path, tmp_path: Path) 
         ("none.py:build", "no such file: none.py; a stored model names it without its folder"),
         ("MINE:biuld", "has no function 'biuld', perhaps you meant 'build'"),
         ("MINE:limit", "has no function 'limit'"),
+        ("MINE:needs_more", "its call failed: TypeError: .*missing 1 required positional argument: 'depth'"),
         ("MINE:no_module", "returned a int; expected a torch.nn.Module"),
         ("MINE:not_pooled", r"gave \(1, 6, 14, 14\) for 1 images; expected a tensor \[1, d\] or \[1, d, 1, 1\]"),
         ("MINE:tokens", r"gave \(1, 3, 5\) for 1 images; .*pool its tokens"),

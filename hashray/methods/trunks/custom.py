@@ -8,11 +8,12 @@ without its folder. Loading a model imports what it names, so load models of peo
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import io
 import sys
+import types
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ WHERE = "it must be importable in every process: install it, or set PYTHONPATH (
 
 
 class _Custom(Source):
+    says_normalisation = True
+
     def normalisation(self, name: str, weights: str | None, net: nn.Module | None = None) -> Normalisation:
         """The module's attributes `mean` and `std`, three numbers each; without them, ImageNet's."""
         mean, std = (_three(getattr(net, key, None), key, name) for key in ("mean", "std"))
@@ -59,13 +62,21 @@ class Function(_Custom):
 
     def code(self, config: BackboneConfig) -> bytes | None:
         """The source of the file with the function, so that an edited function is another trunk."""
-        path = inspect.getsourcefile(_function(config.name))
+        try:
+            path = inspect.getsourcefile(_function(config.name))
+        except TypeError:  # a callable object: its class may be anywhere
+            path = None
         return None if path is None else Path(path).read_bytes()
 
     def build(self, config: BackboneConfig, code: bytes | None) -> nn.Module:
         function = _function(config.name)
-        sized = {"image_size": config.image_size} if "image_size" in inspect.signature(function).parameters else {}
-        net = function(**sized)
+        try:
+            takes_size = "image_size" in inspect.signature(function).parameters
+            net = function(image_size=config.image_size) if takes_size else function()
+        except Exception as error:
+            raise InputError(
+                f"backbone.name = {config.name!r}: its call failed: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(net, nn.Module):
             raise InputError(f"{config.name} returned a {type(net).__name__}; expected a torch.nn.Module")
         return net
@@ -130,12 +141,17 @@ def _module_of_file(where: str) -> Any:
             f"backbone.name: no such file: {where}; a stored model names it without its folder: put it into the "
             "current folder, or into one of PYTHONPATH"
         )
+    return _executed(path, path.read_bytes())
+
+
+@lru_cache(maxsize=16)
+def _executed(path: Path, source: bytes) -> Any:
+    """The module of a file, executed once for each content, without a file of bytecode beside it."""
     name = f"hashray_trunk_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # where dataclasses and pickles look
-    spec.loader.exec_module(module)
+    exec(compile(source, str(path), "exec"), vars(module))
     return module
 
 

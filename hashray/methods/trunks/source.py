@@ -21,6 +21,8 @@ class Source:
 
     hint = "raise image_size"
     """What to do about images that a network cannot take."""
+    says_normalisation = False
+    """Whether the network says its normalisation, so that the config of a built trunk must keep it."""
 
     def check(self, name: str) -> None:
         """Raise ValueError if the source has no network of this name."""

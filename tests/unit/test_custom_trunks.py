@@ -227,6 +227,19 @@ def test_the_fingerprint_covers_what_a_torchscript_file_does(tmp_path: Path) -> 
     assert len(prints) == 4
 
 
+@torch.no_grad()
+def test_a_frozen_script_gives_features_and_cannot_be_trained(tmp_path: Path) -> None:
+    net = Scripted().eval()
+    path = tmp_path / "net.pt"
+    torch.jit.freeze(torch.jit.script(net), preserved_attrs=["mean", "std"]).save(str(path))
+    trunk = build("torchscript", weights=str(path), frozen=True)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (net.mean, net.std))
+    assert torch.allclose(trunk(images(4)), net((images(4) / 255 - mean) / std), atol=1e-5)
+    assert not trunk.state_dict()
+    with pytest.raises(InputError, match=r"no parameters to train .* set backbone\.frozen = true"):
+        build("torchscript", weights=str(path))
+
+
 def test_torchscript_needs_a_file_of_torchscript(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"name = 'torchscript' needs weights = FILE"):
         BackboneConfig(name="torchscript")

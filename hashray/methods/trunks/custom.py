@@ -12,6 +12,7 @@ import inspect
 import io
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -91,11 +92,18 @@ class TorchScript(_Custom):
     def build(self, config: BackboneConfig, code: bytes | None) -> nn.Module:
         assert code is not None
         try:
-            net: nn.Module = torch.jit.load(io.BytesIO(code), map_location="cpu")
+            with warnings.catch_warnings():  # torch asks the authors of such files for torch.export
+                warnings.simplefilter("ignore", FutureWarning)
+                net: nn.Module = torch.jit.load(io.BytesIO(code), map_location="cpu")
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"weights = {config.weights!r} is no TorchScript file (torch.jit.save): {str(error).splitlines()[0]}"
             ) from error
+        if not config.frozen and next(net.parameters(), None) is None:
+            raise InputError(
+                f"weights = {config.weights!r} has no parameters to train (torch.jit.freeze makes them constants): set "
+                "backbone.frozen = true, or save the module without torch.jit.freeze"
+            )
         return net
 
     def read(self, net: nn.Module, config: BackboneConfig, data: bytes) -> None:

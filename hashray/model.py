@@ -24,8 +24,11 @@ from hashray.codes import BIT_ORDER, StampedCodes, binarize
 from hashray.data.images import to_pixels, to_rgb
 from hashray.errors import ConfigError, InputError, MismatchError
 from hashray.methods import build_method, parse_method_config
-from hashray.methods.backbone import BackboneConfig, build_trunk, state_fingerprint, without_place
+from hashray.methods.backbone import BackboneConfig, Trunk, build_trunk, state_fingerprint, without_place
 from hashray.methods.base import Method
+from hashray.methods.trunks.custom import TORCHSCRIPT
+from hashray.methods.trunks.files import CODE_FILE
+from hashray.progress import say
 from hashray.storage import Store, open_store
 
 ENCODE_BATCH = 256
@@ -83,7 +86,7 @@ class Model:
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
                 raise InputError(f"images are {images.dtype} {images.shape}; expected uint8 [n, h, w, 3] or PIL images")
             images = [Image.fromarray(image) for image in images]
-        size, resize = self.backbone.image_size, self.backbone.resize
+        size, resize = self.backbone.image_size, self.backbone.framing
         pixels = [to_pixels(to_rgb(image), size, resize) for image in images]
         array = np.stack(pixels) if pixels else np.zeros((0, 3, size, size), dtype=np.uint8)
         return StampedCodes.stamp(binarize(self.logits(array)), self.fingerprint)
@@ -108,11 +111,16 @@ def write_model(
         "num_classes": method.num_classes,
         "classes": list(classes),
     }
+    trunk = method.trunk
+    if trunk.code is not None:
+        description["code"] = artifact.sha256_hex(trunk.code)
     files: list[FileRecord] = [
         artifact.write_named(store, "model.safetensors", save_tensors(state)),
         artifact.write_named(store, "model.json", canonical(description)),
         artifact.write_named(store, "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode()),
     ]
+    if trunk.code is not None and trunk.config.name == TORCHSCRIPT:
+        files.append(artifact.write_named(store, CODE_FILE, trunk.code))
     manifest = Manifest(
         kind="model", project_version=__version__, config=dict(config), parents=dict(parents), files=tuple(files),
         bit_order=BIT_ORDER, fingerprint=fingerprint_of(state, description), info=dict(info),
@@ -122,7 +130,7 @@ def write_model(
 
 def fingerprint_of(state: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
     """What codes depend on: every weight, the method's and the trunk's settings (preprocessing is among them)."""
-    settings = {key: description[key] for key in ("method", "backbone", "num_bits")}
+    settings = {key: description[key] for key in ("method", "backbone", "num_bits", "code") if key in description}
     return state_fingerprint(state, canonical(settings).decode())
 
 
@@ -139,8 +147,11 @@ def load_model(url: str, endpoint_url: str | None = None, device: str | None = N
     manifest = artifact.load_manifest(store, "model")
     description = json.loads(artifact.read_file(store, manifest.record("model.json")))
     state = load_tensors(artifact.read_file(store, manifest.record("model.safetensors")))
+    scripted = description["backbone"]["name"] == TORCHSCRIPT
+    code = artifact.read_file(store, manifest.record(CODE_FILE)) if scripted else None
     try:
-        trunk = build_trunk(BackboneConfig.model_validate(description["backbone"]), load_weights=False)
+        trunk = build_trunk(BackboneConfig.model_validate(description["backbone"]), load_weights=False, code=code)
+        _say_if_edited(trunk, description, url)
         method = build_method(parse_method_config(description["method"]), trunk, description["num_classes"])
         method.load_state_dict(state)
     except (RuntimeError, ValidationError, ConfigError) as error:
@@ -148,3 +159,12 @@ def load_model(url: str, endpoint_url: str | None = None, device: str | None = N
         raise MismatchError(f"{url} was written by another version of hashray: {fault}; train it again") from error
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Model(method.to(target), description["classes"], manifest, store.url)
+
+
+def _say_if_edited(trunk: Trunk, description: Mapping[str, Any], url: str) -> None:
+    """Say that the file of a trunk's function is another one than the model was trained with."""
+    if trunk.code is not None and artifact.sha256_hex(trunk.code) != description.get("code"):
+        say(
+            f"note: the file of {trunk.config.name} has changed since {url} was trained: its codes may differ from "
+            "those in an index. Restore the file, or train again"
+        )

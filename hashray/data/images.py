@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -26,8 +28,28 @@ TURNS = {
 }  # fmt: skip
 LONGEST_ASPECT = 16
 GREY = 124  # ImageNet's mean: near 0 after normalisation
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 Pixels = NDArray[np.uint8]
-Resize = Literal["crop", "squash"]
+ResizeMode = Literal["crop", "squash"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The way from an image to a square of `size` pixels.
+
+    The shorter side (`crop`), or both sides (`squash`), become floor(size / crop_pct) pixels long. Then the centre is
+    cut out. A `crop_pct` above 1 leaves a black border. Where the longer side or the corner of the cut is not whole,
+    the default rounds to the nearest pixel and down. All others round as torchvision and timm do: down and to the
+    nearest even pixel.
+    """
+
+    mode: ResizeMode = "crop"
+    interpolation: Interpolation = "bilinear"
+    crop_pct: float = 1.0
+
+
+Resize = ResizeMode | Framing  # a mode alone is bilinear, and keeps all that fits
 
 
 class BadImage(ValueError):
@@ -105,21 +127,34 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, size: int, resize: Resize) -> Pixels:
-    """Resize to uint8 [3, size, size]: bilinear, antialiased.
+    """Resize to uint8 [3, size, size], antialiased.
 
-    `crop` brings the shorter side to `size` and cuts the centre; `squash` changes the aspect ratio.
+    `crop` brings the shorter side to `size` and cuts the centre; `squash` changes the aspect ratio. A `Framing` sets
+    the interpolation too, and the share of the side that the cut keeps.
     """
-    if resize == "crop":
+    framing = resize if isinstance(resize, Framing) else Framing(resize)
+    usual = framing == Framing(framing.mode)
+    shorter = max(1, math.floor(size / framing.crop_pct))
+    if framing.mode == "crop":
         image = _near_square(image)
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - size) // 2, (height - size) // 2
+        least, scale = min(image.size), shorter / min(image.size)
+        lengths = (round(side * scale) if usual else int(shorter * side / least) for side in image.size)
+        width, height = (max(shorter, length) for length in lengths)
+    else:
+        width, height = shorter, shorter
+    if image.size != (width, height):
+        image = image.resize((width, height), FILTERS[framing.interpolation])
+    if image.size != (size, size):
+        left, top = (_start(side - size, usual) for side in (width, height))
         image = image.crop((left, top, left + size, top + size))
-    elif image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _start(rest: int, usual: bool) -> int:
+    """Where the cut begins that leaves `rest` pixels out, or adds a border of -rest."""
+    if usual:
+        return rest // 2
+    return round(rest / 2) if rest > 0 else -(-rest // 2)
 
 
 def _near_square(image: Image.Image) -> Image.Image:

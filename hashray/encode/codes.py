@@ -60,7 +60,7 @@ class _EncodeWorker(TrunkWorker):
             rows, codes = table, binarize(self.model.logits(list_matrix(table.column("feature"))))
         else:
             trunk = self.model.backbone
-            rows, codes, bad = map_part(table, trunk.image_size, trunk.resize, self._codes, self.batch_size, advance)
+            rows, codes, bad = map_part(table, trunk.image_size, trunk.framing, self._codes, self.batch_size, advance)
         column = bytes_column(codes.reshape(len(rows), self.model.num_bits // 8))
         return Output(pa.table({"id": rows.column("id"), "code": column}), bad)
 

@@ -31,6 +31,7 @@ from hashray.methods.backbone import (
     build_trunk,
     state_fingerprint,
     with_absolute_weights,
+    without_place,
 )
 from hashray.model import Model, load_model
 from hashray.storage import absolute, join, open_store
@@ -132,7 +133,7 @@ class _FeatureWorker(TrunkWorker):
     def process(self, unit: Mapping[str, Any], advance: Callable[[int], None]) -> Output:
         table = self.corpus.read_part(self.corpus.manifest.record(unit["part"]))
         config = self.trunk.config
-        rows, features, bad = map_part(table, config.image_size, config.resize, self._features, BATCH_ROWS, advance)
+        rows, features, bad = map_part(table, config.image_size, config.framing, self._features, BATCH_ROWS, advance)
         column = list_column(features.reshape(len(rows), self.trunk.feature_dim))
         info = {"splits": dict(sorted(Counter(rows.column("split").to_pylist()).items()))}
         return Output(rows.select(ROW_SCHEMA.names), bad, info, beside={"features": pa.table({"feature": column})})
@@ -165,10 +166,11 @@ def trunk_fingerprint(trunk: Trunk) -> str:
 
 
 def _settings(trunk: Trunk) -> dict[str, Any]:
-    config = trunk.config  # features made before `mirrored` existed stay valid
-    return config.model_dump(
+    config = without_place(trunk.config)  # features made before `mirrored` existed stay valid
+    settings = config.model_dump(
         mode="json", exclude={"weights", "frozen_norms"} | (set() if config.mirrored else {"mirrored"})
     )
+    return settings if trunk.code is None else {**settings, "code": sha256_hex(trunk.code)}
 
 
 def compute_features(

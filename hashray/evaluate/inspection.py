@@ -28,7 +28,7 @@ def logit_health(model: Model, corpus: Corpus, split: str, query: Side) -> dict[
     table = corpus.read_part(corpus.parts[part], split)
     table = table.filter(pc.is_in(table.column("id"), pa.array(ids, table.schema.field("id").type)))
     table = table.slice(0, HEALTH_ROWS)
-    logits = model.logits(corpus.inputs(table, model.backbone.image_size, model.backbone.resize))
+    logits = model.logits(corpus.inputs(table, model.backbone.image_size, model.backbone.framing))
     whole = code_health(binarize(logits), logits=np.tanh(logits))
     return {name: whole[name] for name in ("near_zero", "quantization", "exact_zeros")}
 

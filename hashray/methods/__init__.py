@@ -11,7 +11,7 @@ from hashray.errors import ConfigError, perhaps
 from hashray.methods.backbone import Trunk
 from hashray.methods.base import Method, MethodConfig
 
-_SHARED = {"base", "losses", "backbone", "codewords", "linear"}
+_SHARED = {"base", "losses", "backbone", "codewords", "linear", "trunks"}
 
 
 @lru_cache(maxsize=1)

@@ -1,44 +1,75 @@
-"""Trunks turn uint8 images into float features. This file holds their networks, weights and preprocessing.
+"""Trunks turn uint8 images into float features: their config, their preprocessing and their fingerprint.
 
-A trunk normalises pixels in its forward, so the fingerprint of a model covers preprocessing and weights. Torchvision
-trunks lose their last linear layer (SqueezeNet loses its convolutional classifier). `cnn_f` is the network of the
-papers, and `resnet9` is a small trunk for training from scratch on 32-pixel images.
+A trunk normalises pixels in its forward, so the fingerprint of a model covers preprocessing and weights. The networks
+come from the sources in trunks/, one file each.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, final
+from collections.abc import Mapping
+from typing import Any, Literal, Self, final
 
 import torch
-from pydantic import Field, field_validator
-from safetensors.torch import load as load_safetensors
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from hashray import artifact, storage
 from hashray.config import Config
-from hashray.errors import InputError, perhaps
+from hashray.data.images import Framing, Interpolation, ResizeMode
+from hashray.errors import InputError
+from hashray.methods.trunks import source_of
+from hashray.methods.trunks.custom import TORCHSCRIPT
+from hashray.methods.trunks.files import MODEL_PREFIX, read_weights
+from hashray.methods.trunks.source import Normalisation
+from hashray.methods.trunks.timm_models import PREFIX as TIMM
 
-BUILT_IN = ("cnn_f", "resnet9")  # trunks of this file; all others are torchvision's
-MODEL_PREFIX = "trunk.net."  # prefix of the trunk's tensors in a trained model
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Precision = Literal["fp32", "bf16"]
+Channels = tuple[float, float, float]
+# Pixels that go through a network at a time on a CPU, outside training: what stays in its caches. MobileNetV2 at 128
+# pixels, images a second of one core (Xeon with AMX): 104 in batches of 8, 119 of 16, 107 of 32, 91 of 64.
+CPU_PIXELS, CPU_ROWS, GPU_ROWS = 2**18, 64, 256
+# Fields that came later. Where they say what was always so, they stay out of the dump: hashes of it hold.
+LATER: Mapping[str, Any] = {
+    "interpolation": "bilinear", "crop_pct": 1.0, "mean": None, "std": None, "precision": "fp32",
+}  # fmt: skip
 
 
 class BackboneConfig(Config):
-    """The trunk, its weights and its image size."""
+    """The trunk, its weights and its preprocessing. A timm model sets the unset fields of the preprocessing."""
 
-    name: str = Field("resnet9", description="Trunk: cnn_f, resnet9 or a torchvision classification model")
+    name: str = Field(
+        "resnet9",
+        description="Trunk: cnn_f, resnet9, a torchvision classification model, timm:NAME (needs hashray[timm]),"
+        " MODULE:FUNCTION or FILE.py:FUNCTION (importable on every node), or torchscript, the file in weights",
+    )
     weights: str | None = Field(
         None,
-        description="First weights: a torchvision name (DEFAULT, IMAGENET1K_V1), a state-dict file, or a trained model"
+        description="First weights: a name to download (DEFAULT, IMAGENET1K_V1), a file of weights, or a trained model"
         " for its trunk; unset: random",
     )
     image_size: int = Field(32, ge=8, le=2048, description="Height and width of an image in pixels")
-    resize: Literal["crop", "squash"] = Field(
+    resize: ResizeMode = Field(
         "crop", description="Way to a square: scale the shorter side and crop the centre, or scale both sides"
+    )
+    interpolation: Interpolation = Field("bilinear", description="Interpolation of the scaling, antialiased")
+    crop_pct: float = Field(
+        1.0, ge=0.25, le=2, description="Share of the scaled side that the cut keeps; above 1 it adds a black border"
+    )
+    mean: Channels | None = Field(
+        None, description="Mean of red, green and blue, each in 0 to 1; unset: that of the weights, else ImageNet's"
+    )
+    std: Channels | None = Field(None, description="Standard deviation of red, green and blue, as mean")
+    precision: Precision = Field(
+        "fp32", description="Number format of the trunk's multiplications for features and codes"
     )
     width: int = Field(32, ge=4, description="Channels of resnet9's first layer")
     frozen: bool = Field(False, description="Keep the trunk's weights; features are computed once and cached")
@@ -52,31 +83,64 @@ class BackboneConfig(Config):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value in BUILT_IN:
-            return value
-        models = _models()
-        known = [*BUILT_IN, *models.list_models(module=models)]
-        if value not in known:
-            raise ValueError(f"no trunk is called {value!r}{perhaps(value, known)}")
+        source_of(value).check(value)
         return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _preprocess_as_trained(cls, data: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        name = data.get("name") if isinstance(data, dict) else None
+        if not isinstance(name, str) or not name.startswith(TIMM):
+            return build(data)
+        source = source_of(name)
+        try:
+            source.check(name)
+        except ValueError:
+            return build(data)  # says it, beside all other faults
+        config = build({**source.preprocessing(name, data), **data})
+        config.model_fields_set.intersection_update(data)  # another name can replace the values of this one
+        return config
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together: set both, or neither")
+        if self.name == TORCHSCRIPT and self.weights is None:
+            raise ValueError("name = 'torchscript' needs weights = FILE, as torch.jit.save writes it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        table: dict[str, Any] = dump(self)
+        if self.name.startswith(TIMM):  # a model holds its preprocessing, whatever a later timm says
+            return {key: value for key, value in table.items() if key != "precision" or value != LATER[key]}
+        return {key: value for key, value in table.items() if key not in LATER or value != LATER[key]}
+
+    @property
+    def framing(self) -> Framing:
+        """The way from an image to the square that the trunk takes."""
+        return Framing(self.resize, self.interpolation, self.crop_pct)
 
 
 @final
 class Trunk(nn.Module):
     """uint8 images [n, 3, h, w] -> float32 features [n, feature_dim]. Features [n, d] pass unchanged.
 
-    `amp` runs the network under bfloat16 autocast. Normalisation and output stay float32.
+    `amp`, or `precision` outside training, runs the network under bfloat16 autocast. Normalisation and output stay
+    float32. `code` is the file that says what the network is, where its name does not.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: BackboneConfig, net: nn.Module) -> None:
+    def __init__(self, config: BackboneConfig, net: nn.Module, code: bytes | None = None) -> None:
         super().__init__()
-        self.config = config
+        mean, std = _normalisation(config, net)
+        if source_of(config.name).says_normalisation:
+            config = config.model_copy(update={"mean": tuple(mean), "std": tuple(std)})
+        self.config, self.code = config, code
         self.net = net.to(memory_format=torch.channels_last)
         self.amp = False
-        mean, std = _normalisation(config)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         if config.frozen:
@@ -96,9 +160,11 @@ class Trunk(nn.Module):
         try:
             return int(self(torch.zeros(1, 3, size, size)).shape[1])
         except (RuntimeError, AssertionError, ValueError) as error:
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            fault = lines[-1 if isinstance(self.net, torch.jit.ScriptModule) else 0]
             raise InputError(
-                f"{self.config.name} cannot take images of {size} x {size} pixels: {str(error).splitlines()[0]}; "
-                "raise image_size (224 suits every torchvision trunk except those with a fixed larger size)"
+                f"{self.config.name} cannot take images of {size} x {size} pixels: {fault}; "
+                f"{source_of(self.config.name).hint}"
             ) from error
         finally:
             self.train(training)
@@ -119,92 +185,83 @@ class Trunk(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         if inputs.ndim == 2:
             return inputs
+        if self.training:
+            return self._run(inputs)
+        return torch.cat([self._run(chunk) for chunk in inputs.split(self.rows_at_a_time)])
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Images that go through the network at a time outside training, however many are given.
+
+        The number depends on the size of the images and the kind of processor alone, never on a measurement: it can
+        change the last bits of the features.
+        """
+        if self.mean.device.type != "cpu":
+            return GPU_ROWS
+        return max(1, min(CPU_ROWS, CPU_PIXELS // self.config.image_size**2))
+
+    def _run(self, inputs: Tensor) -> Tensor:
         images = (inputs.to(self.mean.dtype) / 255 - self.mean) / self.std
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            features = self.net(images)
+        cast = self.amp or (self.config.precision == "bf16" and not self.training)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=cast):
+            features = self._features(images)
             if self.config.mirrored and not self.training:
-                features = (features + self.net(images.flip(3))) / 2
-        return features.to(self.mean.dtype).flatten(1)
+                features = (features + self._features(images.flip(3))) / 2
+        return features.to(self.mean.dtype)
+
+    def _features(self, images: Tensor) -> Tensor:
+        features = self.net(images)
+        n = len(images)
+        if not isinstance(features, Tensor) or features.shape[:1] != (n,) or features.shape[2:].numel() != 1:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(
+                f"{self.config.name} gave {got} for {n} images; expected a tensor [{n}, d] or [{n}, d, 1, 1]: pool its"
+                " tokens or its feature map"
+            )
+        return features.flatten(1)
 
 
-class _Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(_conv(channels, channels), _conv(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-def _conv(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
-    layers = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
-
-
-def resnet9(width: int = 64) -> nn.Module:
-    """A network of nine layers for 32-pixel images, after the DAWNBench entries. feature_dim is 8 * width."""
-    w = width
-    return nn.Sequential(
-        _conv(3, w), _conv(w, 2 * w, pool=True), _Residual(2 * w), _conv(2 * w, 4 * w, pool=True),
-        _conv(4 * w, 8 * w, pool=True), _Residual(8 * w), nn.AdaptiveMaxPool2d(1), nn.Flatten(),
-    )  # fmt: skip
-
-
-def cnn_f() -> nn.Module:
-    """CNN-F of Chatfield et al. (BMVC 2014) for 224 pixels, up to fc7, with dropout 0.5 after fc6 and fc7."""
-    lrn = lambda: nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)  # noqa: E731
-    relu = lambda: nn.ReLU(inplace=True)  # noqa: E731
-    return nn.Sequential(
-        nn.Conv2d(3, 64, 11, stride=4), relu(), lrn(), nn.MaxPool2d(3, 2, ceil_mode=True),
-        nn.Conv2d(64, 256, 5, padding=2), relu(), lrn(), nn.MaxPool2d(3, 2, ceil_mode=True),
-        nn.Conv2d(256, 256, 3, padding=1), relu(),
-        nn.Conv2d(256, 256, 3, padding=1), relu(),
-        nn.Conv2d(256, 256, 3, padding=1), relu(), nn.MaxPool2d(3, 2, ceil_mode=True),
-        nn.AdaptiveAvgPool2d(6), nn.Flatten(),
-        nn.Linear(256 * 36, 4096), relu(), nn.Dropout(), nn.Linear(4096, 4096), relu(), nn.Dropout(),
-    )  # fmt: skip
-
-
-def build_trunk(config: BackboneConfig, load_weights: bool = True) -> Trunk:
+def build_trunk(config: BackboneConfig, load_weights: bool = True, code: bytes | None = None) -> Trunk:
     """Build a trunk. With `load_weights`, download or read its pretrained weights.
+
+    Args:
+        code: what a trained model keeps of a network that its name does not say; unset: it is read.
 
     Raises:
         InputError: the weights name is unknown, the file is missing or does not fit, or the network cannot take
-            images of this size.
+            images of this size, or does not give features.
     """
-    if config.name in BUILT_IN:
-        net = cnn_f() if config.name == "cnn_f" else resnet9(config.width)
-    else:
-        # These two take ten seconds to draw their first weights with SciPy. Torch's defaults are as good.
-        slow = {"init_weights": False} if config.name in ("googlenet", "inception_v3") else {}
-        net = _models().get_model(config.name, weights=None, **slow)
+    source = source_of(config.name)
+    code = source.code(config) if code is None else code
+    net = source.build(config, code)
     if load_weights and config.weights:
-        names = _weight_names(config.name)
+        names = source.weight_names(config.name)
         if config.weights in names:
-            net.load_state_dict(_download(config))
+            net.load_state_dict(source.download(config))
         else:
-            _load_file(net, config)
-    if config.name not in BUILT_IN:
-        _drop_classifier(net)
-        _drop_auxiliary(net, pretrained=config.weights is not None)
-    return Trunk(config, net)
+            data = read_weights(config, names)
+            if MODEL_PREFIX.encode() in data:
+                _require_normalisation(config, net)
+            source.read(net, config, data)
+    source.finish(net, config)
+    return Trunk(config, net, code)
 
 
-def _normalisation(config: BackboneConfig) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the pixels for these weights: ImageNet's, except for some of torchvision's."""
-    if config.weights in _weight_names(config.name):
-        preset = _models().get_model_weights(config.name)[str(config.weights)].transforms()
-        return preset.mean, preset.std
-    return IMAGENET_MEAN, IMAGENET_STD
+def _normalisation(config: BackboneConfig, net: nn.Module | None = None) -> Normalisation:
+    """Mean and standard deviation of the pixels: the config's, else the weights' or the module's, else ImageNet's."""
+    if config.mean is not None and config.std is not None:
+        return config.mean, config.std
+    return source_of(config.name).normalisation(config.name, config.weights, net)
 
 
 def without_place(config: BackboneConfig) -> BackboneConfig:
     """The config to store beside trained weights, without paths.
 
-    The path of a state-dict file becomes "file", and that of a trained model becomes "model". Torchvision's names stay,
-    because they decide the normalisation.
+    The path of a weights file becomes "file", and that of a trained model becomes "model". Names of weights stay,
+    because they decide the normalisation. The file of a function keeps its name without its folder.
     """
+    config = config.model_copy(update={"name": source_of(config.name).stored_name(config.name)})
     if _has_no_path(config) or config.weights in ("file", "model"):
         return config
     trained = artifact.is_finished(storage.open_store(str(config.weights)))
@@ -212,138 +269,52 @@ def without_place(config: BackboneConfig) -> BackboneConfig:
 
 
 def with_absolute_weights(config: BackboneConfig) -> BackboneConfig:
-    """The config with an absolute path of the weights, so that workers in other folders can read them."""
+    """The config with the absolute paths of its files, so that workers in other folders can read them."""
+    config = config.model_copy(update={"name": source_of(config.name).absolute_name(config.name)})
     if _has_no_path(config):
         return config
     return config.model_copy(update={"weights": storage.absolute(str(config.weights))})
 
 
-def weights_identity(config: BackboneConfig) -> str | None:
-    """The identity of the weights: the sha256 of a file's bytes, or torchvision's name, or None.
+def settings_by_content(config: BackboneConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config with what its files hold in place of where they are.
+
+    Weights become the sha256 of the file's bytes, or stay a name, or None. A function's file becomes its name without
+    its folder, and the sha256 of its bytes is added.
 
     Raises:
-        InputError: the file does not exist.
+        InputError: a file does not exist.
     """
-    if _has_no_path(config):
-        return config.weights
-    return hashlib.sha256(_read_weights(config)).hexdigest()
-
-
-def _download(config: BackboneConfig) -> Mapping[str, Tensor]:
-    weights = _models().get_model_weights(config.name)[str(config.weights)]
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"weights = {config.weights!r} of {config.name} could not be downloaded from {weights.url}: {error}; "
-            "without a network, set weights = PATH, a state-dict file"
-        ) from error
+    source = source_of(config.name)
+    known = _has_no_path(config)
+    weights = config.weights if known else artifact.sha256_hex(read_weights(config, source.weight_names(config.name)))
+    code = source.code(config)
+    return {
+        **settings, "weights": weights, "name": source.stored_name(config.name),
+        **({} if code is None else {"code": artifact.sha256_hex(code)}),
+    }  # fmt: skip
 
 
 def _has_no_path(config: BackboneConfig) -> bool:
-    """Whether the weights are unset or a name of torchvision's, so that there is no file."""
-    return config.weights is None or config.weights in _weight_names(config.name)
+    """Whether the weights are unset or a name that is downloaded, so that there is no file."""
+    return config.weights is None or config.weights in source_of(config.name).weight_names(config.name)
 
 
-def _weight_names(name: str) -> list[str]:
-    if name in BUILT_IN:
-        return []
-    return list(_models().get_model_weights(name).__members__)
-
-
-def _models() -> Any:
-    """torchvision's models. Their import costs a worker five seconds, and the built-in trunks do not need them."""
-    import torchvision
-
-    return torchvision.models
-
-
-def _read_weights(config: BackboneConfig) -> bytes:
-    """Read the bytes of a state-dict file, or of the tensors of a trained model."""
-    path = str(config.weights)
-    try:
-        store = storage.open_store(path)
-        if artifact.is_finished(store):
-            return artifact.read_file(store, artifact.load_manifest(store, "model").record("model.safetensors"))
-        return storage.read_url(path)
-    except InputError as error:
-        names = _weight_names(config.name)
-        allowed = ", ".join([*names, "a state-dict file, the folder of a trained model, None"])
-        hint = perhaps(path, [*names, "None"])
-        fault = f"no such file{hint} Allowed" if hint else "no such file; allowed"
-        raise InputError(f"weights = {config.weights!r} for {config.name}: {fault}: {allowed}") from error
-
-
-def _load_file(net: nn.Module, config: BackboneConfig) -> None:
-    path, data = str(config.weights), _read_weights(config)
-    try:
-        if data[8:9] == b"{":  # safetensors begins with the length of a JSON header, then the header
-            state = load_safetensors(data)
-        else:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{path} is not a state dict of torch or safetensors: {error}") from error
-    if not isinstance(state, Mapping):
-        raise InputError(f"{path} holds a {type(state).__name__}; expected a state dict, tensors by name")
-    if any(str(k).startswith(MODEL_PREFIX) for k in state):  # a trained model, from which only the trunk is read
-        state = {k.removeprefix(MODEL_PREFIX): v for k, v in state.items() if k.startswith(MODEL_PREFIX)}
-        _require_normalisation(config)
-    expected = net.state_dict()
-    # The classifier is dropped anyway, so it may be missing or have other classes.
-    prefix = None if config.name in BUILT_IN else _classifier_prefix(net)
-    state = {k: v for k, v in state.items() if not (prefix and str(k).startswith(prefix))}
-    wrong = [k for k, v in state.items() if k not in expected or expected[k].shape != getattr(v, "shape", None)]
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    missing = [k for k in missing if not (prefix and k.startswith(prefix))]
-    if wrong or missing:
-        raise InputError(
-            f"{path} does not fit {config.name}: {len(wrong)} keys are unknown or have another shape ({wrong[:3]}), "
-            f"{len(missing)} keys of the trunk are missing ({missing[:3]}); set the backbone that these weights are for"
-        )
-    net.load_state_dict(state, strict=False)
-
-
-def _require_normalisation(config: BackboneConfig) -> None:
+def _require_normalisation(config: BackboneConfig, net: nn.Module) -> None:
     """Refuse the trunk of a model that trained with another normalisation of pixels than `config` would use."""
     store = storage.open_store(str(config.weights))
     if not artifact.is_finished(store):  # a tensors file without the rest of the model
         return
     description = artifact.read_file(store, artifact.load_manifest(store, "model").record("model.json"))
     backbone = json.loads(description)["backbone"]
-    trained = BackboneConfig(name=backbone["name"], weights=backbone["weights"])  # decides the normalisation
-    if _normalisation(trained) != _normalisation(config):
+    decisive = {key: backbone[key] for key in ("name", "weights", "mean", "std") if key in backbone}
+    trained = BackboneConfig.model_validate(decisive)
+    (mean, std), (new_mean, new_std) = (map(tuple, _normalisation(each, net)) for each in (trained, config))
+    if (mean, std) != (new_mean, new_std):
         raise InputError(
-            f"{config.weights} was trained with the normalisation of weights = {trained.weights!r}, but a new training "
-            "with its trunk as weights would use ImageNet's; continue from the model with --init instead"
+            f"{config.weights} was trained with mean {mean} and std {std}, but a training with its trunk as weights "
+            f"would use {new_mean} and {new_std}; set backbone.mean and backbone.std to the first, or use --init"
         )
-
-
-def _last_linear(net: nn.Module) -> str | None:
-    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else None
-
-
-def _classifier_prefix(net: nn.Module) -> str | None:
-    name = _last_linear(net) or ("classifier" if hasattr(net, "classifier") else None)
-    return f"{name}." if name else None
-
-
-def _drop_classifier(net: nn.Module) -> None:
-    linear = _last_linear(net)
-    if linear is None:
-        net.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return
-    parent, _, child = linear.rpartition(".")
-    setattr(net.get_submodule(parent), child, nn.Identity())
-
-
-def _drop_auxiliary(net: nn.Module, pretrained: bool) -> None:
-    """Remove the auxiliary outputs of GoogLeNet and Inception v3. Pretrained weights need a rescaled input."""
-    if hasattr(net, "aux_logits"):
-        vars(net).update(aux_logits=False, transform_input=pretrained)
-        for name in ("aux1", "aux2", "AuxLogits"):
-            if hasattr(net, name):
-                setattr(net, name, None)
 
 
 def state_fingerprint(state: Mapping[str, Tensor], preprocessing: str) -> str:

@@ -205,7 +205,7 @@ def measure(
 
     def mapped(compute: Callable[[Any], Any]) -> float:
         table, size = ingested.table, config.image_size
-        work = partial(map_part, table, size, config.resize, compute, batch_rows, lambda count: None)
+        work = partial(map_part, table, size, config.framing, compute, batch_rows, lambda count: None)
         return _timed(work)[1] / len(table)
 
     def keep(batch: Any) -> Any:

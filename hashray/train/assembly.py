@@ -122,7 +122,7 @@ def training_rows(
     for record in data.parts:
         table = selection.take(data.read_part(record))
         if len(table):
-            inputs = data.inputs(table, config.backbone.image_size, config.backbone.resize)
+            inputs = data.inputs(table, config.backbone.image_size, config.backbone.framing)
             pieces.append((inputs, selection.labels(data, table), table.column("id").to_pylist()))
     ids = [row_id for _, _, part_ids in pieces for row_id in part_ids]
     return np.concatenate([inputs for inputs, _, _ in pieces]), np.concatenate([labels for _, labels, _ in pieces]), ids
@@ -136,7 +136,7 @@ def load_rows(
     labels: list[NDArray[np.uint8]] = []
     whole = (data.read_part(record, split) for record in data.parts if data.count_part(record, split))
     for table in whole if chosen is None else data.chosen(split, chosen):
-        inputs.append(data.inputs(table, config.backbone.image_size, config.backbone.resize))
+        inputs.append(data.inputs(table, config.backbone.image_size, config.backbone.framing))
         labels.append(data.label_matrix(table))
     return np.concatenate(inputs), np.concatenate(labels)
 

@@ -16,7 +16,7 @@ from hashray.data.columns import in_split
 from hashray.data.corpus import Corpus
 from hashray.errors import ConfigError, InputError, MismatchError
 from hashray.methods import build_method, known_methods
-from hashray.methods.backbone import build_trunk, weights_identity
+from hashray.methods.backbone import build_trunk, settings_by_content
 from hashray.methods.base import LabelTable, Method
 from hashray.model import Model
 from hashray.train.batches import EpochPlan, held_out
@@ -172,7 +172,7 @@ def run_of(config: TrainConfig, corpus: Corpus, init: Model | None) -> tuple[str
             raise MismatchError(f"pseudo_labels = {config.pseudo_labels!r} are of another corpus")
         parents["pseudo-labels"] = pseudo.id
     settings = config.result_of()
-    settings["backbone"]["weights"] = weights_identity(config.backbone)  # by what they hold, not by where they are
+    settings["backbone"] = settings_by_content(config.backbone, settings["backbone"])  # not by where files are
     return sha256_hex(canonical({"config": settings, "parents": parents}))[:16], parents
 
 

@@ -133,7 +133,7 @@ class _ProposalWorker(TrunkWorker):
         else:
             trunk = self.model.backbone
             rows, scores, bad = map_part(
-                table, trunk.image_size, trunk.resize, self.model.class_scores, BATCH_ROWS, advance
+                table, trunk.image_size, trunk.framing, self.model.class_scores, BATCH_ROWS, advance
             )
         proposals = propose(scores.reshape(len(rows), self.corpus.num_classes), self.temperature, self.shape)
         columns = {

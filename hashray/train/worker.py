@@ -130,7 +130,7 @@ def stream_spec(job: TrainJob, data: Corpus) -> StreamSpec:
     config, parts = job.config, tuple(record.name for record in data.parts)
     return StreamSpec(
         job.source, job.plan, parts, job.selection, input_shape(config, data), input_type(data).str,
-        config.backbone.resize, config.augment, config.fewest_workers, join(job.checkpoints, job.run),
+        config.backbone.framing, config.augment, config.fewest_workers, join(job.checkpoints, job.run),
     )  # fmt: skip
 
 

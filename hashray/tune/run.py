@@ -22,6 +22,7 @@ from hashray.engine.stage import require_free, run_stage
 from hashray.errors import Diverged, InputError, RunError
 from hashray.evaluate.environment import environment
 from hashray.evaluate.run import EvaluateConfig, evaluate
+from hashray.methods.trunks import source_of
 from hashray.progress import say
 from hashray.report.figures import png
 from hashray.storage import Store, join, open_store
@@ -56,7 +57,9 @@ def tune(config: SweepConfig) -> Manifest:
     require_validation(config, corpus, "a sweep compares its trials")
     store = open_store(out)
     base = config.base.result_of()
-    del base["backbone"]["weights"]  # "start" covers their content; their path does not matter
+    del base["backbone"]["weights"]  # "start" covers the content of files; their paths do not matter
+    name = config.base.backbone.name
+    base["backbone"]["name"] = source_of(name).stored_name(name)
     settings: dict[str, Any] = {
         "base": base, "space": {n: d.model_dump(mode="json") for n, d in config.space.items()},
         "search": config.search.model_dump(mode="json"), "corpus": corpus.manifest.id,

@@ -15,7 +15,6 @@ from torch import nn
 from hashray.artifact import canonical
 from hashray.encode.features import trunk_fingerprint
 from hashray.errors import InputError, MismatchError
-from hashray.methods import backbone
 from hashray.methods.backbone import BackboneConfig, Trunk, build_trunk, state_fingerprint
 from hashray.model import load_model
 
@@ -145,8 +144,46 @@ def test_bfloat16_gives_float32_features_near_those_of_float32() -> None:
     assert torch.nn.functional.cosine_similarity(plain, cast).min() > 0.99
 
 
+def test_outside_training_the_size_of_the_images_says_how_many_the_network_takes_at_a_time() -> None:
+    trunk, seen = build(width=4, image_size=128).eval(), []
+    trunk.net.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    pixels = images(40, 128)
+    with torch.no_grad():
+        whole = trunk(pixels)
+        assert torch.equal(whole, torch.cat([trunk(pixels[:16]), trunk(pixels[16:])]))
+        assert trunk(pixels[:0]).shape == (0, 32)
+        trunk.train()(pixels)
+    assert seen == [16, 16, 8, 16, 16, 8, 0, 40]
+    assert [build(width=4, image_size=size).rows_at_a_time for size in (32, 224, 1024)] == [64, 5, 1]
+
+
+def test_features_multiply_in_bfloat16_where_the_config_says_so() -> None:
+    plain, trunk = build().eval(), build(precision="bf16").eval()
+    trunk.load_state_dict(plain.state_dict())
+    plain.amp = True
+    assert torch.equal(trunk(images(4, 32)), plain(images(4, 32)))
+    plain.amp = False
+    assert not torch.equal(trunk(images(4, 32)), plain(images(4, 32)))
+    assert torch.equal(trunk.train()(images(4, 32)), plain.train()(images(4, 32)))
+    assert trunk_fingerprint(trunk) != trunk_fingerprint(plain)
+
+
+def test_fields_that_came_later_change_no_hash_of_what_was_there() -> None:
+    before = {
+        "name": "resnet9", "weights": None, "image_size": 32, "resize": "crop", "width": 32, "frozen": False,
+        "mirrored": False, "frozen_norms": False,
+    }  # fmt: skip
+    assert BackboneConfig().model_dump(mode="json") == before
+    later = {"interpolation": "bicubic", "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.2] * 3, "precision": "bf16"}
+    config = BackboneConfig.model_validate(later)
+    assert config.model_dump(mode="json") == before | later
+    assert BackboneConfig.model_validate(config.model_dump(mode="json")) == config
+
+
 def test_an_unknown_trunk_gets_a_hint() -> None:
-    with pytest.raises(ValidationError, match="no trunk is called 'resnet19', perhaps you meant 'resnet"):
+    with pytest.raises(
+        ValidationError, match=r"no trunk is called 'resnet19', perhaps you meant 'resnet.*'.; other forms: timm:NAME"
+    ):
         BackboneConfig(name="resnet19")
 
 
@@ -285,18 +322,13 @@ def same(left: Trunk, right: Trunk) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_the_trunk_of_a_model_with_another_normalisation_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_trunk_of_a_model_with_another_normalisation_is_refused(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model")
     fields = BACKBONE | {"weights": str(tmp_path / "model")}
     build_trunk(BackboneConfig.model_validate(fields))
-    grey = ((0.5,) * 3, (0.5,) * 3)
-    usual = backbone._normalisation
-    # This imitates torchvision weights with another normalisation. The smallest real ones have half a gigabyte.
-    monkeypatch.setattr(backbone, "_normalisation", lambda config: usual(config) if config.weights else grey)
-    with pytest.raises(InputError, match=r"was trained with the normalisation of weights = None.* continue .* --init"):
-        build_trunk(BackboneConfig.model_validate(fields))
+    other = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    with pytest.raises(InputError, match=r"trained with mean \(0\.485, .* use \(0\.5, .*backbone\.mean .* --init"):
+        build_trunk(BackboneConfig.model_validate(fields | other))
 
 
 def test_a_model_with_unknown_settings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from hashray.data.images import AugmentConfig, BadImage, augment, decode, decode_rows, image_endings, to_pixels, to_rgb
+from hashray.data.images import (
+    FILTERS,
+    AugmentConfig,
+    BadImage,
+    Framing,
+    augment,
+    decode,
+    decode_rows,
+    image_endings,
+    to_pixels,
+    to_rgb,
+)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -166,6 +177,25 @@ def test_crop_keeps_the_centre_and_squash_keeps_all() -> None:
     assert squashed[2, :, 5].min() == 255
     assert np.array_equal(to_pixels(image, 20, "squash"), np.asarray(image.resize((20, 20), 2)).transpose(2, 0, 1))
     assert np.array_equal(to_pixels(picture(9, 9), 9, "crop"), np.asarray(picture(9, 9)).transpose(2, 0, 1))
+
+
+@given(
+    st.integers(1, 60), st.integers(1, 60), st.integers(1, 40),
+    st.builds(Framing, st.sampled_from(["crop", "squash"]), st.sampled_from(sorted(FILTERS)), st.floats(0.25, 2)),
+)  # fmt: skip
+def test_every_framing_gives_the_size_that_was_asked_for(width: int, height: int, size: int, framing: Framing) -> None:
+    assert to_pixels(picture(width, height), size, framing).shape == (3, size, size)
+
+
+def test_a_framing_sets_the_interpolation_and_the_share_that_the_cut_keeps() -> None:
+    image = picture(41, 20)
+    assert np.array_equal(to_pixels(image, 12, Framing("crop")), to_pixels(image, 12, "crop"))
+    larger = image.resize((32, 16), Image.Resampling.BICUBIC)  # 12 / 0.75 = 16; 41 * 16 / 20 = 32.8 rounds down
+    expected = np.asarray(larger.crop((10, 2, 22, 14))).transpose(2, 0, 1)
+    assert np.array_equal(to_pixels(image, 12, Framing("crop", "bicubic", 0.75)), expected)
+    bordered = to_pixels(Image.new("RGB", (9, 9), "white"), 12, Framing("squash", "bilinear", 1.5))
+    assert bordered[0].sum() == 255 * 8 * 8
+    assert bordered[:, 2:10, 2:10].min() == 255
 
 
 @pytest.mark.parametrize("shape", [(1, 70_000), (70_000, 1), (2, 20_000)])

@@ -168,6 +168,10 @@ def build_trunk(config: BackboneConfig, load_weights: bool = True) -> Trunk:
         InputError: the weights name is unknown, the file is missing or does not fit, or the network cannot take
             images of this size.
     """
+    if config.frozen and config.weights is None and load_weights:  # random numbers that stay: the same in every process
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build_trunk(config, load_weights=False)
     if config.name in BUILT_IN:
         net = cnn_f() if config.name == "cnn_f" else resnet9(config.width)
     else:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hashray.errors import Diverged, RunError
 from hashray.methods.base import LabelTable, Method, ParameterGroup, Phase, Term, WorkerGroup
-from hashray.train.batches import Slice, SliceSource
+from hashray.train.batches import Slice, SliceSource, drawn_rows
 from hashray.train.checkpoint import Checkpoint, Position, save_checkpoint
 from hashray.train.config import OptimConfig, TrainConfig
 from hashray.train.copies import OnDevice, copied
@@ -73,13 +73,15 @@ class TorchWorkerGroup(WorkerGroup):
         shape = self.agree(torch.tensor([0, 0] if mine is None else list(mine.shape)), dist.ReduceOp.MAX).tolist()
         return self.agree(torch.zeros(*shape, dtype=torch.float64) if mine is None else mine, dist.ReduceOp.SUM)
 
-    def gather_rows(self, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def gather_rows(self, outputs: Callable[[Tensor], Tensor], most: int | None = None) -> tuple[Tensor, Tensor]:
         pieces: list[tuple[Tensor, Tensor]] = []
+        share = 1.0 if most is None else most / self.source.plan.rows
         with torch.no_grad():
             for inputs, labels in self._scan():
-                if len(inputs):
-                    values = outputs(torch.as_tensor(inputs, device=self.device)).cpu()
-                    pieces.append((values, torch.as_tensor(labels)))
+                drawn = drawn_rows(inputs, share)
+                if drawn.any():
+                    values = outputs(torch.as_tensor(inputs[drawn], device=self.device)).cpu()
+                    pieces.append((values, torch.as_tensor(labels[drawn])))
         mine = tuple(torch.cat(parts) for parts in zip(*pieces, strict=True)) if pieces else None
         boxes: list[Any] = [mine]
         if self.world > 1:
@@ -225,6 +227,10 @@ class Loop:
             self.position.notes.setdefault("phases", []).append({"phase": phase.name, "round": phase.round, **notes})
             self.position.phase_begun = True
             self._report({"event": "phase", **self.position.notes["phases"][-1]}, save=True)
+        if not phase.steps:
+            if self.position.epoch < phase.epochs:
+                self._end_epoch(phase, {}, until)
+            return
         groups = self.method.trained(phase)
         optimized = {id(p) for g in self.optimizer.param_groups for p in g["params"]} if self.optimizer else set()
         if self.optimizer is None or optimized != {id(p) for group in groups for p in group.parameters}:
@@ -259,10 +265,13 @@ class Loop:
         if rows != plan.rows:
             raise RunError(f"epoch {number}: {rows:,.0f} rows were trained on, the plan has {plan.rows:,}")
         loss = sums.pop("loss") / plan.steps
-        means = {name: value / plan.steps for name, value in sums.items()}
+        self._end_epoch(phase, {"lr": rate, "loss": loss, **{name: sums[name] / plan.steps for name in sums}}, until)
+
+    def _end_epoch(self, phase: Phase, means: dict[str, float], until: int | None) -> None:
+        position = self.position
         position.epoch, position.step = position.epoch + 1, 0
-        line = {"event": "epoch", "epoch": number + 1, "phase": phase.name, "round": phase.round,
-                "phase_epoch": position.epoch, "lr": rate, "loss": loss, **means}  # fmt: skip
+        line = {"event": "epoch", "epoch": position.epochs_done(self.phases), "phase": phase.name, "round": phase.round,
+                "phase_epoch": position.epoch, **means}  # fmt: skip
         last = position.epoch == phase.epochs
         if self.validate is not None and (last or position.epoch % self.config.validation_every == 0):
             place = f"phase {position.phase}, epoch {position.epoch}" if phase.selectable else None

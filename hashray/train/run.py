@@ -33,10 +33,12 @@ from hashray.train.checkpoint import Checkpoint, has_checkpoint, keep_checkpoint
 from hashray.train.config import TrainConfig
 from hashray.train.job import (
     TrainJob,
+    ignored,
     is_short,
     plan_job,
     require_labels,
     require_phases,
+    require_rows,
     run_of,
     total_epochs,
     untrained,
@@ -61,13 +63,15 @@ def train(config: TrainConfig) -> Manifest:
 
 def train_on(config: TrainConfig, corpus: Corpus) -> Manifest:
     """Train on an open corpus with a config whose paths are absolute; as `train`."""
-    corpus.require("train", "training")
+    require_rows(config, corpus, "training")
     store, init = open_store(str(config.out)), open_init(config)
     run, parents = run_of(config, corpus, init)
 
     def work() -> Manifest:
         require_labels(config, corpus)
         require_phases(config, corpus.num_classes)
+        if names := ignored(config, corpus.num_classes):
+            say(f"note: {config.method.kind} is fitted in closed form and ignores {', '.join(names)}")
         data = training_data(config, corpus, init)
         if config.bounds[1] > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
             say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
@@ -96,7 +100,10 @@ def _write(config: TrainConfig, corpus: Corpus, job: TrainJob, final: Checkpoint
     manifest = write_model(store, method, weights, corpus.classes, config.result_of(), parents, history, info)
     store.clear("checkpoints/")
     store.clear("progress/")
-    say(f"{store.url}: model {manifest.id[:12]}" + (f", validation mAP {position.best_score:.4f}" if chosen else ""))
+    score = f", validation mAP {position.best_score:.4f}" if chosen else ""
+    for name in ("variance_kept", "quantization_error"):  # which need no labels
+        score += "".join(f", {name.replace('_', ' ')} {note[name]:.3f}" for note in info["phases"] if name in note)
+    say(f"{store.url}: model {manifest.id[:12]}{score}")
     return manifest
 
 
@@ -139,6 +146,8 @@ def training_data(config: TrainConfig, corpus: Corpus, init: Model | None) -> Co
     """
     if not config.backbone.frozen:
         return corpus
+    if config.backbone.weights is None:
+        say("note: backbone.weights is unset, so the trunk has random weights: pretrained ones give far better codes")
     features = compute_features(corpus, TrunkRecipe(config.backbone), config.features, pool_of(config), config.max_bad)
     if init is not None and features.manifest.fingerprint != trunk_fingerprint(init.method.trunk):
         raise InputError(f"init = {config.init!r} has another frozen trunk than backbone.* describes")

@@ -57,7 +57,7 @@ class Watch:
             place = {"epoch": f"{line['epoch']}/{self.epochs}", "step": f"{line['step']}/{self.job.plan.steps}"}
             self.bar.at(done, **place, **self.notes, data_wait=f"{line['waiting_share']:.0%}")
         elif event == "epoch":
-            self.notes = {"loss": f"{line['loss']:.4f}"}
+            self.notes = {"loss": f"{line['loss']:.4f}"} if "loss" in line else {}
             if "validation_map" in line:
                 self.notes["mAP"] = f"{line['validation_map']:.4f}"
             self.bar.at(line["epoch"] * rows, epoch=f"{line['epoch']}/{self.epochs}", **self.notes)

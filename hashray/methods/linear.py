@@ -165,7 +165,7 @@ class LinearCodes(Method):
             largest = self.trunk(inputs).abs().amax(1)
             exponent = torch.frexp(largest).exponent.clamp(LOWEST, HIGHEST - 1)
             place = torch.where(largest.isfinite(), exponent, HIGHEST) - LOWEST
-            return torch.ones(len(inputs), 1), F.one_hot(place.long(), HIGHEST - LOWEST + 1)
+            return torch.ones(len(inputs), 1, device=place.device), F.one_hot(place.long(), HIGHEST - LOWEST + 1)
 
         counts = workers.sum_products(exponents)[0]
         if counts[-1]:

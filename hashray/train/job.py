@@ -89,9 +89,13 @@ def require_rows(config: TrainConfig, corpus: Corpus, why: str) -> None:
     Raises:
         InputError: neither train rows nor, for a method without need of labels, unlabelled ones.
     """
-    if not (_method_of(config).needs_labels or corpus.count("train")) and corpus.count("unlabelled"):
-        return
-    corpus.require("train", why)
+    if _method_of(config).needs_labels:
+        corpus.require("train", why)
+    elif not corpus.count("train") + corpus.count("unlabelled"):
+        raise InputError(
+            f"{corpus.store.url} has neither train nor unlabelled rows for {why}; ingest it with --split-protocol "
+            "random, which makes all rows but the queries train"
+        )
 
 
 def _method_of(config: TrainConfig) -> type[Method]:

@@ -18,6 +18,7 @@ from hashray import artifact
 from hashray.cli import main
 from hashray.config import validate
 from hashray.data.corpus import open_corpus
+from hashray.errors import InputError
 from hashray.train.config import TrainConfig
 from hashray.train.job import plan_job
 from hashray.train.run import train
@@ -119,6 +120,11 @@ def test_the_unlabelled_split_is_trained_on_and_labels_only_validate(tmp_path: P
     write_corpus(tmp_path / "bare", ROWS, 25, split_of=lambda i: "database+unlabelled", labels_of=lambda i: [])
     out = config.model_copy(update={"corpus": str(tmp_path / "bare"), "out": str(tmp_path / "model")})
     assert train(out).info["train_rows"] == ROWS
+    write_corpus(tmp_path / "database", ROWS, 25, split_of=lambda i: "database", labels_of=lambda i: [])
+    with pytest.raises(
+        InputError, match="neither train nor unlabelled rows for training; ingest it with --split-protoc"
+    ):
+        train(out.model_copy(update={"corpus": str(tmp_path / "database"), "out": str(tmp_path / "none")}))
 
 
 def test_a_sweep_over_methods_and_bits_compares_them_by_validation(tmp_path: Path) -> None:

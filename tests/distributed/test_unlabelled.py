@@ -94,7 +94,7 @@ def test_the_pipeline_ends_with_an_index_and_without_a_score(tmp_path: Path, cap
 @pytest.mark.parametrize("kind", ["itq", "pca"])
 def test_workers_and_streams_give_the_same_model_to_the_byte(kind: str, tmp_path: Path) -> None:
     corpus = str(tmp_path / "corpus")
-    write_corpus(corpus, ROWS, 25, labels_of=lambda i: [])
+    write_corpus(corpus, ROWS, 25, labels_of=lambda i: [], class_names=())
     base = config_of(tmp_path, kind, corpus=corpus, tensorboard=False, batch_size=9)
 
     def model(name: str, **changes: Any) -> bytes:

@@ -179,3 +179,13 @@ def test_a_trunk_without_weights_is_the_same_random_one_everywhere(
     )
     assert files_of(tmp_path / "a") == kept
     assert np.isfinite([row["mAP"] for row in metrics["results"]]).all()
+
+
+@pytest.mark.slow
+def test_the_demo_without_labels_ends_with_a_page(tmp_path: Path) -> None:
+    assert main(["demo", "--unlabelled", "--out", str(tmp_path / "demo")]) == 0
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    scores = {row["name"]: row["mAP"] for row in metrics["results"]}
+    assert metrics["results"][0]["name"] == "itq" and scores["itq"] > scores["lsh"] > scores["random"]
+    assert "<h1>" in (tmp_path / "demo" / "report.html").read_text()
+    assert artifact.load_manifest(tmp_path / "demo" / "model").info["labelled_rows"] == 1497

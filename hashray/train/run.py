@@ -174,7 +174,7 @@ def fit_until(job: TrainJob, end: str) -> None:
 
 
 def trains_here(config: TrainConfig, epochs: int, rows: int, in_memory: bool) -> bool:
-    """Whether a training of so many epochs and rows runs in this process, without Ray."""
+    """Whether a training of `epochs` epochs over `rows` rows runs in this process, without Ray."""
     return config.workers == 1 and in_memory and runs_here(config.ray, is_short(config, epochs, rows))
 
 

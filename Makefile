@@ -47,4 +47,4 @@ results: install  ## write docs/RESULTS.md and README.md's table from benchmarks
 	$(BIN)/python benchmarks/results.py --write
 
 clean:  ## remove what the targets above made
-	rm -rf .venv demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo-out demo-out-unlabelled .pytest_cache .mypy_cache .ruff_cache

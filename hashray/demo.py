@@ -2,6 +2,8 @@
 
 scikit-learn's 1,797 handwritten digits are written as PNG files, then go through the same stages as
 anybody's images: ingest, train DSEH, encode, index, search, evaluate.
+
+With `--unlabelled` ITQ trains without labels, which then only score it.
 """
 
 from __future__ import annotations
@@ -38,28 +40,44 @@ TRAINING = {
 }
 
 
+SPLITS = {"split_protocol": "per-class", "query_per_class": 30, "train_per_class": 100}
+UNLABELLED = {
+    "method": {"kind": "itq", "num_bits": 32},
+    "backbone": {"name": "resnet9", "width": 32, "image_size": 16, "frozen": True},
+    "validation_rows": 0,
+}
+UNLABELLED_SPLITS = {"split_protocol": "random", "query_rows": 300}
+
+
 class DemoConfig(Config):
     """Run the whole pipeline on handwritten digits."""
 
-    out: str = Field("demo-out", description="Local folder of everything that the demo makes")
+    out: str | None = Field(
+        None, description="Local folder of everything that the demo makes; unset: demo-out, or demo-out-unlabelled"
+    )
+    unlabelled: bool = Field(False, description="Train ITQ without labels; they only score the codes")
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Run the demo; leave metrics.json and report.html in the folder. Rerun = resume."""
     start_s = time.monotonic()
-    if open_store(config.out).local_path("digits") is None:
-        raise InputError(f"--out {config.out}: the demo needs a local folder; `hashray pipeline` writes to s3:// too")
-    out = Path(config.out)
+    place = config.out or ("demo-out-unlabelled" if config.unlabelled else "demo-out")
+    if open_store(place).local_path("digits") is None:
+        raise InputError(f"--out {place}: the demo needs a local folder; `hashray pipeline` writes to s3:// too")
+    out = Path(place)
     digits = write_digits(out / "digits")
     say(f"{digits:,} handwritten digits as PNG files in {out / 'digits'}")
     stages = PipelineConfig(
-        config="(the demo's own)", source=str(out / "digits"), out=str(out), split_protocol="per-class",
-        query_per_class=30, train_per_class=100, shards=2,
+        config="(the demo's own)", source=str(out / "digits"), out=str(out), shards=2,
+        **(UNLABELLED_SPLITS if config.unlabelled else SPLITS),
     )  # fmt: skip
-    metrics = run_stages(stages, validate(TrainConfig, TRAINING, "the demo's config"))
+    training = UNLABELLED if config.unlabelled else TRAINING
+    metrics = run_stages(stages, validate(TrainConfig, training, "the demo's config"))
     for name in ("metrics.json", "report.html"):
         shutil.copyfile(out / "evaluation" / name, out / name)
     _search_one(out, metrics)
+    if config.unlabelled:
+        say("No label was used but for the scores: queries were drawn at random, and ITQ reads the features alone.")
     say("Search with an image of your own:")
     say(f"  hashray search {out / 'index'} --model {out / 'model'} --image IMAGE.png --k 5")
     say(f"{time.monotonic() - start_s:,.0f} s in all. The page: {(out / 'report.html').absolute()}")

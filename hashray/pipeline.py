@@ -19,6 +19,7 @@ from hashray.evaluate.run import EvaluateConfig, evaluate_on
 from hashray.index.build import IndexConfig, build_index
 from hashray.index.shard import Kind
 from hashray.model import load_model
+from hashray.progress import say
 from hashray.storage import join, open_store
 from hashray.train.config import TrainConfig, read_training_config
 from hashray.train.rounds import train_model
@@ -43,7 +44,7 @@ class PipelineConfig(SplitConfig):
 
 
 def pipeline(config: PipelineConfig) -> dict[str, Any]:
-    """Run the five stages; return the evaluation's metrics. Rerun = resume, stage by stage.
+    """Run the five stages; return the evaluation's metrics, none without labels. Rerun = resume, stage by stage.
 
     Raises:
         What the stages raise.
@@ -70,6 +71,9 @@ def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
     build_index(
         IndexConfig(codes=at["codes"], out=at["index"], kind=config.kind, shards=config.shards, pool=config.pool)
     )
+    if not corpus.num_classes:
+        say(f"no evaluation: {at['corpus']} has no labels, and without them no row is known to be relevant to another")
+        return {}
     evaluation = EvaluateConfig(
         model=at["model"], corpus=at["corpus"], codes=at["codes"], features=features and features.store.url,
         out=at["evaluation"], max_bad=max_bad, pool=config.pool,

@@ -90,6 +90,7 @@ def write_corpus(
     config: Mapping[str, Any] | None = None,
     labels_of: Callable[[int], list[int]] = lambda number: [number % 3],
     image_of: Callable[[int], bytes] = png,
+    class_names: Sequence[str] = CLASSES,
 ) -> Manifest:
     """A corpus as ingest leaves it, without Ray; every row is in train and in database, or where `split_of` says.
 
@@ -109,14 +110,14 @@ def write_corpus(
         ]  # fmt: skip
         record, images = write_part(store, index, items)
         parts.append(Part(index=index, file=record, beside=(images,), rows_in=len(items)))
-    classes = artifact.write_file(store, "classes.json", canonical(list(CLASSES)))
+    classes = artifact.write_file(store, "classes.json", canonical(list(class_names)))
     return artifact.publish(
         store,
         Manifest(
             kind="corpus", project_version="0", config=dict(config or {}), parents={},
             rows_in=rows, rows_out=rows, rows_quarantined=0,
             files=(*part_files(parts), classes, write_quarantine(store, parts)),
-            info={"num_classes": len(CLASSES)},
+            info={"num_classes": len(class_names)},
         ),
     )  # fmt: skip
 

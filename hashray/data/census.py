@@ -67,8 +67,8 @@ def warnings(survey: Survey, counts: Counts, classes: Sequence[str], twins: Sequ
     shared = set.intersection(*[set(split.split("+")) for _, split in counts])
     if shared:  # never where there are queries and others: a query is in no other split
         sentences.append(
-            f"every row is {'+'.join(sorted(shared))!r}: nothing can be both trained and scored. "
-            "Give --split-protocol per-class, or name splits in folders, files or a column"
+            f"every row is {'+'.join(sorted(shared))!r}: nothing can be both trained and scored. Give "
+            f"--split-protocol {'per-class' if classes else 'random'}, or name splits in folders, files or a column"
         )
     levels = [name for name in classes if name.lower() in SPLIT_WORDS or name.lower() in CONTAINERS]
     if levels:

@@ -53,9 +53,9 @@ def bytes_matrix(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     chunks = [
         np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width).reshape(-1, width)
         for chunk in column.chunks
-        if len(chunk)
+        if len(chunk) and width
     ]
-    return np.concatenate([np.empty((0, width), np.uint8), *chunks])
+    return np.concatenate([np.empty((0, width), np.uint8), *chunks]) if width else np.empty((len(column), 0), np.uint8)
 
 
 def code_matrix(column: pa.ChunkedArray, num_bits: int) -> Codes:

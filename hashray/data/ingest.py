@@ -163,8 +163,7 @@ def _ingest(config: IngestConfig, source: str, store: Store, inventory: Inventor
     if config.store == "reference" and inventory.format == "parquet":
         raise InputError("--store reference: a row of a Parquet file is no object of its own; use --store bytes")
     lost = [BadRow(**row._asdict()) for row in inventory.survey.lost]
-    exclude = {"out", "max_bad", "pool", "source", "strict"}
-    result_of = config.model_dump(mode="json", exclude=exclude) | {"source": source}
+    result_of = _result_of(config) | {"source": source}
     blocks = [[block.digest, block.part_rows] for block in inventory.blocks]
     depends_on = {"config": result_of, "blocks": blocks, "classes": classes, "lost": inventory.survey.lost}
     plan = sha256_hex(canonical(depends_on | {"version": artifact.FORMAT_VERSION}))[:16]
@@ -192,6 +191,16 @@ def _ingest(config: IngestConfig, source: str, store: Store, inventory: Inventor
     manifest = run_stage(store, "corpus", plan, work)
     show_table("What ingest saw", ["", ""], closing_table(inventory.survey, inventory.format, final, classes))
     return manifest
+
+
+def _result_of(config: IngestConfig) -> dict[str, Any]:
+    """The settings that a corpus depends on. Those that newer versions have count only where they are used."""
+    settings = config.model_dump(mode="json", exclude={"out", "max_bad", "pool", "source", "strict"})
+    if config.split_protocol != "random":
+        del settings["query_rows"], settings["train_rows"]
+    if config.reader.labels:
+        del settings["reader"]["labels"]
+    return settings
 
 
 def _count(inventory: Inventory, labels: Mapping[str, Labels]) -> dict[tuple[Labels, str | None], Seen]:

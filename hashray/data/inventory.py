@@ -237,7 +237,7 @@ def _take(
     first: dict[str, str] = {}
     for (value, _), group in total.items():
         first.setdefault(value, group.place)
-    meaning = read_values(survey, plan.format, first, plan.num_classes)
+    meaning = read_values(survey, plan.format, first, plan.num_classes, plan.reader.labels)
     if names:
         meaning = meaning._replace(class_names=names)
     blocks = tuple(Block(file.name, file.part_rows, file.hashes) for file in files if file.part_rows)

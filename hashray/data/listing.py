@@ -36,6 +36,9 @@ class SourceConfig(Config):
         None, description="Parquet column of labels: index, name, list of them or 0/1 list; none: rows without labels"
     )
     split_column: str | None = Field(None, description="Parquet column of split names")
+    labels: bool = Field(
+        True, description="Whether labels are read; --no-labels: folders, lists, columns and files name no class"
+    )
 
 
 class SourceRow(NamedTuple):

@@ -1,22 +1,25 @@
-"""List files as sources: lines of `path index` or `path 0 1 0 …`, as public deep-hashing code has them. No Ray."""
+"""List files as sources: lines of `path index`, `path 0 1 0 …` or, where none has a label, of a path alone. No Ray."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
+from hashray.data.images import image_endings
 from hashray.data.labels import SPLIT_WORDS, Labels, check_index, whole_number
 from hashray.data.listing import SourceConfig, SourceRow, Survey, Unit, read_text
 from hashray.errors import InputError
 from hashray.storage import join, open_store
 
 LIST_ENDINGS = (".txt", ".lst")
+BARE = -1  # in the place of the number of label fields
 
 
 def scan_lists(survey: Survey, unit: Unit, config: SourceConfig, num_classes: int | None) -> Iterator[SourceRow]:
     """Yield the lines `path index` or `path 0 1 0 …` (multi-hot); a file's stem with a split's name is a split.
 
-    A path may stand in several lists; `merge_rows` makes one row of it.
+    A path may stand in several lists; `merge_rows` makes one row of it. A row's value is its number of label fields and
+    its labels; BARE marks an image's path alone in another list than that of the unlabelled.
     """
     store = survey.store
     root = open_store(config.root).url if config.root else store.url
@@ -31,10 +34,17 @@ def scan_lists(survey: Survey, unit: Unit, config: SourceConfig, num_classes: in
             if not line.strip():
                 continue
             place = f"{join(store.url, key)}, line {number}"
-            name, labels, count = _parse_line(line, place, num_classes, split == "unlabelled")
-            if count and width is not None and count != width:
+            name, labels, count = _parse_line(line, place, num_classes)
+            if not config.labels or (count == BARE and split == "unlabelled"):
+                labels, count = (), 0
+            elif count == BARE and not name.lower().endswith(image_endings()):
+                raise InputError(
+                    f"{place}: no label after the path {name!r}; expected 'path index' or 'path 0 1 0 …' (or, for a "
+                    "corpus without labels, nothing but paths of images, or --no-labels)"
+                )
+            if count > 0 and width is not None and count != width:
                 raise InputError(f"{place}: {count} label fields, the lines before have {width}")
-            width = count or width
+            width = count if count > 0 else width
             if "\0" in name:
                 survey.lose(name.replace("\0", "\\0"), f"{place}: the path holds a NUL")
                 continue
@@ -51,13 +61,21 @@ def read_fields(values: Sequence[Sequence[int]], places: Sequence[str]) -> tuple
     """The labels of every value of `scan_lists`, and the number of classes where lines are multi-hot.
 
     Raises:
-        InputError: lines with different numbers of label fields.
+        InputError: lines with different numbers of label fields, or with none while others have some.
     """
-    width = 0
+    width, bare = 0, None
     for (count, *_), place in zip(values, places, strict=True):
+        if count == BARE:
+            bare = place
+            continue
         if count and width and count != width:
             raise InputError(f"{place}: {count} label fields, other lines have {width}")
         width = count or width
+    if bare and width:
+        raise InputError(
+            f"{bare}: no label after the path, but other lines have one; expected 'path index' or 'path 0 1 0 …' in "
+            "every line. Rows without labels go into a list called unlabelled.txt"
+        )
     return [tuple(labels) for _, *labels in values], width if width > 1 else None
 
 
@@ -89,7 +107,7 @@ def _locate(name: str, root: str, root_given: bool) -> tuple[str, str]:
     return path, path if path.startswith("/") and not root_given else join(root, path)
 
 
-def _parse_line(line: str, place: str, num_classes: int | None, bare: bool) -> tuple[str, tuple[int, ...], int]:
+def _parse_line(line: str, place: str, num_classes: int | None) -> tuple[str, tuple[int, ...], int]:
     # The labels stand at the end; a path may hold spaces.
     words = line.split()
     numbers: list[int] = []
@@ -97,10 +115,8 @@ def _parse_line(line: str, place: str, num_classes: int | None, bare: bool) -> t
         numbers.append(number)
     numbers.reverse()
     count = len(numbers)
-    if count == 0 and bare:
-        return line.strip(), (), 0
     if count == 0:
-        raise InputError(f"{place}: no label after the path {line.strip()!r}; expected 'path index' or 'path 0 1 0 …'")
+        return line.strip(), (), BARE
     path = line.strip().rsplit(maxsplit=count)[0]
     if count == 1:
         return path, (check_index(numbers[0], num_classes, place),), 1

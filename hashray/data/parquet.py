@@ -117,12 +117,12 @@ def _columns(schema: pa.Schema, hive: dict[str, str], config: SourceConfig, url:
             "with a binary field `bytes`; name another with --image-column"
         )
     row_id, split = column(config.id_column, IDS), column(config.split_column, SPLITS)
-    without = config.label_column == "none" and "none" not in names
+    without = not config.labels or (config.label_column == "none" and "none" not in names)
     label = None if without else column(config.label_column, LABELS)
     left = [name for name in names if name not in (image, row_id, split) and name.lower() not in ABOUT]
     if label is None and left and not without:
         raise InputError(
-            f"{url} has no column of a usual label name; name it with --label-column (or --label-column none for "
+            f"{url} has no column of a usual label name; name it with --label-column (or --no-labels for "
             f"images without labels). It has: {', '.join(names)}"
         )
     return Columns(image, row_id, label, split)

@@ -159,11 +159,16 @@ def scan(
     if kind == "list":
         return survey, scan_lists(survey, unit, config, num_classes)
     scanner = {"folder": scan_folder, "parquet": scan_parquet, "tar": scan_tars}[kind]
-    return survey, scanner(survey, unit, config)
+    rows = scanner(survey, unit, config)
+    if kind == "tar" and not config.labels:
+        rows = (row._replace(value=None) for row in rows)
+    return survey, rows
 
 
-def read_values(survey: Survey, kind: Format, values: Mapping[str, str], num_classes: int | None) -> Meaning:
-    """The meaning of the values of all rows.
+def read_values(
+    survey: Survey, kind: Format, values: Mapping[str, str], num_classes: int | None, labels: bool = True
+) -> Meaning:
+    """The meaning of the values of all rows; without `labels` none names a class.
 
     Args:
         values: the place of the first row of each value, in the order of the source.
@@ -178,22 +183,24 @@ def read_values(survey: Survey, kind: Format, values: Mapping[str, str], num_cla
         keys = {text: (tuple(value[0]), value[1]) for text, value in zip(texts, parsed, strict=True)}
         meaning = read_folders(survey, keys.values())
         return Meaning(
-            {text: meaning[key][0] for text, key in keys.items()},
+            {text: meaning[key][0] if labels else () for text, key in keys.items()},
             {text: meaning[key][1] for text, key in keys.items()}, None,
         )  # fmt: skip
+    if not labels:
+        return Meaning(dict.fromkeys(texts, ()), {}, None)
     places = list(values.values())
     for value, place in zip(parsed, places, strict=True):
         if isinstance(value, dict) and UNREADABLE in value:
             raise InputError(f"{place}: label {value[UNREADABLE]}; {EXPECTED}")
     if kind == "list":
-        labels, width = read_fields(parsed, places)
+        known, width = read_fields(parsed, places)
     else:
         if survey.class_names:  # Hugging Face's: each label is one of them, and -1 is none, as in its test splits
             num_classes = num_classes or len(survey.class_names)
             parsed = [None if value == -1 else value for value in parsed]
-        labels, width = read_labels(parsed, num_classes, places.__getitem__)
+        known, width = read_labels(parsed, num_classes, places.__getitem__)
     named = survey.class_names or ([str(i) for i in range(width)] if width else None)
-    return Meaning(dict(zip(texts, labels, strict=True)), {}, named)
+    return Meaning(dict(zip(texts, known, strict=True)), {}, named)
 
 
 @lru_cache(maxsize=64)

@@ -21,7 +21,8 @@ from pydantic import Field
 from hashray.config import Config
 from hashray.errors import InputError
 
-Protocol = Literal["as-given", "adalabelhash-cifar10", "cifar10-semi", "per-class", "class-split"]
+Protocol = Literal["as-given", "adalabelhash-cifar10", "cifar10-semi", "per-class", "random", "class-split"]
+MOST_QUERIES = 1000  # that the random protocol draws by itself
 
 
 class SplitConfig(Config):
@@ -34,6 +35,8 @@ class SplitConfig(Config):
                            everything but the queries is the database (1,000 / 5,000 / 54,000, database 59,000)
     per-class              `query_per_class` and `train_per_class` rows a class; everything but the queries
                            is the database, without the train rows if `train_in_database` is false
+    random                 `query_rows` queries of all rows, which needs no labels; the others are the database, and
+                           all of them, or `train_rows`, are train
     class-split            classes are split, not images (METHODS 3.3): `unseen_classes` of them, drawn by the seed, are
                            never trained on. Each half of the source (given train and test, else
                            `query_per_class` queries a class) falls into -seen and -unseen, beside train, database
@@ -50,6 +53,12 @@ class SplitConfig(Config):
     train_per_class: int = Field(500, ge=1, description="Train rows of each class, in the per-class protocol")
     train_in_database: bool = Field(
         True, description="Whether train rows are in the database, in the per-class protocol"
+    )
+    query_rows: int | None = Field(
+        None, ge=0, description="Queries in the random protocol; unset: a tenth of all rows, 1,000 at most"
+    )
+    train_rows: int | None = Field(
+        None, ge=1, description="Train rows in the random protocol; unset: all rows but the queries"
     )
     unseen_classes: int | None = Field(
         None, ge=1, description="Classes that are never trained on, in the class-split protocol; unset: a quarter"
@@ -166,6 +175,8 @@ def plan_splits(config: SplitConfig, counts: Counts, draw: Draw, classes: Sequen
         return SplitRule(given=_train_is_database(counts))
     if config.split_protocol == "class-split":
         return _class_split(counts, draw, config, classes)
+    if config.split_protocol == "random":
+        return _random(counts, draw, config)
     if config.split_protocol == "cifar10-semi":
         drawn = _per_class(counts, draw, seed, 100, 500, "database+train", classes)
         return SplitRule("database+unlabelled", drawn=drawn)
@@ -263,6 +274,22 @@ def _class_split(counts: Counts, draw: Draw, config: SplitConfig, classes: Seque
     return SplitRule("database", drawn=drawn, parts=parts)
 
 
+def _random(counts: Counts, draw: Draw, config: SplitConfig) -> SplitRule:
+    total = sum(seen.rows for seen in counts.values())
+    queries = min(MOST_QUERIES, total // 10) if config.query_rows is None else config.query_rows
+    size = queries + (config.train_rows or 0)
+    if size + (config.train_rows is None) > total:
+        raise InputError(
+            f"the random protocol is to draw {queries:,} queries and {config.train_rows or 'other'} train rows of "
+            f"{total:,} rows: lower --query-rows or --train-rows"
+        )
+    groups = draw(size) if size else ()
+    keyed = sorted((order_key(config.seed, name), name, labels) for labels, some in groups for name in some.ids)
+    words = ["query"] * queries + ["database+train"] * (size - queries)
+    drawn = {name: (word, labels) for (_, name, labels), word in zip(keyed[:size], words, strict=True)}
+    return SplitRule("database+train" if config.train_rows is None else "database", drawn=drawn)
+
+
 def _per_class(
     counts: Counts, draw: Draw, seed: int, queries: int, trains: int, train: str, classes: Sequence[str] | None
 ) -> dict[str, tuple[str, Labels]]:
@@ -270,7 +297,9 @@ def _per_class(
     for (labels, _), seen in counts.items():
         members.update(dict.fromkeys(labels, seen.rows))
     if not members:
-        raise InputError("this split protocol draws rows per class, and no row has a class")
+        raise InputError(
+            "this split protocol draws rows per class, and no row has a class; --split-protocol random needs none"
+        )
     size, drawn = queries + trains, None
     while drawn is None:  # rows of several classes that are drawn for one of them may leave too few for another
         drawn = _draw(draw(size), members, seed, (("query", queries), (train, trains)), classes)

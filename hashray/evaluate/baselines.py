@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -274,16 +274,22 @@ CODE_BASELINES: dict[str, Any] = {
 
 
 def fit_baselines(
-    train_features: Any, train_labels: Any, num_bits: int, seed: int = 0
+    train_features: Any, train_labels: Any, num_bits: int, seed: int = 0, without: Collection[str] = ()
 ) -> Iterator[tuple[str, Baseline]]:
     """Fit every code baseline, one after the other, on features [n, d] and multi-hot labels [n, c].
+
+    Those that learn from labels are left out where no row has any, and so are those named in `without`.
 
     >>> x, y = [[0.0], [1.0], [5.0], [6.0]], np.eye(2)[[0, 0, 1, 1]]
     >>> [name for name, _ in fit_baselines(x, y, num_bits=8)] == list(CODE_BASELINES)
     True
     """
+    labelled = bool((np.asarray(train_labels) > 0).any())
     for name, baseline in CODE_BASELINES.items():
-        supervision = {"train_labels": train_labels} if baseline in (ITQLinear, ClassCode) else {}
+        supervised = baseline in (ITQLinear, ClassCode)
+        if name in without or (supervised and not labelled):
+            continue
+        supervision = {"train_labels": train_labels} if supervised else {}
         yield name, baseline.fit(train_features, num_bits, seed, **supervision)
 
 

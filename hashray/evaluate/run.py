@@ -238,7 +238,10 @@ def _show(config: EvaluateConfig, results: list[dict[str, Any]]) -> None:
 def _scenarios(config: EvaluateConfig, corpus: Corpus) -> tuple[Scenario, ...]:
     """The scenarios to score, after checking that the corpus has rows and labels for them."""
     if not corpus.num_classes:
-        raise InputError(f"{config.corpus} has no labels, and without them no row is relevant to any; ingest them too")
+        raise InputError(
+            f"{config.corpus} has no labels. Every score needs them, because a row is relevant to a query where they "
+            "share a class: ingest the images with labels. Index and search need none"
+        )
     if config.baselines and not corpus.count("train"):
         raise InputError(f"{config.corpus} has no train rows to fit the baselines on; give --no-baselines")
     num_rows = corpus.count(config.database_split)
@@ -298,7 +301,7 @@ def _add_baselines(
         (database, features.of(config.database_split, database)),
     ]
     with Bar("baselines", len(CODE_BASELINES), "methods") as bar:
-        for name, baseline in fit_baselines(train, labels, num_bits, config.seed):
+        for name, baseline in fit_baselines(train, labels, num_bits, config.seed, without=set(query.values)):
             for side, values in sides:
                 side.values[name] = baseline.codes(values)
             bar.add(1)

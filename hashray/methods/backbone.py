@@ -232,6 +232,10 @@ def build_trunk(config: BackboneConfig, load_weights: bool = True, code: bytes |
         InputError: the weights name is unknown, the file is missing or does not fit, or the network cannot take
             images of this size, or does not give features.
     """
+    if config.frozen and config.weights is None and load_weights:  # random numbers that stay: the same in every process
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build_trunk(config, load_weights=False, code=code)
     source = source_of(config.name)
     code = source.code(config) if code is None else code
     net = source.build(config, code)

@@ -5,7 +5,7 @@ frozen `XConfig(MethodConfig)` that has `kind: Literal["x"]`, and a final class 
 
     for phase in method.phases():
         method.begin_phase(phase, table, seed, workers)     # work without image batches
-        for epoch in range(phase.epochs):
+        for epoch in range(phase.epochs):                   # without batches where `phase.steps` is false
             for inputs, labels, weight in batches:          # weight 0 marks a padding row
                 terms = method.loss_terms(phase, inputs, labels, weight)    # each a sum and its mass
                 method.after_step(phase, means over all workers)
@@ -63,7 +63,8 @@ class Phase:
     """A part of the training over image batches, with one learning-rate schedule.
 
     `lr_factor` multiplies the configured rate. `round` counts alternations from 0. Validation never chooses weights of
-    a phase that is not `selectable`.
+    a phase that is not `selectable`. Without `steps`, `begin_phase` does all the work in closed form; such a phase has
+    one epoch, which only validates.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Phase:
     epochs: int
     lr_factor: float = 1.0
     selectable: bool = True
+    steps: bool = True
 
 
 class Term(NamedTuple):
@@ -111,6 +113,11 @@ class LabelTable:
 
     rows: Tensor
     counts: Tensor
+
+    @staticmethod
+    def empty(num_classes: int) -> LabelTable:
+        """The table of training rows without any label."""
+        return LabelTable(torch.zeros(0, num_classes, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
 
     @staticmethod
     def of(labels: Tensor) -> LabelTable:
@@ -169,11 +176,11 @@ class WorkerGroup(ABC):
         """
 
     @abstractmethod
-    def gather_rows(self, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def gather_rows(self, outputs: Callable[[Tensor], Tensor], most: int | None = None) -> tuple[Tensor, Tensor]:
         """(`outputs(inputs)` [n, width], labels [n, c]) of all training images, without augmentation.
 
         Only the first worker gets them; the others get [0, 0] and [0, c]. The order of the rows does not depend on the
-        number of workers.
+        number of workers, and neither does the draw of about `most` of more rows.
         """
 
     @abstractmethod
@@ -195,6 +202,10 @@ class Method(nn.Module, ABC):
     kind: ClassVar[str]
     uses_unlabelled: ClassVar[bool] = False
     """Whether this method learns from rows without any known label (all -1)."""
+    needs_labels: ClassVar[bool] = True
+    """Whether each row of the train split must have a label. Without this need, the unlabelled split is trained on."""
+    trains_trunk: ClassVar[bool] = True
+    """Whether this method can train a trunk. If not, the trunk must be frozen, and may have random weights."""
     config: Any
 
     def __init__(self, config: MethodConfig, trunk: Trunk, num_classes: int) -> None:

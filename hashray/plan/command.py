@@ -61,7 +61,12 @@ WITHOUT_NETWORK = "hashray.data.ingest, ray.data"  # what such a driver or worke
 WITH_NETWORK = "hashray.encode.codes, hashray.train.run, ray.data"
 CONNECTED_BYTES = 64 << 20  # of Ray in a process that has joined it: workers of ingest had 249 MiB, of imports 187
 # Splits that a protocol draws a fixed number of rows for, however many rows there are.
-DRAWN = {"per-class": ("query", "train"), "cifar10-semi": ("query", "train"), "class-split": ("query",)}
+DRAWN = {
+    "per-class": ("query", "train"),
+    "cifar10-semi": ("query", "train"),
+    "random": ("query",),
+    "class-split": ("query",),
+}
 OBJECT_STORE_SHARE = 0.3  # of a node's memory: Ray's default
 
 
@@ -232,12 +237,12 @@ def _work(
 ) -> Work:
     database = rows.splits["database"] or rows.rows
     trunk = method.trunk.config
-    stages = ["encode", "index", "evaluate"]
+    stages = ["encode", "index", *(["evaluate"] if rows.num_classes else [])]  # nothing is scored without labels
     if training is not None:
         stages = [*(["features"] if trunk.frozen else []), "train", *stages]
     elif trunk.frozen:
         stages = ["features", *stages]
-    train = rows.splits["train"] + (rows.splits["unlabelled"] if training and training.unlabelled else 0)
+    train = rows.splits["train"] + (rows.splits["unlabelled"] if training and training.with_unlabelled else 0)
     row_inputs = 4 * method.trunk.feature_dim if trunk.frozen else 3 * trunk.image_size**2
     in_memory = training is not None and fits_memory(training, train * row_inputs)
     scenarios = len(CLASS_SPLIT) if rows.protocol == "class-split" else 1

@@ -125,7 +125,7 @@ def look_at_source(url: str, reader: SourceConfig, most_files: int) -> Listing:
     for (value, _), group in tally.items():
         first.setdefault(value, group.place)
     survey.add(seen)
-    meaning = read_values(survey, kind, first, len(names) if names else None)
+    meaning = read_values(survey, kind, first, len(names) if names else None, reader.labels)
     if names:
         meaning = meaning._replace(class_names=names)
     all_rows, size_bytes = count if share == whole else round(count * whole / share), sum(size for _, size in sized)

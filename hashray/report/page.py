@@ -70,7 +70,7 @@ def _tiles(results: Sequence[Mapping[str, Any]], depth: str) -> Iterator[tuple[s
     by_name = {row["name"]: row for row in results if row.get("scenario") == ours.get("scenario")}
     yield f"{depth} of {ours['name']}", f"{ours['mAP']:.4f}"
     for name in ("itq", "float-cosine"):
-        if name in by_name:
+        if name in by_name and name != ours["name"]:
             yield f"{depth} of {name}", f"{by_name[name]['mAP']:.4f}"
     near = ours.get("precision_at", {}).get("10")
     if near is not None:

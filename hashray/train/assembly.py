@@ -19,8 +19,9 @@ from hashray.metrics import mean_average_precision
 from hashray.model import load_model
 from hashray.train.batches import MemorySlices, SliceSource, held_out
 from hashray.train.config import TrainConfig
+from hashray.train.group import Report
 from hashray.train.job import PSEUDO_SPLITS, TrainJob
-from hashray.train.loop import Loop, Report
+from hashray.train.loop import Loop
 from hashray.train.selection import Selection
 
 VALIDATION_DATABASE = 5000

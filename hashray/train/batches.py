@@ -130,6 +130,14 @@ def row_seeds(seed: int, epoch: int, ids: Sequence[str]) -> NDArray[np.int64]:
     return np.frombuffer(b"".join(keys), dtype="<i8") & np.int64(0x7FFF_FFFF_FFFF_FFFF)
 
 
+def drawn_rows(inputs: NDArray[Any], share: float) -> NDArray[np.bool_]:
+    """Which rows [n] belong to a draw of about this share of all rows: a function of each row's own bytes."""
+    if share >= 1:
+        return np.ones(len(inputs), dtype=bool)
+    keys = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in inputs]
+    return np.frombuffer(b"".join(keys), dtype="<u8") < share * 2.0**64
+
+
 def held_out(ids: Iterable[str], count: int, seed: int) -> set[str]:
     """The `count` ids that come first in the seeded order: the validation rows."""
     return set(heapq.nsmallest(count, ids, key=lambda name: order_key(seed, f"validation\0{name}")))

@@ -134,7 +134,9 @@ class TrainConfig(Config):
     )
     pseudo_labels: str | None = Field(None, description="Pseudo-labels whose accepted rows join the training rows")
     unlabelled: bool = Field(
-        False, description="Whether the unlabelled split joins the training rows, for a method that can use it"
+        False,
+        description="Whether the unlabelled split joins the training rows, for a method that can use it; "
+        "it always does for one without need of labels",
     )
     epochs: int = Field(20, ge=1, description="Epochs in each round of the method")
     batch_size: int = Field(128, ge=1, description="Rows of a global batch, for any number of workers")
@@ -178,8 +180,13 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _frozen_trunks_have_weights(self) -> TrainConfig:
-        if self.backbone.frozen and self.backbone.weights is None:
+        trains_trunk = known_methods()[self.method.kind][1].trains_trunk
+        if trains_trunk and self.backbone.frozen and self.backbone.weights is None:
             raise ValueError("backbone.frozen without backbone.weights would freeze random numbers; name the weights")
+        if not trains_trunk and not self.backbone.frozen:
+            raise ValueError(
+                f"{self.method.kind} trains no trunk: set backbone.frozen = true; features are then computed once"
+            )
         return self
 
     @field_validator("workers")
@@ -246,6 +253,11 @@ class TrainConfig(Config):
         if not self.validation_rows:
             return False, 0
         return bool(given), 0 if given else min(self.validation_rows, train // 5)
+
+    @property
+    def with_unlabelled(self) -> bool:
+        """Whether the unlabelled split joins the training rows."""
+        return self.unlabelled or not known_methods()[self.method.kind][1].needs_labels
 
     def result_of(self) -> dict[str, Any]:
         """The part of the config that the trained weights depend on."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from hashray import artifact
@@ -24,6 +25,7 @@ from hashray.train.config import TrainConfig
 from hashray.train.selection import Selection
 
 PSEUDO_SPLITS = ("query-pseudo", "database-pseudo")
+OF_STEPS = ("epochs", "batch_size", "optim", "augment", "init", "ema_decay", "checkpoint_steps", "shuffle_window")
 SHORT_PIXELS = 400_000_000  # two minutes of a small trunk on one core
 
 
@@ -60,7 +62,7 @@ class TrainJob:
     @property
     def selection(self) -> Selection:
         """The training rows."""
-        return Selection(frozenset(self.validation), self.config.pseudo_labels, self.config.unlabelled)
+        return Selection(frozenset(self.validation), self.config.pseudo_labels, self.config.with_unlabelled)
 
 
 def require_validation(config: TrainConfig, corpus: Corpus, what: str) -> None:
@@ -69,8 +71,35 @@ def require_validation(config: TrainConfig, corpus: Corpus, what: str) -> None:
     Raises:
         InputError: `what` is done by validation rows.
     """
-    if config.validation(corpus.count("validation"), corpus.count("train")) == (False, 0):
-        raise InputError(f"{what} by validation rows: set validation_rows above 0, and have 5 train rows")
+    if validation_of(config, corpus) == (False, 0):
+        raise InputError(f"{what} by validation rows: set validation_rows above 0, and have 5 train rows with labels")
+
+
+def validation_of(config: TrainConfig, corpus: Corpus) -> tuple[bool, int]:
+    """Whether the corpus's own validation rows choose the model, else how many train rows do; none without labels."""
+    given, wanted = config.validation(corpus.count("validation"), corpus.count("train"))
+    tables = corpus.row_tables("validation" if given else "train") if given or wanted else iter(())
+    labelled = any(pc.sum(pc.list_value_length(table.column("labels"))).as_py() for table in tables)
+    return (given, wanted) if labelled else (False, 0)
+
+
+def require_rows(config: TrainConfig, corpus: Corpus, why: str) -> None:
+    """Refuse a corpus without rows to train on.
+
+    Raises:
+        InputError: neither train rows nor, for a method without need of labels, unlabelled ones.
+    """
+    if _method_of(config).needs_labels:
+        corpus.require("train", why)
+    elif not corpus.count("train") + corpus.count("unlabelled"):
+        raise InputError(
+            f"{corpus.store.url} has neither train nor unlabelled rows for {why}; ingest it with --split-protocol "
+            "random, which makes all rows but the queries train"
+        )
+
+
+def _method_of(config: TrainConfig) -> type[Method]:
+    return known_methods()[config.method.kind][1]
 
 
 def require_labels(config: TrainConfig, corpus: Corpus) -> None:
@@ -86,12 +115,13 @@ def require_labels(config: TrainConfig, corpus: Corpus) -> None:
         rows, without = rows + len(labels), without + int((labels.sum(1) == 0).sum())
         if len(seen) < 2:
             seen = np.unique(np.concatenate([seen, labels]), axis=0)[:2]
-    if without:
+    method = _method_of(config)
+    if without and method.needs_labels:
+        others = " or ".join(sorted(kind for kind, (_, other) in known_methods().items() if not other.needs_labels))
         raise InputError(
             f"{without:,} of {rows:,} train rows have no label, {config.method.kind} needs one for each; "
-            "ingest them again as split unlabelled, or with labels"
+            f"ingest them again as split unlabelled, or with labels, or train a method without labels: {others}"
         )
-    method = known_methods()[config.method.kind][1]
     if method.learns_from_labels(config.method) and len(seen) < 2:
         names = [corpus.classes[i] for i in np.flatnonzero(seen.any(0))]
         raise InputError(
@@ -113,9 +143,9 @@ def plan_job(config: TrainConfig, data: Corpus) -> TrainJob:
         InputError: no validation row has a relevant item among the others.
     """
     require_one_network(config, data.num_classes)
-    given, wanted = config.validation(data.count("validation"), data.count("train"))
+    given, wanted = validation_of(config, data)
     validation = held_out(_ids(data, "train"), wanted, config.seed) if wanted else set[str]()
-    selection = Selection(frozenset(validation), config.pseudo_labels, config.unlabelled)
+    selection = Selection(frozenset(validation), config.pseudo_labels, config.with_unlabelled)
     counts, sizes, tables = [], [], list[LabelTable]()
     held = others = np.zeros(data.num_classes, dtype=bool)
     for record, whole in zip(data.parts, data.row_tables("all"), strict=True):
@@ -136,7 +166,9 @@ def plan_job(config: TrainConfig, data: Corpus) -> TrainJob:
             "scored. Train without them (--validation-rows 0), or have more train rows in each class"
         )
     if not tables:
-        raise InputError(f"{data.store.url} has no labelled row to train on")
+        if _method_of(config).needs_labels:
+            raise InputError(f"{data.store.url} has no labelled row to train on")
+        tables = [LabelTable.empty(data.num_classes)]
     plan = EpochPlan(tuple(counts), config.batch_size, config.shuffle_window, config.seed, tuple(sizes))
     return TrainJob(
         config=config, source=data.store.url, num_classes=data.num_classes,
@@ -205,6 +237,14 @@ def input_type(data: Corpus) -> np.dtype[Any]:
 def total_epochs(config: TrainConfig, num_classes: int) -> int:
     """Epochs of a whole training, over all phases."""
     return _epochs(untrained(config, num_classes), config)
+
+
+def ignored(config: TrainConfig, num_classes: int) -> list[str]:
+    """The settings of steps that are not their defaults, for a method without steps."""
+    if any(phase.steps for phase in untrained(config, num_classes).phases(config.epochs)):
+        return []
+    defaults = {name: TrainConfig.model_fields[name].get_default(call_default_factory=True) for name in OF_STEPS}
+    return [name for name, default in defaults.items() if getattr(config, name) != default]
 
 
 def _epochs(method: Method, config: TrainConfig) -> int:

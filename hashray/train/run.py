@@ -35,10 +35,12 @@ from hashray.train.checkpoint import Checkpoint, Position, has_checkpoint, keep_
 from hashray.train.config import TrainConfig
 from hashray.train.job import (
     TrainJob,
+    ignored,
     is_short,
     plan_job,
     require_labels,
     require_phases,
+    require_rows,
     run_of,
     total_epochs,
     untrained,
@@ -63,13 +65,15 @@ def train(config: TrainConfig) -> Manifest:
 
 def train_on(config: TrainConfig, corpus: Corpus) -> Manifest:
     """Train on an open corpus with a config whose paths are absolute; as `train`."""
-    corpus.require("train", "training")
+    require_rows(config, corpus, "training")
     store, init = open_store(str(config.out)), open_init(config)
     run, parents = run_of(config, corpus, init)
 
     def work() -> Manifest:
         require_labels(config, corpus)
         require_phases(config, corpus.num_classes)
+        if names := ignored(config, corpus.num_classes):
+            say(f"note: {config.method.kind} is fitted in closed form and ignores {', '.join(names)}")
         data = training_data(config, corpus, init)
         if config.bounds[1] > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
             say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
@@ -101,9 +105,12 @@ def _write(config: TrainConfig, corpus: Corpus, job: TrainJob, final: Checkpoint
     manifest = write_model(store, method, weights, corpus.classes, config.result_of(), parents, history, info)
     store.clear("checkpoints/")
     store.clear("progress/")
-    say(f"{store.url}: model {manifest.id[:12]}" + _scored(position))
-    if position.best_score is not None and of_random and not has_learned(position.best_score, of_random):
-        steps = job.plan.steps * total_epochs(config, corpus.num_classes)
+    score = _scored(position)
+    for name in ("variance_kept", "quantization_error"):  # which need no labels
+        score += "".join(f", {name.replace('_', ' ')} {note[name]:.3f}" for note in info["phases"] if name in note)
+    say(f"{store.url}: model {manifest.id[:12]}{score}")
+    steps = job.plan.steps * sum(phase.epochs for phase in method.phases(config.epochs) if phase.steps)
+    if position.best_score is not None and of_random and steps and not has_learned(position.best_score, of_random):
         say(
             f"warning: that is hardly more than random codes score: the model has learned next to nothing in {steps:,} "
             f"steps. Try more epochs (now {config.epochs}), another optim.lr (now {config.optim.lr:g}) or a pretrained "
@@ -160,6 +167,8 @@ def training_data(config: TrainConfig, corpus: Corpus, init: Model | None) -> Co
     """
     if not config.backbone.frozen:
         return corpus
+    if config.backbone.weights is None:
+        say("note: backbone.weights is unset, so the trunk has random weights: pretrained ones give far better codes")
     features = compute_features(corpus, TrunkRecipe(config.backbone), config.features, pool_of(config), config.max_bad)
     if init is not None and features.manifest.fingerprint != trunk_fingerprint(init.method.trunk):
         raise InputError(f"init = {config.init!r} has another frozen trunk than backbone.* describes")
@@ -186,7 +195,7 @@ def fit_until(job: TrainJob, end: str) -> None:
 
 
 def trains_here(config: TrainConfig, epochs: int, rows: int, in_memory: bool) -> bool:
-    """Whether a training of `epochs` over `rows` runs in this process, without Ray."""
+    """Whether a training of `epochs` epochs over `rows` rows runs in this process, without Ray."""
     return config.workers == 1 and in_memory and runs_here(config.ray, is_short(config, epochs, rows))
 
 

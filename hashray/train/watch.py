@@ -59,7 +59,7 @@ class Watch:
             place = {"epoch": f"{line['epoch']}/{self.epochs}", "step": f"{line['step']}/{self.job.plan.steps}"}
             self.bar.at(done, **place, **self.notes, data_wait=f"{line['waiting_share']:.0%}")
         elif event == "epoch":
-            self.notes = {"loss": f"{line['loss']:.4f}"}
+            self.notes = {"loss": f"{line['loss']:.4f}"} if "loss" in line else {}
             if "validation_map" in line:
                 self.notes["mAP"] = f"{line['validation_map']:.4f}"
             if "random_map" in line:

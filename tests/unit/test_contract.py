@@ -23,6 +23,8 @@ from tests.unit.worker_group import build, config_of, make_rows, run_loop
 
 KINDS = sorted(known_methods())
 SMALL: dict[str, dict[str, Any]] = {"dseh": {"rounds": 1}}
+IN_CLOSED_FORM = ["itq", "pca"]
+IN_STEPS = [kind for kind in KINDS if kind not in IN_CLOSED_FORM]
 
 
 def loss_of(terms: dict[str, Term]) -> torch.Tensor:
@@ -37,7 +39,7 @@ def fitted(kind: str, count: int = 64, **changes: Any) -> tuple[Method, np.ndarr
     return loop.method, features.astype(np.float32), labels
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_STEPS)
 def test_terms_are_finite_and_every_trained_parameter_gets_a_gradient(kind: str) -> None:
     method, features, labels = fitted(kind)
     config = config_of(epochs=1, method={"kind": kind, **SMALL.get(kind, {})})
@@ -56,7 +58,14 @@ def test_terms_are_finite_and_every_trained_parameter_gets_a_gradient(kind: str)
     assert reached == trained
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_CLOSED_FORM)
+def test_without_steps_there_is_one_epoch_for_any_number_of_epochs(kind: str) -> None:
+    method = fitted(kind)[0]
+    assert [(phase.epochs, phase.steps) for epochs in (1, 9) for phase in method.phases(epochs)] == [(1, False)] * 2
+    assert not [name for name, parameter in method.named_parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("kind", IN_STEPS)
 def test_order_and_padding_of_a_batch_do_not_change_the_loss(kind: str) -> None:
     method, features, labels = fitted(kind)
     phase = method.phases(1)[0]
@@ -77,7 +86,8 @@ def test_overfits_64_rows_to_map_1(kind: str) -> None:
     with torch.no_grad():
         codes = binarize(method.encode(torch.as_tensor(features)))
     one = labels.sum(1) == 1  # rows of two classes are relevant to two clusters: no order of codes is perfect
-    assert mean_average_precision(codes[one], labels[one], codes[one], labels[one]) == pytest.approx(1.0)
+    slack = 1e-6 if type(method).learns_from_labels(method.config) else 0.01
+    assert mean_average_precision(codes[one], labels[one], codes[one], labels[one]) == pytest.approx(1.0, abs=slack)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.methods.base import LabelTable
 from hashray.methods.lcgh import LCGH, LCGHConfig, _Fork, straight_through
 from hashray.metrics import mean_average_precision
-from hashray.train.loop import TorchWorkerGroup
+from hashray.train.group import TorchWorkerGroup
 from tests.unit.worker_group import build, config_of, make_rows, run_loop
 
 METHOD: dict[str, Any] = {"kind": "lcgh"}

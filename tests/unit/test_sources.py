@@ -124,6 +124,42 @@ def test_an_unlabelled_list_needs_no_labels(put: Put) -> None:
     }  # fmt: skip
 
 
+def test_a_list_without_any_label_is_a_source_without_classes(put: Put) -> None:
+    url = put({"train.txt": "images/a 1.JPG\nimages/b.jpg\n", "test.txt": "c.png\n", "unlabelled.txt": "d.png\n"})
+    listing = list_source(url, SourceConfig())
+    assert rows(listing) == {
+        "images/a 1.JPG": ((), "train"), "images/b.jpg": ((), "train"), "c.png": ((), "query"),
+        "d.png": ((), "unlabelled"),
+    }  # fmt: skip
+    assert listing.class_names is None
+
+
+def test_no_labels_are_read_where_none_are_wanted(local: Put) -> None:
+    """Folders by date are no classes, nor are the labels of lists and captions beside the images of a tar."""
+    config = SourceConfig(labels=False)
+    url = local(pictures("photos/2021/07/a.png", "photos/2022/b.png"))
+    assert rows(list_source(f"{url}/photos", SourceConfig()))["2021/07/a.png"] == (("2021",), None)
+    assert set(rows(list_source(f"{url}/photos", config)).values()) == {((), None)}
+    url = local(pictures("split/train/2021/a.png", "split/test/b.png"))
+    assert rows(list_source(f"{url}/split", config)) == {
+        "train/2021/a.png": ((), "train"), "test/b.png": ((), "query"),
+    }  # fmt: skip
+    url = local({"list.txt": "a.png 0 1 1\nb.png\nimage 7\n"})
+    assert rows(list_source(f"{url}/list.txt", config)) == dict.fromkeys(("a.png", "b.png", "image"), ((), None))
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, data in (("0.png", b"x"), ("0.txt", b"a dog"), ("1.png", b"y"), ("1.txt", b"two dogs")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    url = local({"captions.tar": archive.getvalue()})
+    listing = list_source(f"{url}/captions.tar", config)
+    assert set(rows(listing).values()) == {((), None)} and len(listing.meaning.labels) == 1
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"x"], "breed": ["collie"], "label": [3]}), sink)
+    assert set(rows(list_source(local({"p.parquet": sink.getvalue()}) + "/p.parquet", config)).values()) == {((), None)}
+
+
 def test_a_list_of_indices_with_class_names(put: Put) -> None:
     url = put({"all.lst": "\ufeffa.png 2\nb.png 0\n", "classes.txt": "ant\nbee\ncat\n\n", **pictures("pix/a.png")})
     config = SourceConfig(class_names=f"{url}/classes.txt", root=f"{url}/pix", format="list")
@@ -146,8 +182,9 @@ def test_paths_of_a_list_that_stand_elsewhere(local: Put, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("a.png 0\nb.png\n", "line 2: no label after the path 'b.png'; expected 'path index' or 'path 0 1 0"),
-        ("a.png 0\n\nb.png x 1.5\n", "line 3: no label after the path 'b.png x 1.5'"),
+        ("a.png 0\nb.png\n", "line 2: no label after the path, but other lines have one; expected 'path index' or "),
+        ("a.png 0\n\nb.png x 1.5\n", "line 3: no label after the path 'b.png x 1.5'; expected 'path index' or "),
+        ("a.png\nb.png cat\n", r"line 2: no label after the path 'b.png cat'.*--no-labels"),
         ("a.png ²\n", "line 1: no label after the path"),
         ("a.png -1\n", r"line 1: label -1 is out of range; allowed: 0 and up"),
         ("a.png 0 2 1\n", "line 1: a multi-hot row of 3 fields may hold only 0 and 1"),

@@ -165,3 +165,32 @@ def test_a_draw_from_the_first_rows_of_each_label_set_is_a_draw_from_all(
             assign_splits(ids, labels, [None] * len(ids), config)
     else:
         assert assign_splits(ids, labels, [None] * len(ids), config) == expected
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_random_draws_queries_from_all_rows_and_trains_on_the_others(labelled: bool) -> None:
+    ids, labels = source(60, 3)
+    labels = labels if labelled else [[] for _ in ids]
+    given_splits: list[str | None] = ["train", *[None] * 59]
+
+    def draw(**fields: Any) -> list[str]:
+        return assign_splits(ids, labels, given_splits, SplitConfig(split_protocol="random", **fields))
+
+    assert Counter(draw()) == {"query": 6, "database+train": 54}  # a tenth
+    assert Counter(draw(query_rows=0)) == {"database+train": 60}
+    some = draw(query_rows=5, train_rows=20)
+    assert Counter(some) == {"query": 5, "database+train": 20, "database": 35}
+    assert {i for i, word in enumerate(some) if word == "query"} <= {
+        i for i, word in enumerate(draw()) if word == "query"
+    }
+    assert draw(seed=1) != draw()
+    assert Counter(draw(query_rows=59)) == {"query": 59, "database+train": 1}
+    for fields in ({"query_rows": 60}, {"query_rows": 41, "train_rows": 20}):
+        with pytest.raises(InputError, match="of 60 rows: lower --query-rows or --train-rows"):
+            draw(**fields)
+
+
+def test_random_draws_no_more_queries_than_an_evaluation_needs() -> None:
+    ids = [f"img/{i}.png" for i in range(12_000)]
+    out = assign_splits(ids, [[]] * 12_000, [None] * 12_000, SplitConfig(split_protocol="random"))
+    assert Counter(out) == {"query": 1_000, "database+train": 11_000}

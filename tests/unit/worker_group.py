@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hashray.data.images import AugmentConfig
-from hashray.methods import build_method
+from hashray.methods import build_method, known_methods
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.methods.base import LabelTable, Method
 from hashray.train.batches import EpochPlan, MemorySlices
@@ -50,6 +50,8 @@ def config_of(**changes: Any) -> TrainConfig:
     method = {"kind": "dseh", "num_bits": 16, **changes.pop("method", {})}
     method = SMALL.get(method["kind"], {}) | method
     base: dict[str, Any] = {"epochs": 3, "batch_size": 32, "validation_rows": 0, "optim": {"lr": 1e-3}}
+    if not known_methods()[method["kind"]][1].trains_trunk:
+        base["backbone"] = {"frozen": True}
     return TrainConfig.model_validate(base | changes | {"method": method})
 
 

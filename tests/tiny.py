@@ -90,12 +90,13 @@ def write_corpus(
     config: Mapping[str, Any] | None = None,
     labels_of: Callable[[int], list[int]] = lambda number: [number % 3],
     image_of: Callable[[int], bytes] = png,
-    class_names: Sequence[str] = CLASSES,
+    class_names: Sequence[str] | None = None,
 ) -> Manifest:
     """A corpus as ingest leaves it, without Ray; every row is in train and in database, or where `split_of` says.
 
     With `reference` (a folder) the images are written there and the corpus only says where they are.
     """
+    class_names = CLASSES if class_names is None else class_names
     store = open_store(url)
     if reference is not None:
         for i in range(rows):

@@ -91,7 +91,7 @@ def test_the_pipeline_ends_with_an_index_and_without_a_score(tmp_path: Path, cap
     assert not (tmp_path / "out/evaluation").exists()
 
 
-@pytest.mark.parametrize("kind", ["itq", "pca"])
+@pytest.mark.parametrize("kind", ["itq", pytest.param("pca", marks=pytest.mark.slow)])
 def test_workers_and_streams_give_the_same_model_to_the_byte(kind: str, tmp_path: Path) -> None:
     corpus = str(tmp_path / "corpus")
     write_corpus(corpus, ROWS, 25, labels_of=lambda i: [], class_names=())

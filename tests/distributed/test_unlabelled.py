@@ -144,6 +144,7 @@ def test_a_sweep_over_methods_and_bits_compares_them_by_validation(tmp_path: Pat
     assert len(info["compared"]["winner"]["seeds"]) == 2 and info["epochs"] == info["epochs_of_full_grid"] == 4
 
 
+@pytest.mark.slow
 def test_a_trunk_without_weights_is_the_same_random_one_everywhere(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,7 +103,7 @@ class AdaLabelHash(Method):
         config, words = self.config, self.codewords()
         if config.label_loss == "softmax":
             labelled = (known == 1).any(1)
-            return {"softmax": Term((label_surprise(code, words, known, config.temperature)).sum(), labelled.sum())}
+            return {"softmax": Term(label_surprise(code, words, known, config.temperature).sum(), labelled.sum())}
         margin = adaptive_margin(code, words, known, config.margin, config.negative_floor)
         return {"margin": Term.of_mean(margin, known == 1)}
 

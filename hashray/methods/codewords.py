@@ -81,7 +81,7 @@ class Codewords(nn.Module):
         """Relaxed codewords [c, K] in (-1, 1), float32."""
         return torch.tanh(full_precision(self.z))
 
-    def begin(self, table: LabelTable, seed: int, workers: WorkerGroup, features: Callable[[Tensor], Tensor]) -> None:
+    def begin(self, table: LabelTable, seed: int, workers: WorkerGroup, features: Features) -> None:
         """Store which classes occur; give `semantic` codewords their first values, by a scan of all training rows.
 
         Codewords that have values already, such as those of a trained model, keep them. `features(inputs)` [n, d] are

@@ -190,13 +190,8 @@ class LCGH(Method):
             bits = self._label_bits
             for_decoder = torch.cat([for_decoder[:, :bits].detach(), for_decoder[:, bits:]], dim=1)
         known = self.codewords.known(labels, weight)
-        margins, consistent = self._margins(for_labels, known)
+        per_row, consistent = self._label_losses(for_labels, known)
         labelled = (known == 1).any(1).to(weight.dtype)
-        if config.label_loss == "softmax":
-            bits, words = self._label_bits, self.codewords()
-            per_row = label_surprise(for_labels[:, :bits], words[:, :bits], known, config.temperature)
-        else:
-            per_row = torch.relu(config.margin - margins)
         mean_loss = weighted_mean(per_row, labelled)
         multiplier = float(self.dual[0]) if config.priority == "dual" else 1.0
         # Quantisation shares the labels' priority only in rows with labels, as in the pseudo-code of METHODS 3.2.
@@ -266,13 +261,17 @@ class LCGH(Method):
             return bits
         return min(bits - 1, max(1, round(bits * self.config.split_share)))  # at least one bit for the decoder
 
-    def _margins(self, codes: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Delta_i [n] of the relaxed codes, and kappa_i [n]: 1 if Delta_i of the bits is positive, else 0."""
-        words, bits = self.codewords(), self._label_bits
-        margins = label_margins(codes[:, :bits], words[:, :bits], known)
+    def _label_losses(self, codes: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """The label loss [n] of the relaxed codes, and kappa_i [n]: 1 if Delta_i of the bits is positive, else 0."""
+        config, bits = self.config, self._label_bits
+        codes, words = codes[:, :bits], self.codewords()[:, :bits]
+        if config.label_loss == "softmax":
+            losses = label_surprise(codes, words, known, config.temperature)
+        else:
+            losses = torch.relu(config.margin - label_margins(codes, words, known))
         with torch.no_grad():
-            of_bits = label_margins(straight_through(codes)[:, :bits], straight_through(words)[:, :bits], known)
-        return margins, (of_bits > 0).to(codes.dtype)
+            of_bits = label_margins(straight_through(codes), straight_through(words), known)
+        return losses, (of_bits > 0).to(codes.dtype)
 
     def _target(self, inputs: Tensor) -> Tensor:
         """The target r of METHODS 3.2, standardised per dimension, [n, D]."""

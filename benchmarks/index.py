@@ -34,6 +34,7 @@ from hashray.codes import BIT_ORDER
 from hashray.data.columns import bytes_column
 from hashray.engine.session import WorkersConfig
 from hashray.index.build import IndexConfig, build_index
+from hashray.index.version import shards_of
 from hashray.search.reader import open_index
 from hashray.storage import open_store
 
@@ -70,8 +71,7 @@ def build(codes: str, out: str, shards: int) -> dict[str, float]:
     manifest = build_index(IndexConfig(codes=codes, out=out, shards=shards, pool=WorkersConfig(ray="never")))
     cpu_s = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sizes = [manifest.record(info["shard"]).bytes + manifest.record(info["ids"]).bytes
-             for info in manifest.info["shards"]]  # fmt: skip
+    sizes = [shard.codes.bytes + shard.ids.bytes for shard in shards_of(manifest)]
     beyond = peak - bare
     return {"build_cpu_s": cpu_s, "build_peak_mb": peak / MB, "build_beyond_bare_mb": beyond / MB,
             "shard_mb": max(sizes) / MB, "build_beyond_bare_shards": beyond / max(sizes)}  # fmt: skip
@@ -109,7 +109,7 @@ def compare(url: str) -> dict[str, float]:
     """Time per search against raw FAISS shards: batches of 64 queries, and one query."""
     index, result = open_index(url, threads=1), {}
     faiss.omp_set_num_threads(1)
-    raw = [faiss.read_index_binary(str(Path(url, info["shard"]))) for info in index.manifest.info["shards"]]
+    raw = [faiss.read_index_binary(str(Path(url, shard.codes.name))) for shard in shards_of(index.manifest)]
     for shard in raw:
         shard.use_heap = False
     for k in (10, 100):

@@ -20,9 +20,10 @@ import pyarrow as pa
 from timing import median_seconds, write_json
 
 from hashray import artifact
-from hashray.artifact import Manifest, version_key
-from hashray.codes import BIT_ORDER, Codes
-from hashray.index.shard import index_manifest, write_shard
+from hashray.artifact import version_key
+from hashray.codes import Codes
+from hashray.index.shard import write_shard
+from hashray.index.version import index_manifest, write_tables
 from hashray.search.reader import open_index
 from hashray.storage import open_store
 
@@ -43,9 +44,8 @@ def write_index(folder: str, ids: list[str], codes: Codes) -> None:
     store, cuts = open_store(folder), [ROWS * n // SHARDS for n in range(SHARDS + 1)]
     ranges = [slice(a, b) for a, b in pairwise(cuts)]
     shards = [write_shard(store, pa.array(ids[rows]), codes[rows], "flat") for rows in ranges]
-    parent = Manifest(kind="codes", project_version="", config={}, parents={}, files=(), bit_order=BIT_ORDER,
-                      rows_out=ROWS, info={"num_bits": NUM_BITS})  # fmt: skip
-    artifact.publish(store, index_manifest(parent, shards, "flat", {}), version_key(1))
+    manifest = write_tables(store, index_manifest(NUM_BITS, shards), None)
+    artifact.publish(store, manifest, version_key(1))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 model = hashray.load_model("s3://bucket/models/dseh-64")     # .encode(images) -> uint8 [n, num_bits // 8]
 index = hashray.open_index("s3://bucket/indexes/photos")     # .search(codes, k) -> ids [n, k], distances [n, k]
+catalog = hashray.open_catalog("s3://bucket/indexes/photos") # .append(ids, codes) .delete(ids) -> the new version
 """
 
 from __future__ import annotations
@@ -10,14 +11,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_model", "open_index"]
+__all__ = ["__version__", "create_index", "load_model", "open_catalog", "open_index"]
 
 if TYPE_CHECKING:
+    from hashray.index.catalog import create_index, open_catalog
     from hashray.model import load_model
     from hashray.search.reader import open_index
 
 
-_HOMES = {"load_model": "hashray.model", "open_index": "hashray.search.reader"}
+_HOMES = {
+    "create_index": "hashray.index.catalog",
+    "load_model": "hashray.model",
+    "open_catalog": "hashray.index.catalog",
+    "open_index": "hashray.search.reader",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ artifact, manifest included, is found. Nothing here knows the time: a rerun publ
 artifact/manifest.json            corpus, features, pseudo-labels, model, sweep, codes, evaluation
 index/versions/00000001.json ...  an index: each version a manifest, the newest is the index
 files-<hash>.parquet              the records of more than 1,000 files; the manifest holds its sha256 in their place
+tables/<hash>.parquet             the files of an index's version, in a few tables that versions share
 """
 
 from hashray.artifact.manifest import (

@@ -65,7 +65,7 @@ class Manifest(BaseModel):
     """A finished artifact. `parents` holds the manifest ids of its inputs, by kind.
 
     `files` are all files of the stage. `table` is the record of the file that holds their records where they are too
-    many for the JSON: `publish` writes it and sets it.
+    many for the JSON: `publish` writes it and sets it. `tables` are those of an index's version (deltas.py).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,6 +83,7 @@ class Manifest(BaseModel):
     rows_quarantined: int | None = None
     files: tuple[FileRecord, ...]
     table: FileRecord | None = None
+    tables: tuple[FileRecord, ...] = ()
     info: Plain = {}
 
     @cached_property
@@ -92,8 +93,8 @@ class Manifest(BaseModel):
 
     @property
     def stored(self) -> tuple[FileRecord, ...]:
-        """Every file that the artifact needs beside its manifest: `files`, and their table."""
-        return self.files if self.table is None else (*self.files, self.table)
+        """Every file that the artifact needs beside its manifest: `files`, and their tables."""
+        return (*self.files, *self.tables, *([self.table] if self.table else []))
 
     def record(self, name: str) -> FileRecord:
         """Return the record of the file `name`, or of the one `named` after it; CorruptArtifact when there is none."""
@@ -144,8 +145,9 @@ def sha256_hex(data: bytes) -> str:
 
 
 def _fields(manifest: Manifest) -> dict[str, Any]:
-    """What is stored: without the files where they have a table, without the table where they have none."""
-    return manifest.model_dump(mode="json", exclude={"table"} if manifest.table is None else {"files"})
+    """What is stored: without the files where they have a table, without the tables where there are none."""
+    absent = {name for name in ("table", "tables") if not getattr(manifest, name)}
+    return manifest.model_dump(mode="json", exclude=absent if len(absent) == 2 else {*absent, "files"})
 
 
 def to_bytes(manifest: Manifest) -> bytes:
@@ -185,7 +187,7 @@ def from_bytes(data: bytes, name: str) -> Manifest:
             f"reads format {FORMAT_VERSION}). Run the stage that made it again, into another folder"
         )
     try:
-        fields = {"files": (), **fields} if "table" in fields else fields
+        fields = {"files": (), **fields} if "table" in fields or "tables" in fields else fields
         manifest = Manifest.model_validate(fields, context=FROM_JSON)
     except ValidationError as error:
         raise CorruptArtifact(f"{name} is no manifest of hashray's: {error}") from error

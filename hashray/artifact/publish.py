@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from hashray.artifact.deltas import fold
 from hashray.artifact.files import FILES, MOST_LISTED, pack, unpack
 from hashray.artifact.manifest import FileRecord, Manifest, audit, from_bytes, named, plain_name, sha256_hex, to_bytes
 from hashray.errors import AlreadyExists, AuditError, CorruptArtifact, InputError, MismatchError
@@ -67,7 +68,8 @@ def publish(store: Store, manifest: Manifest, key: str = MANIFEST) -> Manifest:
     faults = audit(manifest)
     if faults:
         raise AuditError(f"{store.url} ({manifest.kind}) was not published: {'; '.join(faults)}")
-    manifest = manifest.model_copy(update={"table": _write_table(store, manifest)})
+    if not manifest.tables:
+        manifest = manifest.model_copy(update={"table": _write_table(store, manifest)})
     data = to_bytes(manifest)
     _honours_create(store)
     try:
@@ -92,19 +94,34 @@ def _write_table(store: Store, manifest: Manifest) -> FileRecord | None:
 
 
 def with_files(store: Store, manifest: Manifest) -> Manifest:
-    """The manifest with the files of its table, if it has one.
+    """The manifest with the files of its tables, if it has any.
+
+    Raises:
+        CorruptArtifact: a table is missing, or is not what was published.
+    """
+    if manifest.tables:
+        return manifest.model_copy(update={"files": fold(read_records(store, table) for table in manifest.tables)})
+    if manifest.table is None:
+        return manifest
+    return manifest.model_copy(update={"files": read_records(store, manifest.table)})
+
+
+def read_records(store: Store, table: FileRecord) -> tuple[FileRecord, ...]:
+    """The records of a table of files, as they stand there.
 
     Raises:
         CorruptArtifact: the table is missing, or is not what was published.
     """
-    if manifest.table is None:
-        return manifest
-    data = read_file(store, manifest.table)
+    return _records(store, table.name, table.bytes, table.sha256)
+
+
+@lru_cache(maxsize=64)  # versions of an index share tables
+def _records(store: Store, name: str, size_bytes: int, sha256: str) -> tuple[FileRecord, ...]:
+    data = read_file(store, FileRecord(name=name, bytes=size_bytes, sha256=sha256))
     try:
-        files = unpack(data)
+        return unpack(data)
     except ValueError as error:
-        raise CorruptArtifact(f"{join(store.url, manifest.table.name)} is no table of files: {error}") from error
-    return manifest.model_copy(update={"files": files})
+        raise CorruptArtifact(f"{join(store.url, name)} is no table of files: {error}") from error
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 """[Ray] `hashray index build`: codes -> shards -> version 1 of an index.
 
-index/  versions/00000001.json · shards/<sha256>.faiss · ids/<sha256>.arrow · quantizers/<sha256>.faiss (ivf)
+index/  versions/00000001.json · shards/<sha256>.faiss · ids/<sha256>.arrow · quantizers/<sha256>.faiss (ivf) ·
+        tables/<sha256>.parquet (the records of these files)
 
 A shard is a group of neighbouring code parts, sorted by id inside; the id ranges of shards may overlap. The task of a
 group reads its parts, each once, sorts, builds and writes. For ivf, one task reads a few parts before that, with four
@@ -39,11 +40,11 @@ from hashray.errors import AuditError, CorruptArtifact, InputError
 from hashray.index import shard
 from hashray.index.groups import Group, group_parts, sample_rows
 from hashray.index.ids import check_unique, duplicate_ids, one_array, read_ids
-from hashray.index.shard import NPROBE, SAMPLE_PER_LIST, Kind, WrittenShard
+from hashray.index.shard import NPROBE, ROWS_PER_SHARD, SAMPLE_PER_LIST, Kind
+from hashray.index.version import ShardRecord, index_manifest, write_content, write_tables
 from hashray.progress import Bar, say
 from hashray.storage import Store, check_conditional_put, join, open_store
 
-ROWS_PER_SHARD = 5_000_000  # Flat answers 5M rows of 64 bits in some 4 ms; IVF pays above that
 SHORT_ROWS = 1_000_000  # 8 MB of 64-bit codes: built here in less time than Ray takes to start
 
 
@@ -52,18 +53,18 @@ class BuiltGroup(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    shards: tuple[WrittenShard, ...]
+    shards: tuple[ShardRecord, ...]
     hashes: tuple[FileRecord, ...]
 
     @property
     def rows(self) -> int:
         """Rows of all its shards."""
-        return sum(written.info.rows for written in self.shards)
+        return sum(shard.rows for shard in self.shards)
 
     @property
     def files(self) -> list[FileRecord]:
         """Every file that was written."""
-        return [*(file for written in self.shards for file in written.files), *self.hashes]
+        return [*(file for shard in self.shards for file in shard.files), *self.hashes]
 
 
 RecordT = TypeVar("RecordT", FileRecord, BuiltGroup)
@@ -112,13 +113,13 @@ def build_index(config: IndexConfig) -> Manifest:
         nlist = 0 if config.kind == "flat" else config.nlist or shard.default_nlist(rows // num_shards)
         build = _Build(source, store, parts, int(codes.info["num_bits"]), config, plan)
         shards, quantizer = build.run(num_shards, nlist)
-        count = sum(part.info.rows for part in shards)
+        count = sum(shard.rows for shard in shards)
         if count != rows:
             raise AuditError(f"{config.codes} holds {rows:,} rows, the shards {count:,}; nothing was published")
         info = {"plan": plan, "nlist": nlist or None, "nprobe": min(config.nprobe or NPROBE, nlist) or None}
         require_free(store, plan, key=version_key(1))
-        manifest = shard.index_manifest(codes, shards, config.kind, settings, quantizer, info)
-        artifact.publish(store, manifest, version_key(1))
+        manifest = index_manifest(build.num_bits, shards, config.kind, settings, quantizer, info, codes)
+        manifest = artifact.publish(store, write_tables(store, manifest, None), version_key(1))
         store.clear(f"progress/{plan}/")
         noun = "shard" if len(shards) == 1 else "shards"
         say(f"{config.out}: {rows:,} rows in {len(shards)} {config.kind} {noun}, version 1")
@@ -138,7 +139,7 @@ class _Build:
     config: IndexConfig
     plan: str
 
-    def run(self, num_shards: int, nlist: int) -> tuple[list[WrittenShard], FileRecord | None]:
+    def run(self, num_shards: int, nlist: int) -> tuple[list[ShardRecord], FileRecord | None]:
         """Return the shards, and the file of their quantizer."""
         quantizer = (self._read("quantizer", FileRecord) or self._train(nlist)) if nlist else None
         groups = group_parts([part.rows or 0 for part in self.parts], num_shards)
@@ -152,7 +153,7 @@ class _Build:
                 meter.finish(number, record.rows)
         if len(groups) > 1:
             self._require_unique([built[n] for n in range(len(groups))])
-        return [written for n in range(len(groups)) for written in built[n].shards], quantizer
+        return [shard for n in range(len(groups)) for shard in built[n].shards], quantizer
 
     @property
     def _rows(self) -> int:
@@ -168,7 +169,7 @@ class _Build:
             meter = Meter(bar, "quantizer")
             ((_, trained),) = self._calls(_train, {0: job}, meter)
             meter.finish(0, rows)
-        record = artifact.write_file(self.store, f"quantizers/{sha256_hex(trained)}.faiss", trained)
+        record = write_content(self.store, "quantizers", trained, None)
         self.store.write(self._key("quantizer"), record.model_dump_json().encode())
         return record
 
@@ -205,7 +206,7 @@ class _Build:
         """Raise InputError where ids with one of these hashes are equal: hardly ever are there any."""
         if not len(suspects):
             return
-        files = [written.files[1] for group in built for written in group.shards]
+        files = [shard.ids for group in built for shard in group.shards]
         with Bar("compare ids", len(files), "shards") as bar:
             jobs = {n: (self.store, file) for n, file in enumerate(files)}
             answers = [ids for _, ids in self._calls(_ids_with, jobs, Meter(bar, "shard"), np.sort(suspects))]

@@ -9,22 +9,24 @@ FAISS hangs in a forked child: start processes by spawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from hashray import __version__, artifact
-from hashray.artifact import FileRecord, Manifest, sha256_hex
-from hashray.codes import BIT_ORDER, Codes, as_codes, check_num_bits, pad_width
+from hashray.codes import Codes, as_codes, check_num_bits, pad_width
 from hashray.errors import ConfigError, CorruptArtifact, InputError, perhaps
+from hashray.index.attributes import attributes_bytes
+from hashray.index.bitmap import Bitmap
 from hashray.index.ids import check_unique, ids_bytes
+from hashray.index.version import Folder, ShardRecord, write_content
 from hashray.storage import Store
 
 try:
@@ -38,6 +40,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 # The widths FAISS has its own code for. Flat, 500k codes, k = 100, 16 queries on one thread, ms: 8 bits 27, 16 29,
 # 24 29, 32 7, 48 30, 56 33, 64 7, 96 29, 128 9, 136 27, 160 11, 192 27, 256 10, 320 28, 384 31, 512 14.
 FAST_WIDTHS = (32, 64, 128, 160, 256, 512)
+ROWS_PER_SHARD = 5_000_000  # Flat answers 5M rows of 64 bits in some 4 ms; IVF pays above that
 POINTS_PER_LIST = 39  # FAISS's own minimum for k-means; below it warns
 SAMPLE_PER_LIST = 64
 # 1M clustered 64-bit codes, 1,000 lists: distance-recall at 100 with nprobe 4 .990-.997, 8 .994-.9995, 16 1.0, at
@@ -48,27 +51,8 @@ QUERIES_AT_ONCE = 32  # IndexBinaryFlat's own batch
 BOUND_LISTS = 8  # one in eight of the probed lists says how far the k-th row is at most
 POSITION_BITS = 44
 INT_MAX = np.iinfo(np.int32).max
-
-
-class ShardInfo(BaseModel):
-    """One shard of a version: its two files, its rows, its first and last id."""
-
-    model_config = ConfigDict(frozen=True)
-
-    shard: str
-    ids: str
-    rows: int
-    first: str
-    last: str
-
-
-class WrittenShard(BaseModel):
-    """A shard that was written: its info and the records of its two files."""
-
-    model_config = ConfigDict(frozen=True)
-
-    info: ShardInfo
-    files: tuple[FileRecord, FileRecord]
+FEW = 0.125  # of the rows: their codes are copied, since FAISS's selector costs 1.6 to 8 times a search of all rows
+MORE, ROUNDS = 16, 3  # rows beyond k that a search among most rows asks for, and how often it asks for more
 
 
 def check_kind(kind: str) -> str:
@@ -169,37 +153,123 @@ class Shard:
     def __init__(self, index: Any, kind: str, num_bits: int, nprobe: int | None = None) -> None:
         self._index, self.kind, self.num_bits = index, kind, num_bits
         self.rows = int(index.ntotal)
+        self._few: WeakKeyDictionary[Bitmap, Any] = WeakKeyDictionary()  # the codes of few allowed rows, as an index
         if kind == "ivf":
             self._lists = faiss.downcast_IndexBinary(index.quantizer)
             # FAISS takes it from here, and from nowhere else.
             index.nprobe = min(nprobe or index.nprobe, index.nlist)
 
-    def search(self, codes: Codes, k: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def search(
+        self, codes: Codes, k: int, allowed: Bitmap | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return the k nearest rows of each query, in ascending (distance, position).
 
         Args:
             codes: packed codes uint8 [n, num_bits // 8].
+            allowed: the rows to search among; unset: all.
 
         Returns:
             distances int32 [n, k] and positions int64 [n, k]; where there are fewer rows, distance 2**31 - 1 and
             position -1. Exact, ties at the end too: of all rows for flat, of those in the lists probed for ivf.
         """
-        width = self._index.d // 8
-        queries = np.ascontiguousarray(codes if codes.shape[1] == width else pad_width(codes, width))
+        queries = self._padded(codes)
+        with omp_threads(1):
+            if allowed is not None and allowed.count == 0:
+                return np.full((len(queries), k), INT_MAX, np.int32), np.full((len(queries), k), -1, np.int64)
+            if self.kind == "ivf":
+                return self._search_lists(queries, k, allowed)
+            if allowed is None:
+                return _nearest(self._index, queries, k)
+            if allowed.count <= self.rows * FEW:
+                return self._search_few(queries, k, allowed)
+            return self._search_most(queries, k, allowed)
+
+    def within(
+        self, codes: Codes, distance: int, allowed: Bitmap | None = None
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+        """Return all rows at most `distance` bits away from each query: distances and positions, in this order.
+
+        Of an ivf shard, all of them in the lists probed.
+        """
+        queries, answers = self._padded(codes), []
         with omp_threads(1):
             if self.kind == "ivf":
-                return self._search_lists(queries, k)
-            # Counting beats the heap (54 ms against 74 at k = 100, 61 against 100 at 1,000) while its tables fit.
-            # Both give the same answer, so it does not matter whose setting a search in another thread sees.
-            table = (self._index.d + 1) * k * 8 * min(QUERIES_AT_ONCE, max(1, len(queries)))
-            self._index.use_heap = table > COUNTING_BYTES
-            return self._index.search(queries, k)
+                away, lists = self._lists.search(queries, self._index.nprobe)
+                ranges = self._index.range_search_preassigned(queries, distance + 1, lists, away)
+            else:
+                ranges = self._index.range_search(queries, distance + 1)
+        limits, distances, positions = ranges
+        for start, end in pairwise(limits.tolist()):
+            near, places = distances[start:end].astype(np.int32), positions[start:end]
+            if allowed is not None:
+                kept = allowed.contains(places)
+                near, places = near[kept], places[kept]
+            order = np.lexsort((places, near))
+            answers.append((near[order], places[order]))
+        return answers
 
-    def _search_lists(self, queries: Codes, k: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def codes(self) -> Codes:
+        """The packed codes uint8 [rows, num_bits // 8] of all rows; of a flat shard a view of its file."""
+        width = self._index.d // 8
+        if self.kind == "flat":
+            whole = _view(self._index.xb.data(), self.rows, width)
+        else:
+            whole, lists = np.empty((self.rows, width), np.uint8), self._index.invlists
+            for number in range(self._index.nlist):
+                if size := lists.list_size(number):
+                    places = faiss.rev_swig_ptr(lists.get_ids(number), size)
+                    whole[places] = _view(lists.get_codes(number), size, width)
+        return whole[:, : self.num_bits // 8]
+
+    def _padded(self, codes: Codes) -> Codes:
+        width = self._index.d // 8
+        return np.ascontiguousarray(codes if codes.shape[1] == width else pad_width(codes, width))
+
+    def _search_few(self, queries: Codes, k: int, allowed: Bitmap) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Search the codes of the allowed rows alone, copied out of the shard once."""
+        if (kept := self._few.get(allowed)) is None:
+            few, places = faiss.IndexBinaryFlat(self._index.d), allowed.positions()
+            few.add(np.ascontiguousarray(_view(self._index.xb.data(), self.rows, self._index.d // 8)[places]))
+            kept = self._few[allowed] = (few, places)
+        distances, positions = _nearest(kept[0], queries, k)
+        return distances, np.where(positions < 0, -1, kept[1][positions])
+
+    def _search_most(self, queries: Codes, k: int, allowed: Bitmap) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Search all rows for more than k, and again for the queries with fewer than k allowed ones among them."""
+        distances = np.full((len(queries), k), INT_MAX, np.int32)
+        positions = np.full((len(queries), k), -1, np.int64)
+        left, number = np.arange(len(queries)), k + MORE + 2 * k * (self.rows - allowed.count) // allowed.count
+        for _ in range(ROUNDS):
+            number = min(number, self.rows)
+            near, places = _nearest(self._index, queries[left], number)
+            kept = allowed.contains(places)
+            enough = (kept.sum(1) >= k) | (number == self.rows)
+            first = np.argsort(~kept, axis=1, kind="stable")[:, :k]
+            good = np.take_along_axis(kept, first, 1)
+            rows = left[enough]
+            width = first.shape[1]
+            distances[rows, :width] = np.where(good, np.take_along_axis(near, first, 1), INT_MAX)[enough]
+            positions[rows, :width] = np.where(good, np.take_along_axis(places, first, 1), -1)[enough]
+            left, number = left[~enough], 4 * number
+            if not len(left):
+                return distances, positions
+        # FAISS looks at a bit for each row: 2 to 8 times as slow, but once.
+        selector = faiss.IDSelectorBitmap(len(allowed.bits), faiss.swig_ptr(allowed.bits))
+        distances[left], positions[left] = self._index.search(
+            queries[left],
+            k,
+            params=faiss.SearchParameters(sel=selector),  # type: ignore[call-arg]  # FAISS's own wrapper takes fields
+        )
+        return distances, positions
+
+    def _search_lists(
+        self, queries: Codes, k: int, allowed: Bitmap | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Search the probed lists of an IVF index.
 
         FAISS's own search keeps any of the rows at the k-th distance. Its range search gives all rows up to a distance:
-        the k-th in the nearest of the lists is never below the k-th in all of them.
+        the k-th in the nearest of the lists is never below the k-th in all of them. Where only some rows are allowed,
+        the distance grows until k of them are within it.
         """
         distances = np.full((len(queries), k), INT_MAX, np.int32)
         positions = np.full((len(queries), k), -1, np.int64)
@@ -209,18 +279,37 @@ class Shard:
         nearest = lists.copy()
         nearest[:, max(1, lists.shape[1] // BOUND_LISTS) :] = -1
         bounds, _ = self._index.search_preassigned(queries, k, nearest, away)
-        for query, bound in enumerate(np.minimum(bounds[:, -1], self._index.d)):
-            rows = slice(query, query + 1)
-            _, near, places = self._index.range_search_preassigned(
-                queries[rows], int(bound) + 1, lists[rows], away[rows]
-            )
-            keys = (near.astype(np.int64) << POSITION_BITS) | places
+        for query, bound in enumerate(np.minimum(bounds[:, -1], self._index.d).tolist()):
+            rows, keys = slice(query, query + 1), np.empty(0, np.int64)
+            while True:
+                _, near, places = self._index.range_search_preassigned(
+                    queries[rows], bound + 1, lists[rows], away[rows]
+                )
+                keys = (near.astype(np.int64) << POSITION_BITS) | places
+                keys = keys if allowed is None else keys[allowed.contains(places)]
+                if allowed is None or len(keys) >= k or bound >= self._index.d:
+                    break
+                bound = min(self._index.d, bound + max(1, bound // 2))
             if len(keys) > k:
                 keys = np.partition(keys, k - 1)[:k]
             keys.sort()
             distances[query, : len(keys)] = keys >> POSITION_BITS
             positions[query, : len(keys)] = keys & ((1 << POSITION_BITS) - 1)
         return distances, positions
+
+
+def _nearest(index: Any, queries: Codes, k: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The k nearest rows in a flat index."""
+    # Counting beats the heap (54 ms against 74 at k = 100, 61 against 100 at 1,000) while its tables fit.
+    # Both give the same answer, so it does not matter whose setting a search in another thread sees.
+    table = (index.d + 1) * k * 8 * min(QUERIES_AT_ONCE, max(1, len(queries)))
+    index.use_heap = table > COUNTING_BYTES
+    return index.search(queries, k)
+
+
+def _view(pointer: Any, rows: int, width: int) -> Codes:
+    """Memory of FAISS as codes uint8 [rows, width], without a copy."""
+    return faiss.rev_swig_ptr(pointer, rows * width).reshape(rows, width)
 
 
 def open_shard(path: str | Path, kind: str, num_bits: int, rows: int, nprobe: int | None = None) -> Shard:
@@ -243,65 +332,48 @@ def open_shard(path: str | Path, kind: str, num_bits: int, rows: int, nprobe: in
     return Shard(index, kind, num_bits, nprobe if kind == "ivf" else None)
 
 
-def write_shard(store: Store, ids: pa.Array, codes: Codes, kind: str, quantizer: bytes | None = None) -> WrittenShard:
-    """Sort rows by id and write a shard's two files under the names of their content.
+def write_shard(
+    store: Store,
+    ids: pa.Array,
+    codes: Codes,
+    kind: str,
+    quantizer: bytes | None = None,
+    attributes: pa.Table | None = None,
+    generation: int = 0,
+) -> ShardRecord:
+    """Sort rows by id and write a shard's files under the names of their content.
 
     Args:
         ids: text [n], n >= 1, in any order, no null.
         codes: packed codes uint8 [n, num_bits // 8].
+        attributes: columns [n].
+        generation: of the version that the files are written for.
 
     Raises:
         InputError: an id stands in two rows.
     """
     order = pc.sort_indices(ids)
-    return write_sorted(store, ids.take(order), codes[order.to_numpy()], kind, quantizer)
+    attributes = None if attributes is None else attributes.take(order)
+    return write_sorted(store, ids.take(order), codes[order.to_numpy()], kind, quantizer, attributes, generation)
 
 
-def write_sorted(store: Store, ids: pa.Array, codes: Codes, kind: str, quantizer: bytes | None = None) -> WrittenShard:
-    """Write a shard's two files, of ids that ascend; as `write_shard`."""
-    check_unique(ids)
-    codes_file = _write(store, "shards/{}.faiss", build_shard(codes, kind, quantizer), len(ids))
-    ids_file = _write(store, "ids/{}.arrow", ids_bytes(ids), len(ids))
-    info = ShardInfo(
-        shard=codes_file.name, ids=ids_file.name, rows=len(ids), first=ids[0].as_py(), last=ids[-1].as_py()
-    )  # fmt: skip
-    return WrittenShard(info=info, files=(codes_file, ids_file))
-
-
-def _write(store: Store, name: str, data: Any, rows: int) -> FileRecord:
-    return artifact.write_file(store, name.format(sha256_hex(data)), data, rows=rows)
-
-
-def index_manifest(
-    codes: Manifest,
-    shards: Sequence[WrittenShard],
+def write_sorted(
+    store: Store,
+    ids: pa.Array,
+    codes: Codes,
     kind: str,
-    config: Mapping[str, Any],
-    quantizer: FileRecord | None = None,
-    info: Mapping[str, Any] | None = None,
-) -> Manifest:
-    """Return the manifest of an index of these codes: shards in ascending order of their first id.
-
-    Args:
-        quantizer: the file of the quantizer all shards share, for "ivf".
-        info: more to say in `info`, nprobe for one.
-    """
-    ordered = sorted(shards, key=lambda shard: shard.info.first)
-    # Two shards whose codes are equal, row by row, are one file.
-    files = {record.name: record for shard in ordered for record in shard.files}
-    num_bits = int(codes.info["num_bits"])
-    facts = {"num_bits": num_bits, "kind": kind, "nprobe": None, "quantizer": quantizer and quantizer.name}
-    return Manifest(
-        kind="index",
-        project_version=__version__,
-        config=dict(config),
-        parents={"codes": codes.id} | {name: value for name, value in codes.parents.items() if name == "model"},
-        columns={"id": "string", "code": f"fixed_size_binary[{num_bits // 8}]"},
-        bit_order=BIT_ORDER,
-        fingerprint=codes.fingerprint,
-        rows_in=codes.rows_out,
-        rows_out=sum(shard.info.rows for shard in ordered),
-        rows_quarantined=0,
-        files=(*files.values(), *([quantizer] if quantizer else [])),
-        info={**facts, **dict(info or {}), "shards": [shard.info.model_dump() for shard in ordered]},
-    )
+    quantizer: bytes | None = None,
+    attributes: pa.Table | None = None,
+    generation: int = 0,
+) -> ShardRecord:
+    """Write a shard's files, of ids that ascend; as `write_shard`."""
+    check_unique(ids)
+    contents: dict[Folder, Any] = {"shards": build_shard(codes, kind, quantizer), "ids": ids_bytes(ids)}
+    if attributes is not None:
+        contents["attributes"] = attributes_bytes(attributes)
+    files = {folder: write_content(store, folder, data, len(ids), generation) for folder, data in contents.items()}
+    first, last = ids[0].as_py(), ids[-1].as_py()
+    return ShardRecord(
+        rows=len(ids), first=first, last=last,
+        codes=files["shards"], ids=files["ids"], attributes=files.get("attributes"),
+    )  # fmt: skip

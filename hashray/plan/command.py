@@ -33,7 +33,7 @@ from hashray.evaluate import counts
 from hashray.evaluate.run import EvaluateConfig
 from hashray.evaluate.sides import CLASS_SPLIT
 from hashray.index import build
-from hashray.index.build import ROWS_PER_SHARD
+from hashray.index.shard import ROWS_PER_SHARD
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk
 from hashray.methods.base import Method

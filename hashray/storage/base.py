@@ -72,6 +72,14 @@ class Store(ABC):
         """Return the object's size in bytes; raises InputError when there is none."""
 
     @abstractmethod
+    def modified(self, key: str) -> float:
+        """Return when the object was last written, by the store's clock, in s since 1970.
+
+        Raises:
+            InputError: there is no such object.
+        """
+
+    @abstractmethod
     def list(
         self, prefix: str = "", on_error: Callable[[str, OSError], None] | None = None
     ) -> Iterator[tuple[str, int]]:

@@ -69,6 +69,11 @@ class LocalStore(Store):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             return path.stat().st_size
 
+    def modified(self, key: str) -> float:
+        path = self.local_path(key)
+        with file_errors(path):
+            return path.stat().st_mtime
+
     def list(
         self, prefix: str = "", on_error: Callable[[str, OSError], None] | None = None
     ) -> Iterator[tuple[str, int]]:

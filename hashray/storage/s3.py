@@ -131,16 +131,22 @@ class S3Store(Store):
         return self._head(key) is not None
 
     def size(self, key: str) -> int:
-        size = self._head(key)
-        if size is None:
-            raise InputError(f"{join(self.url, key)} not found{self._at()}; check the path")
-        return size
+        return int(self._head_of(key)["ContentLength"])
 
-    def _head(self, key: str) -> int | None:
+    def modified(self, key: str) -> float:
+        return float(self._head_of(key)["LastModified"].timestamp())
+
+    def _head_of(self, key: str) -> dict[str, Any]:
+        head = self._head(key)
+        if head is None:
+            raise InputError(f"{join(self.url, key)} not found{self._at()}; check the path")
+        return head
+
+    def _head(self, key: str) -> dict[str, Any] | None:
         with self._errors(key) as where:
             client = where.pop("client")
             try:
-                return int(client.head_object(**where)["ContentLength"])
+                return dict(client.head_object(**where))
             except boto.ClientError as error:
                 if _status(error) != 404:
                     raise

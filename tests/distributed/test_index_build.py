@@ -20,6 +20,7 @@ from hashray.engine.session import WorkersConfig
 from hashray.errors import AlreadyExists, AuditError, ConfigError, CorruptArtifact, InputError
 from hashray.index import build as module
 from hashray.index.build import IndexConfig, build_index
+from hashray.index.version import shards_of
 from hashray.search.reader import open_index
 from hashray.storage import open_store
 
@@ -73,7 +74,7 @@ def test_every_row_once_and_ties_by_id(tmp_path, monkeypatch):
     manifest = build_index(config)
     assert (manifest.rows_in, manifest.rows_out, manifest.fingerprint) == (1500, 1500, "ab" * 32)
     assert manifest.parents == {"codes": parent.id, "model": "1" * 64}
-    assert sorted(shard["rows"] for shard in manifest.info["shards"]) == [300, 300, 300, 600]
+    assert sorted(shard.rows for shard in shards_of(manifest)) == [300, 300, 300, 600]
     assert artifact.verify(config.out) == [] and not list((tmp_path / "index").rglob("progress/*/*"))
     check_answers(config.out, ids, codes)
     before = stored(tmp_path / "index")
@@ -81,7 +82,7 @@ def test_every_row_once_and_ties_by_id(tmp_path, monkeypatch):
     # More shards than parts: a part makes several. The answers are the same for any number.
     for shards in (1, 3, 11):
         other = config.model_copy(update={"out": str(tmp_path / str(shards)), "shards": shards})
-        rows = [shard["rows"] for shard in build_index(other).info["shards"]]
+        rows = [shard.rows for shard in shards_of(build_index(other))]
         assert (sum(rows), len(rows)) == (1500, shards)
         check_answers(other.out, ids, codes)
 

@@ -20,7 +20,8 @@ from hashray import artifact
 from hashray.artifact import Manifest, canonical, sha256_hex, version_key
 from hashray.codes import BIT_ORDER, StampedCodes, hamming
 from hashray.errors import AlreadyExists, CorruptArtifact, InputError, MismatchError
-from hashray.index.shard import index_manifest, train_quantizer, write_shard
+from hashray.index.shard import train_quantizer, write_shard
+from hashray.index.version import index_manifest, write_tables
 from hashray.search.reader import open_index
 from hashray.storage import open_store
 
@@ -42,8 +43,9 @@ def write_index(url, pieces, kind="flat", version=1, trained=None, nprobe=4):
     quantizer = artifact.write_file(store, f"quantizers/{sha256_hex(trained)}.faiss", trained) if trained else None
     shards = [write_shard(store, pa.array(ids), codes, kind, trained) for ids, codes in pieces]
     parent = codes_manifest(len(everything), everything.shape[1] * 8)
-    manifest = index_manifest(parent, shards, kind, {}, quantizer, {"nprobe": nprobe} if trained else {})
-    return artifact.publish(store, manifest, version_key(version))
+    info, width = {"nprobe": nprobe} if trained else {}, everything.shape[1] * 8
+    manifest = index_manifest(width, shards, kind, {}, quantizer, info, parent)
+    return artifact.publish(store, write_tables(store, manifest, None), version_key(version))
 
 
 def split(ids, codes, num_shards):
@@ -133,7 +135,7 @@ def test_ivf_gives_the_same_answer_for_any_shards(tmp_path):
 
 
 def test_an_index_without_rows(tmp_path):
-    artifact.publish(open_store(tmp_path), index_manifest(codes_manifest(0, 32), [], "flat", {}), version_key(1))
+    artifact.publish(open_store(tmp_path), index_manifest(32, []), version_key(1))
     index = open_index(tmp_path)
     ids, distances = index.search(np.zeros((2, 4), np.uint8), 3)
     assert index.rows == 0 and ids.tolist() == [[None] * 3] * 2 and distances.tolist() == [[-1] * 3] * 2
@@ -144,8 +146,7 @@ def test_an_index_without_rows(tmp_path):
 def test_an_index_of_an_older_hashray(tmp_path):
     url, _, _ = small_index(tmp_path)
     manifest = artifact.load_manifest(url)
-    shards = [shard | {"ids": shard["ids"].replace(".arrow", ".parquet")} for shard in manifest.info["shards"]]
-    old = manifest.model_copy(update={"info": manifest.info | {"shards": shards}})
+    old = manifest.model_copy(update={"info": manifest.info | {"shards": []}})
     artifact.publish(open_store(url), old, version_key(2))
     with pytest.raises(MismatchError, match="was built by an older hashray; run `hashray index build` again"):
         open_index(url)
@@ -210,7 +211,7 @@ def test_a_flipped_byte_is_found_in_every_file(tmp_path, kind):
     ids, codes, _ = draw(3, 400, 64)
     write_index(tmp_path, split(ids, codes, 2), kind=kind)
     files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file() and "quantizers" not in path.parts]
-    assert len(files) == 5
+    assert len(files) == 6
     for path in files:
         whole = path.read_bytes()
         for place in (0, len(whole) // 2, len(whole) - 2):
@@ -295,7 +296,7 @@ def test_opening_shows_the_bytes_that_it_fetches_or_verifies_and_nothing_where_a
     url = request.getfixturevalue("s3_url") if place == "s3" else tmp_path / "index"
     codes = np.random.default_rng(0).integers(0, 256, (50, 4), dtype=np.uint8)
     manifest = write_index(url, split([f"{i:03d}" for i in range(50)], codes, 3))
-    size_bytes = sum(record.bytes for record in manifest.files)
+    size_bytes = sum(record.bytes for record in manifest.stored)
 
     def shown():
         capfd.readouterr()

@@ -172,10 +172,10 @@ def test_a_written_shard_ascends_by_id(tmp_path, ids):
     written = write_shard(store, pa.array([ids[i] for i in shuffled]), codes[shuffled], "flat")
     again = write_shard(store, pa.array(ids, pa.large_string()), codes, "flat")
     assert written == again and sorted(store.list()) == [(file.name, file.bytes) for file in written.files[::-1]]
-    stored = MappedIds(tmp_path / written.info.ids, len(ids)).array
+    stored = MappedIds(tmp_path / written.ids.name, len(ids)).array
     assert stored.to_pylist() == sorted(ids) and stored.type == pa.string()
-    assert (written.info.first, written.info.last, written.info.rows) == (min(ids), max(ids), len(ids))
-    shard = open_shard(tmp_path / written.info.shard, "flat", 32, len(ids))
+    assert (written.first, written.last, written.rows) == (min(ids), max(ids), len(ids))
+    shard = open_shard(tmp_path / written.codes.name, "flat", 32, len(ids))
     places = shard.search(codes[:5], 1)
     nearest = [codes[ids.index(stored[int(place)].as_py())].tolist() for place in places[1][:, 0]]
     assert nearest == codes[:5].tolist() and not places[0].any()

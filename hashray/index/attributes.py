@@ -1,0 +1,98 @@
+"""The attributes of one shard's rows: an Arrow file of one column each, mapped into memory. No Ray.
+
+attributes/<sha256>.arrow    one batch, uncompressed; row i belongs to row i of the shard's ids
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from hashray.errors import CorruptArtifact, InputError
+
+
+def as_attributes(attributes: pa.Table | Mapping[str, Any] | None, rows: int) -> pa.Table | None:
+    """Return attributes as a table of `rows` rows.
+
+    Args:
+        attributes: a table, or columns by name, each of `rows` values.
+
+    Raises:
+        InputError: another number of rows, a name twice, a column named "id", or values that Arrow does not take.
+    """
+    if attributes is None:
+        return None
+    try:
+        table = attributes if isinstance(attributes, pa.Table) else pa.table(dict(attributes))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise InputError(f"the attributes are no columns for Arrow: {error}") from error
+    names = table.column_names
+    if len(table) != rows or len(set(names)) < len(names) or "id" in names:
+        raise InputError(
+            f"the attributes are {len(table):,} rows of {', '.join(names)} for {rows:,} ids; expected one value for "
+            "each id in each column, names that differ, and none that is 'id'"
+        )
+    return table if names else None
+
+
+def attributes_bytes(table: pa.Table) -> bytes:
+    """Return the Arrow file of a shard's attributes; the same bytes every time."""
+    columns = [_one(column) for column in table.columns]
+    batch = pa.record_batch(
+        columns, schema=pa.schema([pa.field(n, c.type) for n, c in zip(table.column_names, columns, strict=True)])
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    whole = column.combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):  # more than 2 GiB of text
+        raise InputError("the attributes of one shard take more than 2 GiB of text; use smaller shards")
+    # A slice would be written with what lies around it.
+    return pa.concat_arrays([whole])
+
+
+def open_attributes(path: str | Path, rows: int) -> pa.Table:
+    """Open a file whose sha256 the caller has verified, mapped into memory.
+
+    Raises:
+        CorruptArtifact: it is no Arrow file of `rows` rows.
+    """
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptArtifact(f"{path} is no Arrow file of attributes: {error}") from error
+    if len(table) != rows:
+        raise CorruptArtifact(f"{path} holds {len(table):,} rows of attributes, its version says {rows:,}")
+    return table
+
+
+def merge_attributes(tables: list[pa.Table | None], rows: list[int]) -> pa.Table | None:
+    """The attributes of several shards below each other; null where one lacks a column.
+
+    Raises:
+        InputError: columns of one name have types that Arrow does not join.
+    """
+    if all(table is None for table in tables):
+        return None
+    schemas = [table.schema for table in tables if table is not None]
+    try:
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"attributes of one name have types that do not join: {error}") from error
+    whole = []
+    for table, count in zip(tables, rows, strict=True):
+        columns = {
+            field.name: table.column(field.name).cast(field.type)
+            if table is not None and field.name in table.column_names
+            else pa.nulls(count, field.type)
+            for field in schema
+        }
+        whole.append(pa.table(columns, schema=schema))
+    return pa.concat_tables(whole)

@@ -1,0 +1,187 @@
+"""`where`: an expression over attributes, as text, and the rows of a shard for which it is true. No Ray.
+
+    class == 'cat' and year >= 2024
+    owner in ['ann', 'bob'] or not is_null(tag)
+    date >= '2026-01-01' and starts_with(path, 'a/')
+
+The text is parsed as a Python expression, of which only the forms below count; nothing in it is ever run.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import keyword
+import operator
+import tokenize
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from hashray.errors import InputError, perhaps
+from hashray.index.bitmap import Bitmap
+
+LONGEST = 10_000  # characters
+NAMES = {*keyword.kwlist} - {"and", "or", "not", "in", "True", "False", "None", "is", "if", "else", "lambda"}
+FORMS = (
+    "a comparison of an attribute with a value (== != < <= > >=, in [...], not in [...]), is_null(name), "
+    "is_valid(name), starts_with(name, text), ends_with(name, text), contains(name, text), joined by and, or, not"
+)
+COMPARED: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt,
+    ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+}  # fmt: skip
+TEXT_TESTS: dict[str, Callable[..., Any]] = {
+    "starts_with": pc.starts_with, "ends_with": pc.ends_with, "contains": pc.match_substring,
+}  # fmt: skip
+
+
+class Filter:
+    """A parsed `where`. The same object may be used for any number of shards."""
+
+    def __init__(self, where: str | pc.Expression) -> None:
+        """Parse the text; a pyarrow expression is taken as it is.
+
+        Raises:
+            InputError: the text is none of the forms.
+        """
+        self.where = where
+        self._tree: ast.expr | None = None
+        if isinstance(where, pc.Expression):
+            return
+        if len(where) > LONGEST:
+            raise InputError(f"where of {len(where):,} characters; at most {LONGEST:,} are taken")
+        try:
+            self._tree = ast.parse(_without_keywords(where.strip()), mode="eval").body
+        except (SyntaxError, tokenize.TokenError, ValueError, RecursionError, MemoryError) as error:
+            raise InputError(f"where = {where!r} is no expression ({error}); allowed is {FORMS}") from error
+
+    def rows(self, table: pa.Table | None, rows: int) -> Bitmap:
+        """The rows of a shard for which the expression is true: null is not true.
+
+        Args:
+            table: the attributes of the shard's rows; None where it has none.
+            rows: of the shard.
+
+        Raises:
+            InputError: an attribute is not there, or a value does not fit its type.
+        """
+        if table is None:
+            raise InputError(f"where = {str(self.where)!r}: rows of this index have no attributes")
+        try:
+            expression = self.where if self._tree is None else _Reader(str(self.where), table.schema).read(self._tree)
+            kept = ds.InMemoryDataset(table).to_table(columns={"kept": expression}).column("kept")
+            mask = pc.fill_null(kept.cast(pa.bool_()), False)
+        except (pa.ArrowException, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"where = {str(self.where)!r} cannot be answered: {error}. Attributes: {_described(table.schema)}"
+            ) from error
+        return Bitmap.of_mask(np.asarray(mask.to_numpy(), bool))
+
+
+def _without_keywords(where: str) -> str:
+    """The text with Python's words that may name attributes, such as class, written as field('class')."""
+    words = []
+    for token in tokenize.generate_tokens(io.StringIO(where).readline):
+        named = token.type == tokenize.NAME and token.string in NAMES
+        words.append((tokenize.NAME, f"field({token.string!r})") if named else (token.type, token.string))
+    return tokenize.untokenize(words).strip()
+
+
+class _Reader:
+    """Makes a tree of Python's syntax an expression of Arrow's, over the attributes of a schema."""
+
+    def __init__(self, where: str, schema: pa.Schema) -> None:
+        self.where, self.schema = where, schema
+
+    def read(self, node: ast.expr) -> pc.Expression:
+        match node:
+            case ast.BoolOp(op, values):
+                parts = [self.read(value) for value in values]
+                joined = parts[0]
+                for part in parts[1:]:
+                    joined = joined & part if isinstance(op, ast.And) else joined | part
+                return joined
+            case ast.BinOp(left, ast.BitAnd(), right):
+                return self.read(left) & self.read(right)
+            case ast.BinOp(left, ast.BitOr(), right):
+                return self.read(left) | self.read(right)
+            case ast.UnaryOp(ast.Not() | ast.Invert(), operand):
+                return ~self.read(operand)
+            case ast.Compare(left, ops, comparators):
+                sides = [left, *comparators]
+                parts = [self._compare(a, op, b) for a, op, b in zip(sides, ops, sides[1:], strict=False)]
+                joined = parts[0]
+                for part in parts[1:]:
+                    joined = joined & part
+                return joined
+            case ast.Call(ast.Name(name), [argument], []) if name in ("is_null", "is_valid"):
+                column = self._column(argument)
+                return column.is_null() if name == "is_null" else column.is_valid()
+            case ast.Call(ast.Name(name), [argument, ast.Constant(str(text))], []) if name in TEXT_TESTS:
+                return TEXT_TESTS[name](self._column(argument), text)
+            case ast.Name() | ast.Call() if self._is_column(node):
+                return self._column(node)
+            case ast.Constant(bool(value)):
+                return pc.scalar(value)
+        raise self._refused(node)
+
+    def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> pc.Expression:
+        if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.List | ast.Tuple | ast.Set):
+            kind = self.schema.field(self._name(left)).type
+            chosen = pa.array([self._value(item, kind).as_py() for item in right.elts], kind)
+            inside = self._column(left).isin(chosen)
+            return inside if isinstance(op, ast.In) else ~inside
+        compare = COMPARED.get(type(op))
+        if compare is None:
+            raise self._refused(left)
+        if self._is_column(left) and self._is_column(right):
+            return compare(self._column(left), self._column(right))
+        if self._is_column(left):
+            return compare(self._column(left), self._value(right, self.schema.field(self._name(left)).type))
+        return compare(self._value(left, self.schema.field(self._name(right)).type), self._column(right))
+
+    def _is_column(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) or (
+            isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", None)) == "field"
+        )
+
+    def _name(self, node: ast.expr) -> str:
+        match node:
+            case ast.Name(name):
+                pass
+            case ast.Call(ast.Name("field") | ast.Attribute(ast.Name("pc"), "field"), [ast.Constant(str(name))], []):
+                pass
+            case _:
+                raise self._refused(node)
+        if name not in self.schema.names:
+            raise InputError(
+                f"where = {self.where!r}: there is no attribute {name!r}{perhaps(name, self.schema.names)}; "
+                f"attributes: {_described(self.schema)}"
+            )
+        return name
+
+    def _column(self, node: ast.expr) -> pc.Expression:
+        return pc.field(self._name(node))
+
+    def _value(self, node: ast.expr, kind: pa.DataType) -> pa.Scalar:
+        """A constant as a value of an attribute's type: '2026-01-01' is a date for a column of dates."""
+        try:
+            value = ast.literal_eval(node)
+        except ValueError:
+            raise self._refused(node) from None
+        plain = pa.scalar(value)
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        numbers = pa.types.is_integer(kind) and isinstance(value, float)
+        return plain if numbers else plain.cast(kind)
+
+    def _refused(self, node: ast.expr) -> InputError:
+        return InputError(f"where = {self.where!r}: {ast.unparse(node)!r} is not allowed; allowed is {FORMS}")
+
+
+def _described(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)

@@ -80,6 +80,42 @@ COMMANDS: Commands = {
             "Codes -> sharded FAISS index, published",
             "hashray index build --codes runs/codes --out runs/index",
         ),
+        "append": Command(
+            "hashray.index.edit:append",
+            "hashray.index.edit:AppendConfig",
+            "Add codes as new shards",
+            "hashray index append runs/index --codes runs/new-codes",
+        ),
+        "delete": Command(
+            "hashray.index.edit:delete",
+            "hashray.index.edit:DeleteConfig",
+            "Delete rows by id, at once",
+            "hashray index delete runs/index --ids takedowns.txt",
+        ),
+        "compact": Command(
+            "hashray.index.edit:compact",
+            "hashray.index.edit:CompactConfig",
+            "Join small shards, leave out deleted rows",
+            "hashray index compact runs/index",
+        ),
+        "rollback": Command(
+            "hashray.index.edit:rollback",
+            "hashray.index.edit:RollbackConfig",
+            "Make an old version the newest again",
+            "hashray index rollback runs/index --to 3",
+        ),
+        "versions": Command(
+            "hashray.index.edit:versions",
+            "hashray.index.edit:VersionsConfig",
+            "Every version, what it changed, its rows",
+            "hashray index versions runs/index",
+        ),
+        "gc": Command(
+            "hashray.index.edit:gc",
+            "hashray.index.edit:GcConfig",
+            "Delete files that no kept version names",
+            "hashray index gc runs/index --keep 10 --dry-run",
+        ),
     },
     "search": Command(
         "hashray.search.command:search",
@@ -124,7 +160,7 @@ COMMANDS: Commands = {
         "hashray verify runs/index",
     ),
 }
-GROUPS = {"index": "Build an index of codes"}
+GROUPS = {"index": "Build an index of codes, and change it"}
 ABOUT = (
     "hashray: from an image corpus to a searchable, sharded index of learned binary codes. Every path is a local "
     "folder or s3://bucket/prefix; --endpoint-url URL names a server other than AWS; --verbose says how many requests "

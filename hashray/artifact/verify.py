@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from hashray.artifact.bitmap import Bitmap
 from hashray.artifact.manifest import QUARANTINE, FileRecord, Manifest, audit, from_bytes, plain_name
-from hashray.artifact.publish import MANIFEST, check, missing, read_file, wrong_sizes
+from hashray.artifact.publish import MANIFEST, check, missing, read_file, with_files, wrong_size, wrong_sizes
 from hashray.artifact.tables import iterate_columns
 from hashray.artifact.versions import load_manifest, newest_version, version_key
 from hashray.errors import CorruptArtifact, InputError, MismatchError
@@ -70,7 +71,10 @@ def verify(url: str | Path | Store) -> list[str]:
     checked = _check_files(store, manifest)
     problems += [file.fault for file in checked if file.fault is not None]
     problems += [file.rows_fault for file in checked if file.rows_fault is not None]
-    return problems + _duplicate_ids(store, [file.record for file in checked if file.has_ids])
+    sound = [file.record for file in checked if file.fault is None]
+    names = {None, *(record.name for record in sound)}
+    tables = [file.record for file in checked if file.has_ids and file.record.info.get("deleted") in names]
+    return [*dict.fromkeys([*problems, *_duplicate_ids(store, tables, sound)])]
 
 
 @dataclass(frozen=True)
@@ -133,18 +137,30 @@ def _rows_fault(name: str, record: FileRecord, rows: int) -> str | None:
 
 
 def _verify_versions(store: Store) -> list[str]:
-    """Check every version up to the highest in a listing: a lost one would hide all that follow."""
+    """Check every version up to the highest in a listing: a lost one would hide all that follow.
+
+    The files of the versions that garbage collection has kept are all there, in their sizes.
+    """
     listed = [int(key[9:-5]) for key, _ in store.list("versions/") if re.fullmatch(r"versions/\d{8}\.json", key)]
-    problems = []
-    for number in range(1, max(listed, default=0) + 1):
+    problems, sizes, oldest = list[str](), dict(store.list()), 1
+    for number in range(max(listed, default=0), 0, -1):
         name = version_key(number)
         try:
-            from_bytes(store.read(name), join(store.url, name))
+            manifest = from_bytes(store.read(name), join(store.url, name))
+            oldest = max(oldest, int(manifest.info.get("oldest_kept", 1)))
+            if number >= oldest:
+                files = with_files(store, manifest).stored
+                problems += [missing(store, record) for record in files if record.name not in sizes]
+                problems += [
+                    wrong_size(store, record, sizes[record.name])
+                    for record in files
+                    if sizes.get(record.name, record.bytes) != record.bytes
+                ]
         except InputError:
             problems.append(f"{join(store.url, name)} is missing: later versions are there")
         except (CorruptArtifact, MismatchError) as error:
             problems.append(str(error))
-    return problems
+    return [*dict.fromkeys(reversed(problems))]
 
 
 def _arrow_batches(store: Store, name: str) -> Iterator[pa.RecordBatch]:
@@ -153,13 +169,28 @@ def _arrow_batches(store: Store, name: str) -> Iterator[pa.RecordBatch]:
             yield reader.get_batch(number)
 
 
-def _duplicate_ids(store: Store, tables: Sequence[FileRecord]) -> list[str]:
+def _living_ids(store: Store, record: FileRecord, by_name: Mapping[str, FileRecord]) -> Iterator[tuple[str, list[Any]]]:
+    """The ids of a shard in blocks, without those of its deleted rows."""
+    deleted = by_name.get(record.info.get("deleted", ""))
+    dead = None
+    if deleted is not None:
+        dead = Bitmap.from_bytes(read_file(store, deleted), record.rows or 0, deleted.rows or 0, deleted.name)
+    first = 0
+    for batch in _arrow_batches(store, record.name):
+        for start in range(0, len(batch), IDS_AT_ONCE):
+            ids = batch.column("id").slice(start, IDS_AT_ONCE)
+            places = np.arange(first + start, first + start + len(ids))
+            yield record.name, (ids if dead is None else ids.filter(pa.array(~dead.contains(places)))).to_pylist()
+        first += len(batch)
+
+
+def _duplicate_ids(store: Store, tables: Sequence[FileRecord], others: Sequence[FileRecord]) -> list[str]:
+    by_name = {record.name: record for record in others}
+
     def read() -> Iterator[tuple[str, list[Any]]]:
         for record in tables:
             if record.name.endswith(".arrow"):
-                for whole in _arrow_batches(store, record.name):
-                    for start in range(0, len(whole), IDS_AT_ONCE):
-                        yield record.name, whole.column("id").slice(start, IDS_AT_ONCE).to_pylist()
+                yield from _living_ids(store, record, by_name)
                 continue
             for table in iterate_columns(store, record.model_copy(update={"rows": None}), ["id"]):
                 for batch in table.to_batches():

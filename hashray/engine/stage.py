@@ -61,7 +61,7 @@ def _finished(store: Store, kind: str, plan: str, name: str, key: str) -> Manife
     if not artifact.is_finished(store, key):
         return None
     manifest = artifact.load_manifest(store, kind, key)
-    _refuse_other(store, manifest, plan, name)
+    refuse_other(store, manifest, plan, name)
     artifact.check_sizes(store, manifest)
     for left in ("progress/", "checkpoints/"):  # by a run that was killed between its manifest and its tidying
         store.clear(left)
@@ -85,7 +85,7 @@ def require_free(store: Store, plan: str, name: str = "plan", key: str = MANIFES
         FinishedElsewhere: another run of this plan has published it.
     """
     if artifact.is_finished(store, key):
-        _refuse_other(store, artifact.load_manifest(store, key=key), plan, name)
+        refuse_other(store, artifact.load_manifest(store, key=key), plan, name)
         raise FinishedElsewhere(f"{store.url} is finished")
 
 
@@ -101,7 +101,8 @@ def require_no_artifact(store: Store, what: str) -> None:
             raise InputError(f"--out {store.url} is a finished {kind}: {what} need a folder that is no artifact")
 
 
-def _refuse_other(store: Store, manifest: Manifest, plan: str, name: str) -> None:
+def refuse_other(store: Store, manifest: Manifest, plan: str, name: str = "plan") -> None:
+    """Raise AlreadyExists where a finished artifact is of another plan."""
     if manifest.info.get(name) != plan:
         raise AlreadyExists(
             f"{store.url} holds a finished {manifest.kind} ({manifest.id[:12]}) of another input or configuration. "

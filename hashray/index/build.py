@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hashray import artifact
 from hashray.artifact import FileRecord, Manifest, canonical, read_table, sha256_hex, version_key
+from hashray.artifact.manifest import from_bytes
 from hashray.codes import Codes
 from hashray.config import Config
 from hashray.data import unique
@@ -34,7 +35,7 @@ from hashray.data.columns import code_matrix
 from hashray.data.unique import Hashes
 from hashray.engine.reports import Meter
 from hashray.engine.session import WorkersConfig
-from hashray.engine.stage import require_free, run_stage
+from hashray.engine.stage import refuse_other, require_free, run_stage
 from hashray.engine.tasks import run_tasks
 from hashray.errors import AuditError, CorruptArtifact, InputError
 from hashray.index import shard
@@ -105,13 +106,18 @@ def build_index(config: IndexConfig) -> Manifest:
     settings = config.model_dump(mode="json", exclude={"codes", "out", "pool"})
     plan = sha256_hex(canonical({"codes": codes.id, "config": settings, "format": artifact.FORMAT_VERSION}))[:16]
 
+    if artifact.is_finished(store, version_key(2)):
+        return _first_version(store, plan)
+
     def work() -> Manifest:
         check_conditional_put(store)
         num_shards = min(rows, config.shards or -(-rows // ROWS_PER_SHARD))
         if config.shards is not None and config.shards > rows:
             say(f"note: {rows:,} rows make {rows:,} shards at most, not {config.shards:,}")
         nlist = 0 if config.kind == "flat" else config.nlist or shard.default_nlist(rows // num_shards)
-        build = _Build(source, store, parts, int(codes.info["num_bits"]), config, plan)
+        build = ShardBuild(
+            source, store, parts, int(codes.info["num_bits"]), plan, config.kind, config.seed, config.pool
+        )
         shards, quantizer = build.run(num_shards, nlist)
         count = sum(shard.rows for shard in shards)
         if count != rows:
@@ -128,20 +134,40 @@ def build_index(config: IndexConfig) -> Manifest:
     return run_stage(store, "index", plan, work, key=version_key(1))
 
 
+def _first_version(store: Store, plan: str) -> Manifest:
+    """Version 1 of an index that has changed since, if it is this plan's: its files may be gone."""
+    key = version_key(1)
+    manifest = from_bytes(store.read(key), join(store.url, key))
+    refuse_other(store, manifest, plan)
+    say(f"{store.url} was built as version 1, and has changed since: see `hashray index versions {store.url}`")
+    return manifest
+
+
 @dataclass(frozen=True)
-class _Build:
-    """One build: the input of its tasks and the place of its records."""
+class ShardBuild:
+    """The shards of some codes: the input of the tasks that build them, and the place of their records."""
 
     source: Store
     store: Store
     parts: Sequence[FileRecord]
     num_bits: int
-    config: IndexConfig
     plan: str
+    kind: str
+    seed: int
+    pool: WorkersConfig
+    generation: int = 0
 
     def run(self, num_shards: int, nlist: int) -> tuple[list[ShardRecord], FileRecord | None]:
-        """Return the shards, and the file of their quantizer."""
+        """Return the shards, and the file of the quantizer that is trained for them."""
         quantizer = (self._read("quantizer", FileRecord) or self._train(nlist)) if nlist else None
+        return self.write(num_shards, quantizer), quantizer
+
+    def write(self, num_shards: int, quantizer: FileRecord | None) -> list[ShardRecord]:
+        """Return the shards, written with a quantizer that is there.
+
+        Raises:
+            InputError: an id stands in two rows.
+        """
         groups = group_parts([part.rows or 0 for part in self.parts], num_shards)
         records = {n: self._read(_name(n, quantizer), BuiltGroup) for n in range(len(groups))}
         built = {n: record for n, record in records.items() if record}
@@ -153,14 +179,14 @@ class _Build:
                 meter.finish(number, record.rows)
         if len(groups) > 1:
             self._require_unique([built[n] for n in range(len(groups))])
-        return [shard for n in range(len(groups)) for shard in built[n].shards], quantizer
+        return [shard for n in range(len(groups)) for shard in built[n].shards]
 
     @property
     def _rows(self) -> int:
         return sum(part.rows or 0 for part in self.parts)
 
     def _train(self, nlist: int) -> FileRecord:
-        seed = self.config.seed
+        seed = self.seed
         drawn = sample_rows([part.rows or 0 for part in self.parts], SAMPLE_PER_LIST * nlist, seed)
         sample = [(self.parts[part], picks) for part, picks in drawn]
         rows = sum(len(picks) for _, picks in sample)
@@ -180,7 +206,7 @@ class _Build:
         jobs = {
             number: (
                 self.source, self.store, [self.parts[part] for part in group.parts], group.shards, self.num_bits,
-                self.config.kind, self._key(_name(number, quantizer)), buckets,
+                self.kind, self._key(_name(number, quantizer)), buckets, self.generation,
             )
             for number, group in enumerate(groups) if number not in built
         }  # fmt: skip
@@ -217,7 +243,7 @@ class _Build:
     def _calls(
         self, function: Any, jobs: Mapping[int, tuple[Any, ...]], meter: Meter, *shared: Any
     ) -> Iterator[tuple[int, Any]]:
-        return run_tasks(function, jobs, self.config.pool, self._rows <= SHORT_ROWS, meter, shared)
+        return run_tasks(function, jobs, self.pool, self._rows <= SHORT_ROWS, meter, shared)
 
     def _read(self, name: str, model: type[RecordT]) -> RecordT | None:
         try:
@@ -266,6 +292,7 @@ def _build_group(
     kind: str,
     record_key: str,
     buckets: int,
+    generation: int,
     quantizer: bytes | None,
     advance: Callable[[int], None],
 ) -> str:
@@ -281,7 +308,7 @@ def _build_group(
     shards = []
     for number in range(num_shards):
         rows = slice(len(ids) * number // num_shards, len(ids) * (number + 1) // num_shards)
-        shards.append(shard.write_sorted(store, ids[rows], codes[rows], kind, quantizer))
+        shards.append(shard.write_sorted(store, ids[rows], codes[rows], kind, quantizer, generation=generation))
         release()
     hashes = [
         artifact.write_file(store, f"{record_key.removesuffix('.json')}-{bucket:04d}.u64", some.tobytes())

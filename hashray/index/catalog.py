@@ -21,7 +21,7 @@ from hashray.codes import Codes, as_codes, check_num_bits
 from hashray.errors import AlreadyExists, InputError, MismatchError
 from hashray.index import compact, garbage
 from hashray.index.attributes import as_attributes
-from hashray.index.log import Change, Version, carried, commit, history, newest, read_version
+from hashray.index.log import Change, Version, carried, commit, history, newest, read_version, require_kept
 from hashray.index.rows import Places, check_living, with_deleted
 from hashray.index.shard import ROWS_PER_SHARD, write_shard
 from hashray.index.version import ShardRecord, index_manifest, write_tables
@@ -100,8 +100,13 @@ class Catalog:
         names: Iterable[pa.Array],
         arguments: Mapping[str, Any],
         replace: bool = False,
+        said: Mapping[str, Any] | None = None,
     ) -> int:
-        """Add shards that `write` writes, whose ids are the ascending arrays `names`; the rest as `append`."""
+        """Add shards that `write` writes, whose ids are the ascending arrays `names`; the rest as `append`.
+
+        Args:
+            said: more to say of the change, in its version.
+        """
         written: list[ShardRecord] = []
         names, places = list(names), Places(self.store, self.cache)
 
@@ -109,7 +114,8 @@ class Catalog:
             old, gone = places.look(head.shards, names, "refuse" if not replace else "delete")
             written[:] = carried(self.store, written or write(head), head.generation)
             kept = with_deleted(self.store, old, head.generation) if replace else list(head.shards)
-            return Change([*kept, *written], added=sum(shard.rows for shard in written), deleted=gone)
+            added = sum(shard.rows for shard in written)
+            return Change([*kept, *written], added=added, deleted=gone, said=said or {})
 
         return commit(self.store, "append", arguments, change)
 
@@ -160,7 +166,7 @@ class Catalog:
         old = read_version(self.store, version)
 
         def change(head: Version) -> Change:
-            garbage.require_kept(self.store, version, head)
+            require_kept(self.store, version, head)
             difference = old.rows - head.rows
             return Change(old.shards, max(0, difference), max(0, -difference), base=old.manifest, said={"to": version})
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hashray import artifact
+from hashray.artifact.bitmap import Bitmap
 from hashray.index.attributes import merge_attributes, open_attributes
-from hashray.index.bitmap import Bitmap
 from hashray.index.ids import find, one_array
 from hashray.index.log import Change, Version, carried, commit, newest
 from hashray.index.rows import deleted_rows, open_ids, with_deleted

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from hashray.artifact.bitmap import Bitmap
 from hashray.errors import InputError, perhaps
-from hashray.index.bitmap import Bitmap
 
 LONGEST = 10_000  # characters
 NAMES = {*keyword.kwlist} - {"and", "or", "not", "in", "True", "False", "None", "is", "if", "else", "lambda"}

@@ -1,8 +1,8 @@
 """Garbage collection: the files that no kept version names are deleted, versions' manifests never. No Ray.
 
 It publishes a version first. This closes a generation: a writer that began before loses the race for that version, so
-it begins again after it, and its files get other names. Only files of closed generations are deleted then, so none that a
-later version may name. The store's own clock tells the age of files: no writer's clock counts.
+it begins again after it, and its files get other names. Only files of closed generations are deleted then, so none that
+a later version may name. The store's own clock tells the age of files: no writer's clock counts.
 """
 
 from __future__ import annotations
@@ -60,21 +60,6 @@ def collect(store: Store, keep: int, grace_s: float, dry_run: bool = False) -> C
     for name, _ in files:
         store.delete(name)
     return Collected(number, oldest, files)
-
-
-def require_kept(store: Store, version: int, head: Version) -> None:
-    """Raise InputError where garbage collection may have deleted files of a version."""
-    oldest = oldest_kept(head.manifest)
-    if version < oldest:
-        raise InputError(removed_text(store, version, oldest, head.number))
-
-
-def removed_text(store: Store, version: int, oldest: int, last: int) -> str:
-    """What to say of a version whose files are gone."""
-    return (
-        f"{store.url}: the files of version {version} were removed by garbage collection; versions {oldest} to {last} "
-        "are kept"
-    )
 
 
 def _oldest(store: Store, head: Version, keep: int, grace_s: float, now_s: float) -> int:

@@ -84,12 +84,30 @@ def newest(store: Store) -> Version:
 
 
 def read_version(store: Store, number: int) -> Version:
-    """A version by its number; InputError where it is not there."""
+    """A version by its number.
+
+    Raises:
+        InputError: it is not there, or garbage collection has removed its files.
+    """
     key = version_key(number)
     if number < 1 or not store.exists(key):
         last = newest_version(store)[0]
         raise InputError(f"{join(store.url, key)} is not there: the newest version is {last}")
-    return _version(number, load_manifest(store, "index", key))
+    try:
+        return _version(number, load_manifest(store, "index", key))
+    except CorruptArtifact:
+        require_kept(store, number, newest(store))
+        raise
+
+
+def require_kept(store: Store, number: int, head: Version) -> None:
+    """Raise InputError where garbage collection may have removed files of a version."""
+    oldest = oldest_kept(head.manifest)
+    if number < oldest:
+        raise InputError(
+            f"{store.url}: the files of version {number} were removed by garbage collection; versions {oldest} to "
+            f"{head.number} are kept"
+        )
 
 
 def history(store: Store) -> list[dict[str, Any]]:

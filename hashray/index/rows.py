@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hashray.artifact import read_file
+from hashray.artifact.bitmap import Bitmap
 from hashray.errors import InputError
-from hashray.index.bitmap import Bitmap
 from hashray.index.ids import MappedIds, find
 from hashray.index.log import Version
 from hashray.index.version import ShardRecord, write_content

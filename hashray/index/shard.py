@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hashray.artifact.bitmap import Bitmap
 from hashray.codes import Codes, as_codes, check_num_bits, pad_width
 from hashray.errors import ConfigError, CorruptArtifact, InputError, perhaps
 from hashray.index.attributes import attributes_bytes
-from hashray.index.bitmap import Bitmap
 from hashray.index.ids import check_unique, ids_bytes
 from hashray.index.version import Folder, ShardRecord, write_content
 from hashray.storage import Store

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
@@ -24,19 +24,27 @@ class SearchConfig(Config):
     model: str = Field(description="Model that made the index's codes")
     image: tuple[str, ...] = Field(min_length=1, description="Image files, local or s3://")
     k: int = Field(10, ge=1, description="Neighbours of each query")
+    within: int | None = Field(None, ge=0, description="All rows up to this distance in bits, instead of k")
+    where: str | None = Field(None, description="Only rows for which this is true, such as \"class == 'cat'\"")
+    version: int | None = Field(None, ge=1, description="Version of the index; unset: the newest")
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="Print JSON")
 
 
 def search(config: SearchConfig) -> None:
     """Encode the images with the model and print each one's nearest rows."""
-    index, model = open_index(config.index), load_model(config.model)
+    index, model = open_index(config.index, version=config.version), load_model(config.model)
     images = []
     for path in config.image:
         try:
             images.append(decode(read_url(path)))
         except BadImage as error:
             raise InputError(f"{path} cannot be used as a query: {error}") from error
-    ids, distances = index.search(model.encode(images), config.k)
+    codes = model.encode(images)
+    if config.within is None:
+        answer: Any = index.search(codes, config.k, config.where)
+    else:
+        answer = index.within(codes, config.within, config.where)
+    ids, distances = answer
     answers = [
         {
             "query": path,
@@ -52,5 +60,5 @@ def search(config: SearchConfig) -> None:
         print(json.dumps(answers))
         return
     for answer in answers:
-        rows = [[str(hit["id"]), str(hit["distance"])] for hit in answer["hits"]]  # type: ignore[index]
+        rows = [[str(hit["id"]), str(hit["distance"])] for hit in answer["hits"]]
         show_table(str(answer["query"]), ["id", f"distance of {model.num_bits}"], rows)

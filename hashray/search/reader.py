@@ -24,17 +24,15 @@ from numpy.typing import NDArray
 
 from hashray import artifact
 from hashray.artifact import FileRecord, Manifest
+from hashray.artifact.bitmap import Bitmap
 from hashray.codes import Codes, as_codes
 from hashray.errors import CorruptArtifact, InputError, MismatchError
 from hashray.index.attributes import open_attributes
-from hashray.index.bitmap import Bitmap
 from hashray.index.catalog import cache_folder
 from hashray.index.filters import Filter
-from hashray.index.garbage import removed_text
 from hashray.index.ids import MappedIds
-from hashray.index.log import Version, newest, read_version
+from hashray.index.log import Version, newest, read_version, require_kept
 from hashray.index.shard import Shard, check_kind, open_shard
-from hashray.index.version import oldest_kept
 from hashray.progress import Bar
 from hashray.search.merge import merge
 from hashray.storage import Store, open_store
@@ -260,14 +258,12 @@ def open_version(store: Store, version: int | None, cache: Path, threads: int | 
     while True:
         try:
             return _open(store, head, cache, threads or faiss.omp_get_max_threads())
-        except CorruptArtifact as error:
+        except CorruptArtifact:
             last = newest(store)
             if version is None and last.number > head.number:  # garbage collection was faster than this reader
                 head = last
                 continue
-            oldest = oldest_kept(last.manifest)
-            if head.number < oldest:
-                raise InputError(removed_text(store, head.number, oldest, last.number)) from error
+            require_kept(store, head.number, last)
             raise
 
 

@@ -21,6 +21,7 @@ from hashray.codes import Codes, as_codes, check_num_bits
 from hashray.errors import AlreadyExists, InputError, MismatchError
 from hashray.index import compact, garbage
 from hashray.index.attributes import as_attributes
+from hashray.index.ids import one_array
 from hashray.index.log import Change, Version, carried, commit, history, newest, read_version, require_kept
 from hashray.index.rows import Places, check_living, with_deleted
 from hashray.index.shard import ROWS_PER_SHARD, write_shard
@@ -232,7 +233,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     return Path(cache_dir or os.environ.get("HASHRAY_CACHE") or "~/.cache/hashray").expanduser()
 
 
-def as_ids(ids: Iterable[str] | pa.Array) -> pa.Array:
+def as_ids(ids: Iterable[str] | pa.Array | pa.ChunkedArray) -> pa.Array:
     """Ids as one Arrow array of text.
 
     Raises:
@@ -241,7 +242,8 @@ def as_ids(ids: Iterable[str] | pa.Array) -> pa.Array:
     if isinstance(ids, str):
         raise InputError(f"ids = {ids!r}: give a list of ids, [{ids!r}] for one")
     try:
-        array = ids if isinstance(ids, pa.Array) else pa.array([*ids], pa.string())
+        array = one_array(ids) if isinstance(ids, pa.ChunkedArray) else ids
+        array = array if isinstance(array, pa.Array) else pa.array([*ids], pa.string())
         array = array if array.type in (pa.string(), pa.large_string()) else array.cast(pa.string())
     except (pa.ArrowException, TypeError) as error:
         raise InputError(f"ids are text, one for each row: {error}") from error

@@ -112,8 +112,7 @@ class Operation:
 
     name: str
     apply: Callable[[Rows, dict[int, Rows]], Rows]
-    version: int | None = None  # that it returned
-    unknown: bool = False  # no answer: it may have landed
+    version: int | None = None  # that it returned; None: no answer, it may have landed
 
 
 @dataclass
@@ -207,9 +206,9 @@ class Simulation:
             try:
                 operation.version = call()
             except (StoreUnavailable, Killed):
-                operation.unknown = True
+                pass  # no answer: it may have landed
             except (InputError, RunError):
-                pass  # refused: it must not have landed
+                self.operations.remove(operation)  # refused: it must not have landed
 
     def _choose(self, catalog: Catalog) -> tuple[Operation, Callable[[], int]]:
         rng = self.rng
@@ -234,8 +233,8 @@ class Simulation:
             back = int(rng.integers(1, 8))
 
             def roll() -> int:
-                operation.apply = lambda _, all_rows: all_rows[to]
                 to = max(1, catalog.version - back)
+                operation.apply = lambda _, all_rows: all_rows[to]
                 return catalog.rollback(to)
 
             operation = Operation("rollback", lambda old, _: old)
@@ -265,7 +264,7 @@ class Simulation:
             number = int(facts["version"])
             claims = [
                 operation for operation in self.operations
-                if OPERATIONS[operation.name] == facts["operation"] and (operation.unknown or operation.version == number)
+                if OPERATIONS[operation.name] == facts["operation"] and operation.version in (None, number)
             ]  # fmt: skip
             choices = [apply_to(operation, expected[number - 1], expected) for operation in claims]
             choices = [rows for rows in choices if rows is not None and len(rows) == facts["rows"]]

@@ -1,0 +1,398 @@
+"""Changes of an index: what each does, what it refuses, and races that once lost rows in some index somewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from simulation import GRACE_S, MemoryStore, rows_of
+
+from hashray import artifact, create_index, open_catalog, open_index
+from hashray.artifact import version_key
+from hashray.artifact.bitmap import Bitmap
+from hashray.artifact.deltas import add_changes, changes, fold
+from hashray.artifact.files import unpack
+from hashray.codes import StampedCodes
+from hashray.errors import (
+    AlreadyExists,
+    ConfigError,
+    CorruptArtifact,
+    InputError,
+    MismatchError,
+    RunError,
+    StorageError,
+    StoreUnavailable,
+)
+from hashray.index import compact as compaction
+from hashray.index.catalog import Catalog
+from hashray.index.compact import commit_joined, join_group, plan_groups
+from hashray.index.garbage import collect
+from hashray.index.ids import find
+from hashray.index.log import newest, read_version
+from hashray.index.version import ShardRecord, index_manifest, write_tables
+from hashray.search.reader import open_version
+
+
+def codes_of(count, seed=0, num_bits=32):
+    return np.random.default_rng(seed).integers(0, 256, (count, num_bits // 8), dtype=np.uint8)
+
+
+def names(first, last):
+    return [f"{number:04d}" for number in range(first, last)]
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    made = create_index(tmp_path / "index", 32, fingerprint="ab" * 32, cache_dir=tmp_path / "cache")
+    made.append(names(0, 40), codes_of(40), {"class": ["a", "b"] * 20, "year": [*range(40)]})
+    return made
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """An index of 40 rows in a store whose calls a test can catch."""
+    store = MemoryStore("memory://index")
+    artifact.publish(store, write_tables(store, index_manifest(32, []), None), version_key(1))
+    shared = Catalog(store, tmp_path / "cache")
+    shared.append(names(0, 40), codes_of(40), {"class": ["a", "b"] * 20})
+    return shared
+
+
+def ids_in(catalog, version=None):
+    return sorted(rows_of(open_version(catalog.store, version, catalog.cache, threads=1)))
+
+
+def at(store, name, key, act, before=True):
+    """Run `act` at the first call of the store's method `name` for a key that begins with `key`."""
+
+    def hook(called, called_key, call):
+        if (called, called_key[: len(key)]) != (name, key):
+            return call()
+        store.hook = lambda _name, _key, c: c()
+        if before:
+            act()
+            return call()
+        result = call()
+        act()
+        return result
+
+    store.hook = hook
+
+
+def test_the_changes(catalog):
+    url = catalog.store.url
+    assert catalog.version == 2 and ids_in(catalog) == names(0, 40) and ids_in(catalog, 1) == []
+    assert catalog.append(names(40, 50), codes_of(10, 1), {"class": ["c"] * 10, "year": [7] * 10}) == 3
+    assert catalog.delete(["0003", "0045", "0003"]) == 4
+    assert ids_in(catalog) == sorted({*names(0, 50)} - {"0003", "0045"}) and ids_in(catalog, 3) == names(0, 50)
+    assert catalog.append(["0003"], codes_of(1, 2), {"class": ["z"], "year": [1]}) == 5
+    assert rows_of(open_index(url))["0003"] == (codes_of(1, 2)[0].tobytes(), "z")
+    assert catalog.append(["0003", "0100"], codes_of(2, 3), {"class": ["y", "y"], "year": [1, 2]}, replace=True) == 6
+    assert rows_of(open_index(url))["0003"] == (codes_of(2, 3)[0].tobytes(), "y")
+    before = rows_of(open_index(url))
+    assert catalog.compact() == 7 and rows_of(open_index(url)) == before
+    assert len(open_index(url).pieces) == 1 and open_index(url).pieces[0].living is None
+    assert catalog.compact() == 7  # nothing to do
+    assert catalog.rollback(3) == 8 and ids_in(catalog) == names(0, 50)
+    assert artifact.verify(url) == [] and open_index(url).fingerprint == "ab" * 32
+    assert [facts["operation"] for facts in catalog.versions()] == [
+        "build", "append", "append", "delete", "append", "append", "compact", "rollback",
+    ]  # fmt: skip
+    assert [facts["rows"] for facts in catalog.versions()] == [0, 40, 50, 48, 49, 50, 50, 50]
+
+
+def test_what_is_refused_changes_nothing(catalog):
+    refused = [
+        (lambda: catalog.append(["0001", "x"], codes_of(2)), InputError, "1 of the ids are in the index already"),
+        (lambda: catalog.append(["x", "x"], codes_of(2)), InputError, "1 ids stand in more than one row"),
+        (lambda: catalog.append(["x"], codes_of(2)), InputError, "1 ids for 2 codes"),
+        (lambda: catalog.append("x", codes_of(1)), InputError, "give a list of ids"),
+        (lambda: catalog.append([3], codes_of(1)), InputError, "ids are text"),
+        (lambda: catalog.append([None], codes_of(1)), InputError, "1 ids are null"),
+        (lambda: catalog.append(["x"], codes_of(1, num_bits=64)), MismatchError, "codes of 64 bits cannot be appended"),
+        (lambda: catalog.append(["x"], StampedCodes.stamp(codes_of(1), "cd")), MismatchError, "codes of model cd"),
+        (lambda: catalog.append(["x"], codes_of(1), {"class": ["a", "b"]}), InputError, "the attributes are"),
+        (lambda: catalog.append(["x"], codes_of(1), {"id": ["a"]}), InputError, "none that is 'id'"),
+        (lambda: catalog.delete(["0001", "x", "y"]), InputError, "2 of the ids are not in version 2 .* 'x', 'y'"),
+        (lambda: catalog.rollback(9), InputError, "the newest version is 2"),
+        (lambda: catalog.gc(keep=0), ConfigError, "keep = 0"),
+        (lambda: create_index(catalog.store.url, 32), AlreadyExists, "holds an artifact already"),
+        (lambda: create_index(f"{catalog.store.url}2", 33), ConfigError, "num_bits = 33"),
+        (lambda: open_catalog(f"{catalog.store.url}3"), InputError, "is not an index"),
+    ]  # fmt: skip
+    before = sorted(catalog.store.list())
+    for call, error, text in refused:
+        with pytest.raises(error, match=text):
+            call()
+    assert sorted(catalog.store.list()) == before
+    assert catalog.delete(["x"], missing_ok=True) == 2 and catalog.append([], codes_of(0)) == 2
+    assert catalog.delete([]) == 2 and catalog.delete(["0001", "x"], missing_ok=True) == 3
+
+
+def test_all_rows_deleted_and_appended_again(catalog):
+    catalog.delete(names(0, 40))
+    index = open_index(catalog.store.url)
+    assert index.rows == 0 and index.pieces == [] and index.search(codes_of(2), 3)[0].tolist() == [[None] * 3] * 2
+    assert catalog.append(names(0, 40), codes_of(40), {"class": ["a", "b"] * 20, "year": [*range(40)]}) == 4
+    assert ids_in(catalog) == names(0, 40) and artifact.verify(catalog.store.url) == []
+
+
+def test_a_lost_answer_to_a_commit_that_landed(memory):
+    def lose():
+        raise StoreUnavailable("no answer")
+
+    at(memory.store, "create", version_key(3), lose, before=False)
+    assert memory.append(names(40, 50), codes_of(10), {"class": ["a"] * 10}) == 3
+    assert ids_in(memory) == names(0, 50) and memory.version == 3
+    # The client asks again by itself, and is told that the version exists.
+    at(memory.store, "create", version_key(4), lambda: memory.store.objects.setdefault("again", (b"", 0)), before=False)
+    assert memory.delete(["0001"]) == 4
+    at(memory.store, "create", version_key(5), lose)
+    with pytest.raises(StoreUnavailable, match="Version 5 was not published when this was looked for"):
+        memory.delete(["0002"])
+    assert memory.version == 4 and "0002" in ids_in(memory)
+
+
+def test_a_lost_race_is_worked_out_again(memory):
+    other = Catalog(memory.store, memory.cache)
+    at(memory.store, "create", version_key(3), lambda: other.delete(names(0, 10)))
+    assert memory.append(names(40, 50), codes_of(10), {"class": ["a"] * 10}) == 4
+    assert ids_in(memory) == names(10, 50)
+    at(memory.store, "create", version_key(5), lambda: other.append(["x"], codes_of(1), {"class": ["a"]}))
+    with pytest.raises(InputError, match="in the index already, such as 'x'"):
+        memory.append(["w", "x"], codes_of(2), {"class": ["a", "a"]})
+    assert ids_in(memory) == [*names(10, 50), "x"]
+
+
+def test_two_writers_of_identical_content(memory):
+    twin = Catalog(memory.store, memory.cache)
+    rows = (names(40, 50), codes_of(10), {"class": ["a"] * 10})
+    numbers = []
+    at(memory.store, "create", version_key(3), lambda: numbers.append(twin.append(*rows)))
+    assert [memory.append(*rows), *numbers] == [3, 3] and memory.version == 3
+    assert ids_in(memory) == names(0, 50)
+    with pytest.raises(InputError, match="10 of the ids are in the index already"):
+        memory.append(*rows)
+
+
+def test_deletes_that_a_compaction_would_bring_back(memory):
+    memory.append(names(40, 50), codes_of(10), {"class": ["a"] * 10})
+    memory.delete(["0002"])
+    head, other = newest(memory.store), Catalog(memory.store, memory.cache)
+    joined = [join_group(memory.store, memory.cache, group, head) for group in plan_groups(head.shards, 100)]
+    other.delete(["0005", "0045"])
+    assert commit_joined(memory.store, memory.cache, joined, head.number) == 6
+    assert ids_in(memory) == sorted({*names(0, 50)} - {"0002", "0005", "0045"})
+    assert len(newest(memory.store).shards) == 1 and newest(memory.store).shards[0].living == 47
+
+
+def test_a_compaction_does_not_delete_what_a_rollback_brought_back(memory):
+    memory.append(names(40, 50), codes_of(10), {"class": ["a"] * 10})
+    memory.delete(["0002"])
+    head = newest(memory.store)
+    joined = [join_group(memory.store, memory.cache, group, head) for group in plan_groups(head.shards, 100)]
+    assert memory.rollback(3) == 5
+    assert commit_joined(memory.store, memory.cache, joined, head.number) is None
+    assert memory.version == 5 and ids_in(memory) == names(0, 50)
+    assert memory.compact() == 6 and ids_in(memory) == names(0, 50)  # planned again, on what there is
+
+
+def test_a_compaction_keeps_the_groups_that_hold(memory):
+    for first in (100, 200, 300):
+        memory.append(names(first, first + 10), codes_of(10, first), {"class": ["a"] * 10})
+    head = newest(memory.store)
+    first, second = [head.shards[0], head.shards[1]], [head.shards[2], head.shards[3]]
+    joined = [join_group(memory.store, memory.cache, tuple(group), head) for group in (first, second)]
+    memory.delete(names(200, 210))  # a whole shard: it is gone
+    number = commit_joined(memory.store, memory.cache, joined, head.number)
+    assert len(read_version(memory.store, number).shards) == 2
+    assert ids_in(memory) == [*names(0, 40), *names(100, 110), *names(300, 310)]
+
+
+def test_a_writer_that_stalled_past_the_grace_fails(memory):
+    def collect_late():
+        memory.store.now_s += 2 * GRACE_S
+        Catalog(memory.store, memory.cache).gc(keep=1, grace_s=GRACE_S)
+
+    at(memory.store, "create", version_key(3), collect_late)
+    with pytest.raises(RunError, match=r"took longer than the grace period .* run the change again"):
+        memory.append(names(40, 50), codes_of(10), {"class": ["a"] * 10})
+    assert ids_in(memory) == names(0, 40) and artifact.verify(memory.store) == []
+    at(memory.store, "create", version_key(4), lambda: Catalog(memory.store, memory.cache).gc(keep=1, grace_s=GRACE_S))
+    assert memory.append(names(40, 50), codes_of(10), {"class": ["a"] * 10}) == 5
+    assert ids_in(memory) == names(0, 50)
+    assert all(
+        "-g4." in file.name for shard in newest(memory.store).shards if shard.first == "0040" for file in shard.files
+    )
+
+
+def test_a_collection_that_still_deletes_takes_nothing_from_later_writers(memory):
+    """A file of equal content is written under another name after the collection's version."""
+    memory.append(names(40, 50), codes_of(10), {"class": ["a"] * 10})
+    memory.delete(names(40, 50))
+    other = Catalog(memory.store, memory.cache)
+    rows = (names(40, 50), codes_of(10), {"class": ["a"] * 10})
+    at(memory.store, "delete", "", lambda: other.append(*rows))  # the first file is about to be deleted
+    memory.gc(keep=1, grace_s=0)
+    assert ids_in(memory) == names(0, 50) and artifact.verify(memory.store) == []
+
+
+def test_numbers_are_not_used_again_and_manifests_stay(memory):
+    for number in range(5):
+        memory.delete([f"{number:04d}"])
+    assert memory.gc(keep=1, grace_s=0) == 8
+    assert [key for key, _ in memory.store.list("versions/")] == [version_key(number) for number in range(1, 9)]
+    assert memory.delete(["0010"]) == 9
+    for number in range(2, 7):  # version 1 has no files
+        with pytest.raises(InputError, match=f"files of version {number} were removed .* versions 7 to 9 are kept"):
+            open_version(memory.store, number, memory.cache)
+    with pytest.raises(InputError, match="files of version 3 were removed"):
+        memory.rollback(3)
+    assert [facts["kept"] for facts in memory.versions()] == [False] * 6 + [True] * 3
+    assert memory.rollback(7) == 10 and ids_in(memory) == names(5, 40)
+
+
+def test_what_a_collection_keeps(memory):
+    memory.delete(["0000"])
+    memory.store.now_s += 10 * GRACE_S
+    memory.delete(["0001"])
+    memory.store.now_s += GRACE_S / 2  # version 3 was the newest until half a grace period ago
+    planned = collect(memory.store, keep=1, grace_s=GRACE_S, dry_run=True)
+    assert (planned.version, planned.oldest_kept) == (4, 3) and memory.version == 4
+    before = {name for name, _ in memory.store.list()}
+    done = collect(memory.store, keep=1, grace_s=GRACE_S)
+    assert done.files == planned.files and before - {name for name, _ in memory.store.list()} == {
+        n for n, _ in done.files
+    }
+    assert ids_in(memory, 3) == names(1, 40)
+    assert collect(memory.store, keep=9, grace_s=0).oldest_kept == 3  # never before what was kept last time
+
+
+def test_a_reader_that_opens_while_a_collection_runs(memory):
+    memory.append(names(40, 50), codes_of(10), {"class": ["a"] * 10})
+
+    def change():
+        other = Catalog(memory.store, memory.cache)
+        other.compact()
+        other.gc(keep=1, grace_s=0)
+
+    other_cache = memory.cache / "reader"
+    at(memory.store, "size", "", change)
+    at(memory.store, "read", "shards/", change)
+    index = open_version(memory.store, None, other_cache, threads=1)
+    assert index.version == 5 and sorted(rows_of(index)) == names(0, 50)
+
+
+def test_a_store_that_ignores_the_condition_for_some_keys(memory):
+    create = memory.store.create
+
+    def careless(key, data):
+        memory.store.write(key, data) if key.startswith("versions/") else create(key, data)
+
+    memory.store.create = careless
+    with pytest.raises(StorageError, match="does not keep the promise of `If-None-Match"):
+        memory.delete(["0001"])
+    assert memory.version == 2 and ids_in(memory) == names(0, 40)
+
+
+def test_versions_share_their_tables(tmp_path):
+    """Ten thousand versions of a thousand shards would be megabytes: each adds a few records."""
+    written, before, tables = {}, (), ()
+
+    def write(data, rows):
+        name = f"tables/{artifact.sha256_hex(data)}.parquet"
+        written[name] = data
+        return artifact.FileRecord(name=name, bytes=len(data), sha256=artifact.sha256_hex(data), rows=rows)
+
+    rng, current = np.random.default_rng(0), {}
+    for number in range(300):
+        if number % 3 == 2:
+            for name in rng.choice(sorted(current), 2):
+                current[name] = current[name].model_copy(update={"info": {"deleted": str(number)}})
+        elif number % 50 == 49:
+            current = dict(list(current.items())[::2])
+        else:
+            current[f"ids/{number}"] = artifact.FileRecord(name=f"ids/{number}", bytes=number, sha256="")
+        after = tuple(current.values())
+        tables = add_changes(tables, changes(before, after), lambda table: unpack(written[table.name]), write)
+        assert {r.name: r for r in fold(unpack(written[table.name]) for table in tables)} == current
+        assert len(tables) <= 10
+        before = after
+    records = sum(len(unpack(data)) for data in written.values())
+    assert records < 300 * 12
+
+
+def test_groups_of_a_compaction():
+    def shard(number, living, rows=None):
+        record = artifact.FileRecord(name=f"ids/{number}", bytes=1, sha256="", rows=rows or living)
+        dead = record.model_copy(update={"rows": (rows or living) - living}) if rows else None
+        return ShardRecord(
+            rows=rows or living, first=f"{number}", last=f"{number}", codes=record, ids=record, deleted=dead
+        )
+
+    def planned(*shards):
+        return [[int(shard.first) for shard in group] for group in plan_groups(shards, 100)]
+
+    assert planned(shard(0, 100), shard(1, 60)) == []
+    assert planned(shard(0, 10)) == []
+    assert planned(shard(0, 10), shard(1, 99), shard(2, 10)) == [[0, 2]]
+    assert planned(shard(0, 60, 100), shard(1, 85, 100)) == [[0]]
+    assert planned(*(shard(n, 30) for n in range(7))) == [[0, 1, 2], [3, 4, 5]]
+    assert planned(shard(0, 0, 40)) == [[0]]
+    assert compaction.MOST_DELETED == 0.2
+
+
+def test_find_against_a_naive_search():
+    rng = np.random.default_rng(0)
+    for size in (0, 1, 2, 3, 50, 1000):
+        there = sorted({f"{number:x}" for number in rng.integers(0, 3 * size + 1, size)})
+        wanted = sorted({f"{number:x}" for number in rng.integers(0, 3 * size + 2, 40)})
+        for kind in (pa.string(), pa.large_string()):
+            places = find(pa.array(there, kind), pa.array(wanted, pa.string()))
+            assert places.tolist() == [there.index(name) if name in there else -1 for name in wanted]
+
+
+def test_bitmaps_against_sets():
+    rng = np.random.default_rng(0)
+    for rows in (1, 7, 8, 9, 1000):
+        left, right = ({*rng.integers(0, rows, rows // 2).tolist()} for _ in range(2))
+        a, b = (Bitmap.of(rows, np.array(sorted(some), np.int64)) for some in (left, right))
+        assert a.positions().tolist() == sorted(left) and a.count == len(left)
+        assert (a | b).positions().tolist() == sorted(left | right)
+        assert (a & b).positions().tolist() == sorted(left & right)
+        assert (a - b).positions().tolist() == sorted(left - right)
+        assert (
+            (~a).positions().tolist() == sorted({*range(rows)} - left)
+            and ~a <= ~(a & b)
+            and (a <= b) == (left <= right)
+        )
+        assert a.contains(np.arange(-1, rows)).tolist() == [False, *(place in left for place in range(rows))]
+        assert Bitmap.from_bytes(a.to_bytes(), rows, a.count, "x").positions().tolist() == sorted(left)
+        for data, size in ((a.to_bytes()[:-3], rows), (b"x", rows), (a.to_bytes(), rows + 9)):
+            with pytest.raises(CorruptArtifact, match="x is no bitmap of"):
+                Bitmap.from_bytes(data, size, a.count, "x")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "swapped"])
+def test_a_damaged_file_of_each_kind_is_refused_by_name(catalog, damage, tmp_path):
+    catalog.append(names(40, 60), codes_of(20, 1), {"class": ["a"] * 20, "year": [1] * 20})
+    catalog.delete(["0001", "0041", "0042"])
+    folder = tmp_path / "index"
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "versions"]
+    named = {file.name for file in artifact.load_manifest(folder).stored}
+    paths = [path for path in paths if str(path.relative_to(folder)) in named]
+    assert {path.parent.name for path in paths} == {"shards", "ids", "attributes", "deleted", "tables"}
+    for path in paths:
+        data = path.read_bytes()
+        other = next((p for p in paths if p.parent == path.parent and p != path), None)
+        if damage == "missing":
+            path.unlink()
+        elif damage == "swapped" and other is not None:
+            path.write_bytes(other.read_bytes())
+        else:
+            path.write_bytes(data[: len(data) // 2] if damage != "flipped" else bytes([data[0] ^ 1]) + data[1:])
+        with pytest.raises(CorruptArtifact, match=path.name):
+            open_index(folder)
+        assert any(path.name in problem for problem in artifact.verify(folder))
+        path.write_bytes(data)
+    assert artifact.verify(folder) == [] and open_index(folder).rows == 57

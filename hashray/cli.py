@@ -110,6 +110,18 @@ COMMANDS: Commands = {
             "Every version, what it changed, its rows",
             "hashray index versions runs/index",
         ),
+        "import": Command(
+            "hashray.index.transfer:import_index",
+            "hashray.index.transfer:ImportConfig",
+            "Codes of FAISS, Parquet, NumPy, pgvector or Lance -> index",
+            "hashray index import codes.parquet --out runs/imported",
+        ),
+        "export": Command(
+            "hashray.index.transfer:export_index",
+            "hashray.index.transfer:ExportConfig",
+            "Index -> one Parquet or FAISS file",
+            "hashray index export runs/index --out codes.parquet",
+        ),
         "gc": Command(
             "hashray.index.edit:gc",
             "hashray.index.edit:GcConfig",

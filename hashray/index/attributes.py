@@ -5,7 +5,7 @@ attributes/<sha256>.arrow    one batch, uncompressed; row i belongs to row i of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,7 @@ def merge_attributes(tables: list[pa.Table | None], rows: list[int]) -> pa.Table
     """
     if all(table is None for table in tables):
         return None
-    schemas = [table.schema for table in tables if table is not None]
-    try:
-        schema = pa.unify_schemas(schemas, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise InputError(f"attributes of one name have types that do not join: {error}") from error
+    schema = joined_schema([table for table in tables if table is not None])
     whole = []
     for table, count in zip(tables, rows, strict=True):
         columns = {
@@ -96,3 +92,15 @@ def merge_attributes(tables: list[pa.Table | None], rows: list[int]) -> pa.Table
         }
         whole.append(pa.table(columns, schema=schema))
     return pa.concat_tables(whole)
+
+
+def joined_schema(tables: Sequence[pa.Table]) -> pa.Schema:
+    """The columns of all tables.
+
+    Raises:
+        InputError: columns of one name have types that Arrow does not join.
+    """
+    try:
+        return pa.unify_schemas([table.schema for table in tables], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"attributes of one name have types that do not join: {error}") from error

@@ -219,13 +219,18 @@ def create_index(
         ConfigError: `num_bits` is no multiple of 8. AlreadyExists: another artifact is there.
     """
     store = open_store(url, endpoint_url)
+    require_unpublished(store)
     check_conditional_put(store)
-    for key in (artifact.MANIFEST, version_key(1)):
-        if store.exists(key):
-            raise AlreadyExists(f"{store.url} holds an artifact already; choose another folder for the index")
     manifest = index_manifest(check_num_bits(num_bits), [], fingerprint=fingerprint)
     artifact.publish(store, write_tables(store, manifest, None), version_key(1))
     return Catalog(store, cache_folder(cache_dir))
+
+
+def require_unpublished(store: Store) -> None:
+    """Raise AlreadyExists where an artifact is published in the store."""
+    for key in (artifact.MANIFEST, version_key(1)):
+        if store.exists(key):
+            raise AlreadyExists(f"{store.url} holds an artifact already; choose another folder for the index")
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:

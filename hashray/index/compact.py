@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 
 from hashray import artifact
 from hashray.artifact.bitmap import Bitmap
-from hashray.index.attributes import merge_attributes, open_attributes
+from hashray.index.attributes import merge_attributes
 from hashray.index.ids import find, one_array
 from hashray.index.log import Change, Version, carried, commit, newest
-from hashray.index.rows import deleted_rows, open_ids, with_deleted
+from hashray.index.rows import attributes_of, deleted_rows, open_ids, with_deleted
 from hashray.index.shard import open_shard, write_sorted
 from hashray.index.version import ShardRecord
 from hashray.storage import Store
@@ -160,12 +160,8 @@ def join_group(
         opened = open_shard(path, kind, num_bits, source.rows)  # outlives the view of its codes
         codes.append(opened.codes()[living])
         ids.append(open_ids(store, source, cache).array.take(pa.array(living)))
-        record = source.attributes
-        if record is None:
-            attributes.append(None)
-        else:
-            path = verified_path(store, record.name, record.bytes, record.sha256, cache)
-            attributes.append(open_attributes(path, source.rows).take(pa.array(living)))
+        table = attributes_of(store, source, cache)
+        attributes.append(None if table is None else table.take(pa.array(living)))
         advance(source.rows)
     rows = [len(some) for some in ids]
     if not sum(rows):

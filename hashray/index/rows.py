@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hashray.artifact import read_file
 from hashray.artifact.bitmap import Bitmap
 from hashray.errors import InputError
+from hashray.index.attributes import open_attributes
 from hashray.index.ids import MappedIds, find
 from hashray.index.log import Version
 from hashray.index.version import ShardRecord, write_content
@@ -38,6 +39,14 @@ def deleted_rows(store: Store, shard: ShardRecord) -> Bitmap | None:
     if record is None:
         return None
     return Bitmap.from_bytes(read_file(store, record), shard.rows, record.rows or 0, join(store.url, record.name))
+
+
+def attributes_of(store: Store, shard: ShardRecord, cache: Path) -> pa.Table | None:
+    """The attributes of a shard's rows, mapped into memory; None where it has none."""
+    record = shard.attributes
+    if record is None:
+        return None
+    return open_attributes(verified_path(store, record.name, record.bytes, record.sha256, cache), shard.rows)
 
 
 class Places:

@@ -39,6 +39,7 @@ from hashray.engine.stage import refuse_other, require_free, run_stage
 from hashray.engine.tasks import run_tasks
 from hashray.errors import AuditError, CorruptArtifact, InputError
 from hashray.index import shard
+from hashray.index.described import Described, aligned, describe_codes
 from hashray.index.groups import Group, group_parts, sample_rows
 from hashray.index.ids import check_unique, duplicate_ids, one_array, read_ids
 from hashray.index.shard import NPROBE, ROWS_PER_SHARD, SAMPLE_PER_LIST, Kind
@@ -81,6 +82,9 @@ class IndexConfig(Config):
     nlist: int | None = Field(None, ge=1, description="Lists of an ivf shard; unset: square root of its rows")
     nprobe: int | None = Field(None, ge=1, description="Lists of an ivf shard that a query looks into; unset: 16")
     seed: int = Field(0, ge=0, description="Seed of the training rows and of k-means, for ivf")
+    attributes: str | None = Field(
+        None, description="Corpus, or Parquet file with a column id, that --where asks about"
+    )
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
     @model_validator(mode="after")
@@ -103,8 +107,11 @@ def build_index(config: IndexConfig) -> Manifest:
     rows, parts = int(codes.rows_out or 0), [r for r in codes.files if r.name.startswith("parts/")]
     if not rows:
         raise InputError(f"{config.codes} holds no codes: there is nothing to index")
-    settings = config.model_dump(mode="json", exclude={"codes", "out", "pool"})
-    plan = sha256_hex(canonical({"codes": codes.id, "config": settings, "format": artifact.FORMAT_VERSION}))[:16]
+    settings = config.model_dump(mode="json", exclude={"codes", "out", "pool", "attributes"})
+    described = describe_codes(config.attributes, codes, parts) if config.attributes else None
+    depends_on = {"codes": codes.id, "config": settings, "format": artifact.FORMAT_VERSION}
+    depends_on |= {"attributes": described.digest} if described else {}
+    plan = sha256_hex(canonical(depends_on))[:16]
 
     if artifact.is_finished(store, version_key(2)):
         return _first_version(store, plan)
@@ -116,7 +123,7 @@ def build_index(config: IndexConfig) -> Manifest:
             say(f"note: {rows:,} rows make {rows:,} shards at most, not {config.shards:,}")
         nlist = 0 if config.kind == "flat" else config.nlist or shard.default_nlist(rows // num_shards)
         build = ShardBuild(
-            source, store, parts, int(codes.info["num_bits"]), plan, config.kind, config.seed, config.pool
+            source, store, parts, int(codes.info["num_bits"]), plan, config.kind, config.seed, config.pool, described
         )
         shards, quantizer = build.run(num_shards, nlist)
         count = sum(shard.rows for shard in shards)
@@ -155,6 +162,7 @@ class ShardBuild:
     kind: str
     seed: int
     pool: WorkersConfig
+    described: Described | None = None
     generation: int = 0
 
     def run(self, num_shards: int, nlist: int) -> tuple[list[ShardRecord], FileRecord | None]:
@@ -207,6 +215,7 @@ class ShardBuild:
             number: (
                 self.source, self.store, [self.parts[part] for part in group.parts], group.shards, self.num_bits,
                 self.kind, self._key(_name(number, quantizer)), buckets, self.generation,
+                self.described, group.parts,
             )
             for number, group in enumerate(groups) if number not in built
         }  # fmt: skip
@@ -293,6 +302,8 @@ def _build_group(
     record_key: str,
     buckets: int,
     generation: int,
+    described: Described | None,
+    part_numbers: Sequence[int],
     quantizer: bytes | None,
     advance: Callable[[int], None],
 ) -> str:
@@ -305,10 +316,11 @@ def _build_group(
     release()
     codes, order = codes[order.to_numpy()], None
     check_unique(ids)
-    shards = []
+    shards, attributes = [], aligned(described.read(part_numbers), ids) if described else None
     for number in range(num_shards):
         rows = slice(len(ids) * number // num_shards, len(ids) * (number + 1) // num_shards)
-        shards.append(shard.write_sorted(store, ids[rows], codes[rows], kind, quantizer, generation=generation))
+        some = None if attributes is None else attributes[rows]
+        shards.append(shard.write_sorted(store, ids[rows], codes[rows], kind, quantizer, some, generation))
         release()
     hashes = [
         artifact.write_file(store, f"{record_key.removesuffix('.json')}-{bucket:04d}.u64", some.tobytes())

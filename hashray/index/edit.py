@@ -15,7 +15,7 @@ import tyro
 from pydantic import Field, model_validator
 
 from hashray import artifact
-from hashray.artifact import FileRecord, canonical, sha256_hex
+from hashray.artifact import canonical, sha256_hex
 from hashray.config import Config
 from hashray.engine.reports import Meter
 from hashray.engine.session import WorkersConfig
@@ -26,6 +26,7 @@ from hashray.index import garbage
 from hashray.index.build import SHORT_ROWS, ShardBuild
 from hashray.index.catalog import GRACE_S, KEEP, Catalog, cache_folder, check_fits, open_catalog
 from hashray.index.compact import Joined, join_group
+from hashray.index.described import describe_codes
 from hashray.index.log import Version, newest, read_version
 from hashray.index.rows import open_ids
 from hashray.index.shard import ROWS_PER_SHARD
@@ -44,6 +45,9 @@ class AppendConfig(Config):
 
     index: Target = Field(description="Index, local folder or s3:// url")
     codes: str = Field(description="Codes, local folder or s3:// url")
+    attributes: str | None = Field(
+        None, description="Corpus, or Parquet file with a column id, that --where asks about"
+    )
     replace: bool = Field(False, description="Rows whose ids are there already take their place; unset: an error")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
@@ -105,7 +109,6 @@ def append(config: AppendConfig) -> int | None:
         codes = artifact.load_manifest(source, "codes")
         head = newest(catalog.store)
         check_fits(head, int(codes.info["num_bits"]), codes.fingerprint)
-        arguments = {"codes": codes.id, "replace": config.replace}
         if (number := _appended(catalog, codes.id)) is not None and not config.replace:
             say(f"{config.index}: these codes are there already, since version {number}")
             return None
@@ -113,8 +116,14 @@ def append(config: AppendConfig) -> int | None:
         if not rows:
             say(f"{config.codes} holds no codes: version {head.number} of {config.index} stays as it is")
             return None
-        plan = sha256_hex(canonical({"append": codes.id, "format": artifact.FORMAT_VERSION}))[:16]
-        build = _build(catalog.store, source, parts, head, plan, config.pool)
+        described = describe_codes(config.attributes, codes, parts) if config.attributes else None
+        arguments = {"codes": codes.id, "replace": config.replace, "attributes": described and described.digest}
+        plan = sha256_hex(canonical({"append": arguments, "format": artifact.FORMAT_VERSION}))[:16]
+        info = head.manifest.info
+        build = ShardBuild(
+            source, catalog.store, parts, int(info["num_bits"]), plan, info["kind"], 0, config.pool, described,
+            head.generation,
+        )  # fmt: skip
         quantizer = head.manifest.info.get("quantizer")
         shards = build.write(-(-rows // ROWS_PER_SHARD), quantizer and head.manifest.record(quantizer))
         names = [open_ids(catalog.store, shard, catalog.cache).array for shard in shards]
@@ -122,13 +131,6 @@ def append(config: AppendConfig) -> int | None:
         catalog.store.clear(f"progress/{plan}/")
         _say_version(catalog.store, config.index, number)
     return None
-
-
-def _build(
-    store: Store, source: Store, parts: Sequence[FileRecord], head: Version, plan: str, pool: WorkersConfig
-) -> ShardBuild:
-    info = head.manifest.info
-    return ShardBuild(source, store, parts, int(info["num_bits"]), plan, info["kind"], 0, pool, head.generation)
 
 
 def _appended(catalog: Catalog, codes: str) -> int | None:

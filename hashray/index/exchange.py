@@ -96,7 +96,8 @@ def numbered(count: int) -> list[str]:
 
 
 def _read_faiss(url: str, columns: Columns) -> Iterator[Batch]:
-    whole = index = faiss.deserialize_index_binary(np.frombuffer(_whole(url), np.uint8))  # owns what is inside it
+    whole: Any = faiss.deserialize_index_binary(np.frombuffer(_whole(url), np.uint8))  # owns what is inside it
+    index = whole
     numbers: NDArray[np.int64] | None = None
     if isinstance(index, faiss.IndexBinaryIDMap | faiss.IndexBinaryIDMap2):
         numbers, index = faiss.vector_to_array(whole.id_map), faiss.downcast_IndexBinary(index.index)

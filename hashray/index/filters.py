@@ -4,7 +4,8 @@
     owner in ['ann', 'bob'] or not is_null(tag)
     date >= '2026-01-01' and starts_with(path, 'a/')
 
-The text is parsed as a Python expression, of which only the forms below count; nothing in it is ever run.
+Of a column of lists, such as the classes of a row, == and in ask whether a value of the list is so. The text is parsed
+as a Python expression, of which only the forms below count; nothing in it is ever run.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ class Filter:
         if table is None:
             raise InputError(f"where = {str(self.where)!r}: rows of this index have no attributes")
         try:
-            expression = self.where if self._tree is None else _Reader(str(self.where), table.schema).read(self._tree)
+            expression = self.where
+            if self._tree is not None:
+                reader = _Reader(str(self.where), table)
+                expression, table = reader.read(self._tree), reader.table
             kept = ds.InMemoryDataset(table).to_table(columns={"kept": expression}).column("kept")
             mask = pc.fill_null(kept.cast(pa.bool_()), False)
         except (pa.ArrowException, KeyError, TypeError, RecursionError) as error:
@@ -93,10 +97,13 @@ def _without_keywords(where: str) -> str:
 
 
 class _Reader:
-    """Makes a tree of Python's syntax an expression of Arrow's, over the attributes of a schema."""
+    """Makes a tree of Python's syntax an expression of Arrow's, over the attributes of a table.
 
-    def __init__(self, where: str, schema: pa.Schema) -> None:
-        self.where, self.schema = where, schema
+    What is asked about a column of lists is answered at once, and becomes one more column of `table`.
+    """
+
+    def __init__(self, where: str, table: pa.Table) -> None:
+        self.where, self.schema, self.table = where, table.schema, table
 
     def read(self, node: ast.expr) -> pc.Expression:
         match node:
@@ -133,17 +140,38 @@ class _Reader:
     def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> pc.Expression:
         if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.List | ast.Tuple | ast.Set):
             kind = self.schema.field(self._name(left)).type
+            kind = kind.value_type if _is_list(kind) else kind
             chosen = pa.array([self._value(item, kind).as_py() for item in right.elts], kind)
-            inside = self._column(left).isin(chosen)
+            inside = self._any(left, lambda values: pc.is_in(values, chosen))
+            inside = self._column(left).isin(chosen) if inside is None else inside
             return inside if isinstance(op, ast.In) else ~inside
         compare = COMPARED.get(type(op))
         if compare is None:
             raise self._refused(left)
         if self._is_column(left) and self._is_column(right):
             return compare(self._column(left), self._column(right))
-        if self._is_column(left):
-            return compare(self._column(left), self._value(right, self.schema.field(self._name(left)).type))
-        return compare(self._value(left, self.schema.field(self._name(right)).type), self._column(right))
+        column, other = (left, right) if self._is_column(left) else (right, left)
+        kind = self.schema.field(self._name(column)).type
+        value = self._value(other, kind.value_type if _is_list(kind) else kind)
+        has = self._any(column, lambda values: pc.equal(values, value))
+        if has is not None:
+            if not isinstance(op, ast.Eq | ast.NotEq):
+                raise self._refused(left)
+            return has if isinstance(op, ast.Eq) else ~has
+        return compare(self._column(column), value) if column is left else compare(value, self._column(column))
+
+    def _any(self, node: ast.expr, test: Callable[[pa.Array], pa.Array]) -> pc.Expression | None:
+        """Whether a value of each row's list passes a test; None where the column holds no lists."""
+        name = self._name(node)
+        if not _is_list(self.schema.field(name).type):
+            return None
+        lists = self.table.column(name).combine_chunks()
+        passed = np.asarray(pc.fill_null(test(pc.list_flatten(lists)), False).to_numpy(zero_copy_only=False), bool)
+        mask = np.zeros(len(lists), bool)
+        mask[pc.list_parent_indices(lists).to_numpy()[passed]] = True
+        answer = f"answer {self.table.num_columns}"
+        self.table = self.table.append_column(answer, pa.array(mask))
+        return pc.field(answer)
 
     def _is_column(self, node: ast.expr) -> bool:
         return isinstance(node, ast.Name) or (
@@ -181,6 +209,10 @@ class _Reader:
 
     def _refused(self, node: ast.expr) -> InputError:
         return InputError(f"where = {self.where!r}: {ast.unparse(node)!r} is not allowed; allowed is {FORMS}")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _described(schema: pa.Schema) -> str:

@@ -150,7 +150,8 @@ def index_manifest(
 
 
 def with_shards(manifest: Manifest, shards: Sequence[ShardRecord], info: Mapping[str, Any]) -> Manifest:
-    """The manifest with other shards, and with more or other `info`."""
+    """The manifest with other shards, in any order, and with more or other `info`."""
+    shards = sorted(shards, key=lambda shard: (shard.first, shard.ids.name))  # whichever task wrote one first
     quantizer = [file for file in manifest.files if file.name == manifest.info["quantizer"]]
     # Two shards whose codes are equal, row by row, share one file.
     files = {file.name: file for file in (*quantizer, *(file for shard in shards for file in shard.files))}

@@ -141,7 +141,7 @@ def test_on_s3(s3_url):
     manifest = build_index(config)
     assert artifact.verify(config.out) == [] and build_index(config) == manifest
     assert sorted(name for name, _ in open_store(config.out).list()) == sorted(
-        [version_key(1), *(record.name for record in manifest.files)]
+        [version_key(1), *(record.name for record in manifest.stored)]
     )
     check_answers(config.out, ids, codes)
 
@@ -238,7 +238,7 @@ def test_codes_that_cannot_be_indexed(tmp_path, monkeypatch):
         build_index(IndexConfig(codes=str(tmp_path / "whole"), out=out))
     part.write_bytes(data)
     with monkeypatch.context() as patch:
-        patch.setattr(module._Build, "run", lambda *_: ([], None))
+        patch.setattr(module.ShardBuild, "run", lambda *_: ([], None))
         with pytest.raises(AuditError, match="holds 200 rows, the shards 0; nothing was published"):
             build_index(IndexConfig(codes=str(tmp_path / "whole"), out=out))
 

@@ -43,9 +43,9 @@ def names(first, last):
 
 @pytest.fixture
 def catalog(tmp_path):
-    made = create_index(tmp_path / "index", 32, fingerprint="ab" * 32, cache_dir=tmp_path / "cache")
-    made.append(names(0, 40), codes_of(40), {"class": ["a", "b"] * 20, "year": [*range(40)]})
-    return made
+    empty = create_index(tmp_path / "index", 32, fingerprint="ab" * 32, cache_dir=tmp_path / "cache")
+    empty.append(names(0, 40), codes_of(40), {"class": ["a", "b"] * 20, "year": [*range(40)]})
+    return empty
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_a_lost_answer_to_a_commit_that_landed(memory):
     at(memory.store, "create", version_key(3), lose, before=False)
     assert memory.append(names(40, 50), codes_of(10), {"class": ["a"] * 10}) == 3
     assert ids_in(memory) == names(0, 50) and memory.version == 3
-    # The client asks again by itself, and is told that the version exists.
+    # The client asks again by itself, and learns that the version exists.
     at(memory.store, "create", version_key(4), lambda: memory.store.objects.setdefault("again", (b"", 0)), before=False)
     assert memory.delete(["0001"]) == 4
     at(memory.store, "create", version_key(5), lose)

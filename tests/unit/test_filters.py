@@ -1,0 +1,141 @@
+"""`where`: each form against plain Python, what is refused, and searches that keep few, most and all rows."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from hashray import create_index
+from hashray.artifact.bitmap import Bitmap
+from hashray.codes import hamming
+from hashray.errors import InputError
+from hashray.index.filters import Filter
+from hashray.index.shard import Shard, build_shard, open_shard, train_quantizer
+from hashray.search.reader import open_index
+
+DAY = dt.date(2026, 1, 1)
+ROWS = [
+    {"class": ["cat"], "year": 2024, "date": DAY, "path": "a/1.jpg", "score": 0.5, "good": True},
+    {
+        "class": ["dog", "cat"],
+        "year": 2025,
+        "date": DAY + dt.timedelta(1),
+        "path": "b/2.jpg",
+        "score": None,
+        "good": False,
+    },
+    {"class": [], "year": None, "date": None, "path": "a/3.png", "score": -1.0, "good": None},
+    {"class": None, "year": 2023, "date": DAY - dt.timedelta(9), "path": None, "score": 2.0, "good": True},
+]
+SCHEMA = pa.schema([
+    ("class", pa.list_(pa.string())), ("year", pa.int32()), ("date", pa.date32()),
+    ("path", pa.string()), ("score", pa.float32()), ("good", pa.bool_()),
+])  # fmt: skip
+TABLE = pa.Table.from_pylist(ROWS, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ("year == 2024", [0]),
+        ("year >= 2024 and not good", [1]),
+        ("2023 <= year < 2025", [0, 3]),
+        ("year != 2024", [1, 3]),
+        ("class == 'cat'", [0, 1]),
+        ("class != 'cat'", [2, 3]),
+        ("class in ['dog', 'cow']", [1]),
+        ("class not in ['dog', 'cow']", [0, 2, 3]),
+        ("date >= '2026-01-01'", [0, 1]),
+        ("'2026-01-01' < date", [1]),
+        ("starts_with(path, 'a/') | ends_with(path, '2.jpg')", [0, 1, 2]),
+        ("contains(path, '.jpg') & (score > 0.1)", [0]),
+        ("is_null(year) or is_valid(score) and score > 1", [2, 3]),
+        ("year in (2023, 2025)", [1, 3]),
+        ("field('year') == 2023", [3]),
+        ("pc.field('year') > field('score')", [0, 3]),
+        ("good", [0, 3]),
+        ("not (good == True)", [1]),
+        ("score < -0.5", [2]),
+        ("year > 2023.5", [0, 1]),
+        ("True", [0, 1, 2, 3]),
+    ],
+)
+def test_each_form(where, rows):
+    assert Filter(where).rows(TABLE, 4).positions().tolist() == rows
+
+
+def test_an_expression_of_arrow():
+    assert Filter(pc.field("year") < 2025).rows(TABLE, 4).positions().tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ("yaer == 3", "there is no attribute 'yaer', perhaps you meant 'year'"),
+        ("year ==", "is no expression"),
+        ("year = 3", "is no expression"),
+        ("", "is no expression"),
+        ("__import__('os').system('true')", "is not allowed; allowed is a comparison"),
+        ("year.real == 3", "is not allowed"),
+        ("year == [x for x in (1,)]", "is no expression"),
+        ("year + 1 == 3", "is not allowed"),
+        ("lambda: 3", "is no expression|is not allowed"),
+        ("year == 'soon'", "cannot be answered: .*'soon'"),
+        ("date >= 'soon'", "cannot be answered"),
+        ("class > 'cat'", "is not allowed"),
+        ("starts_with(year, '2')", "cannot be answered"),
+        ("year is None", "is not allowed"),
+        ("not " * 3000 + "good", "cannot be answered|is no expression|characters"),
+        ("(" * 300 + "good" + ")" * 300, "is no expression"),
+        ("good and " * 2000 + "good", "characters; at most"),
+        ("3", "is not allowed"),
+    ],
+)
+def test_what_is_refused(where, text):
+    with pytest.raises(InputError, match=text):
+        Filter(where).rows(TABLE, 4)
+
+
+def test_an_index_without_attributes(tmp_path):
+    catalog = create_index(tmp_path, 32)
+    catalog.append(["a"], np.zeros((1, 4), np.uint8))
+    with pytest.raises(InputError, match="rows of this index have no attributes"):
+        open_index(tmp_path).search(np.zeros((1, 4), np.uint8), 1, where="year == 3")
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.3, 0.9, 0.999, 1.0])
+def test_searches_among_allowed_rows(tmp_path, kind, share):
+    """Exact, ties at the end too, whether few or most rows are allowed, and where the nearest are not."""
+    rng = np.random.default_rng(int(share * 1000))
+    words = rng.integers(0, 256, (40, 4), dtype=np.uint8)
+    codes = words[rng.integers(40, size=3000)]
+    codes[:, -1] ^= rng.choice([0, 0, 1, 2, 7], 3000).astype(np.uint8)
+    mask = rng.random(3000) < share
+    mask[hamming(codes[:1], codes)[0] < 6] = False  # nothing near the first query
+    trained = train_quantizer(codes, 5) if kind == "ivf" else None
+    (tmp_path / "shard").write_bytes(build_shard(codes, kind, trained))
+    shard, allowed = open_shard(tmp_path / "shard", kind, 32, 3000, 5), Bitmap.of_mask(mask)
+    queries = np.concatenate([codes[:4], rng.integers(0, 256, (4, 4), dtype=np.uint8)])
+    assert_exact(shard, codes, mask, queries, allowed)
+    assert (shard.codes() == codes).all()
+
+
+def assert_exact(shard: Shard, codes, mask, queries, allowed):
+    for k in (1, 10, 200):
+        distances, positions = shard.search(queries, k, allowed)
+        for row, query in enumerate(queries):
+            away = hamming(query[None], codes)[0]
+            nearest = sorted((int(away[place]), int(place)) for place in np.flatnonzero(mask))[:k]
+            pairs = [(int(d), int(p)) for d, p in zip(distances[row], positions[row], strict=True) if p >= 0]
+            assert pairs == nearest
+            assert (distances[row, len(nearest) :] == 2**31 - 1).all()
+    for distance in (0, 3, 12, 32):
+        for query, (near, places) in zip(queries, shard.within(queries, distance, allowed), strict=True):
+            away = hamming(query[None], codes)[0]
+            expected = sorted((int(away[place]), int(place)) for place in np.flatnonzero(mask & (away <= distance)))
+            assert [*zip(near.tolist(), places.tolist(), strict=True)] == expected

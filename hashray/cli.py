@@ -166,8 +166,8 @@ COMMANDS: Commands = {
         "hashray describe runs/index",
     ),
     "verify": Command(
-        "hashray.artifact.command:verify",
-        "hashray.artifact.command:VerifyConfig",
+        "hashray.index.proof:verify",
+        "hashray.index.proof:VerifyConfig",
         "Every checksum, every row count, ids unique",
         "hashray verify runs/index",
     ),

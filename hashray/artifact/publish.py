@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -146,13 +146,13 @@ def missing(store: Store, record: FileRecord) -> str:
 
 def check_sizes(store: Store, manifest: Manifest) -> None:
     """Raise CorruptArtifact where a file of the manifest is missing or has another size."""
-    for fault in wrong_sizes(store, manifest).values():
+    for fault in wrong_sizes(store, manifest.stored).values():
         raise CorruptArtifact(fault)
 
 
-def wrong_sizes(store: Store, manifest: Manifest) -> dict[str, str]:
+def wrong_sizes(store: Store, records: Iterable[FileRecord]) -> dict[str, str]:
     """The faults of files that are missing or have another size, by name: one listing for all files."""
-    wanted = {record.name: record for record in manifest.stored}
+    wanted = {record.name: record for record in records}
     sizes = {name: size for name, size in store.list() if name in wanted}
     faults = {}
     for name, record in wanted.items():

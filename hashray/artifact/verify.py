@@ -18,13 +18,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hashray.artifact.bitmap import Bitmap
-from hashray.artifact.manifest import QUARANTINE, FileRecord, Manifest, audit, from_bytes, plain_name
-from hashray.artifact.publish import MANIFEST, check, missing, read_file, with_files, wrong_size, wrong_sizes
+from hashray.artifact.journal import Journal
+from hashray.artifact.manifest import QUARANTINE, FileRecord, audit, from_bytes, plain_name
+from hashray.artifact.publish import MANIFEST, check, missing, read_file, with_files, wrong_sizes
 from hashray.artifact.tables import iterate_columns
 from hashray.artifact.versions import load_manifest, newest_version, version_key
 from hashray.errors import CorruptArtifact, InputError, MismatchError
 from hashray.progress import Bar
 from hashray.storage import Store, join, open_store
+from hashray.storage.cache import cache_folder
 
 CHECK_THREADS = 4
 LISTED_DUPLICATES = 5
@@ -39,7 +41,7 @@ def describe(url: str | Path | Store) -> dict[str, Any]:
     """Return an artifact's kind, parents, size, and whether all files are there in the right size."""
     store = url if isinstance(url, Store) else open_store(url)
     manifest = load_manifest(store)
-    problems = list(wrong_sizes(store, manifest).values())
+    problems = list(wrong_sizes(store, manifest.stored).values())
     summary: dict[str, Any] = {"url": store.url, "kind": manifest.kind, "id": manifest.id}
     if not store.exists(MANIFEST):
         summary["version"] = newest_version(store)[0]
@@ -56,25 +58,31 @@ def verify(url: str | Path | Store) -> list[str]:
         InputError: there is nothing at all under this url.
     """
     store = url if isinstance(url, Store) else open_store(url)
-    problems: list[str] = []
+    problems, older = list[str](), list[FileRecord]()
     try:
         manifest = load_manifest(store)
         if not store.exists(MANIFEST):
-            problems += _verify_versions(store)
+            problems, older = _verify_versions(store)
     except CorruptArtifact as error:
         return [str(error)]
     except InputError as error:
         if next(store.list(), None) is None:
             raise
-        return [str(error), *_verify_versions(store)]
+        return [str(error), *_verify_versions(store)[0]]
     problems += [f"{join(store.url, MANIFEST)}: {fault}" for fault in audit(manifest)]
-    checked = _check_files(store, manifest)
+    newest = {record.name: record for record in manifest.stored}
+    journal = Journal(cache_folder(), store.url, manifest.id)
+    records = [*newest.values(), *(record for record in older if record.name not in newest)]
+    checked = _check_files(store, records, journal)
     problems += [file.fault for file in checked if file.fault is not None]
     problems += [file.rows_fault for file in checked if file.rows_fault is not None]
-    sound = [file.record for file in checked if file.fault is None]
+    sound = [file.record for file in checked if file.fault is None and file.record.name in newest]
     names = {None, *(record.name for record in sound)}
-    tables = [file.record for file in checked if file.has_ids and file.record.info.get("deleted") in names]
-    return [*dict.fromkeys([*problems, *_duplicate_ids(store, tables, sound)])]
+    tables = [file.record for file in checked if file.has_ids and file.record.name in names]
+    tables = [record for record in tables if record.info.get("deleted") in names]
+    problems += _duplicate_ids(store, tables, sound)
+    journal.end()
+    return [*dict.fromkeys(problems)]
 
 
 @dataclass(frozen=True)
@@ -87,15 +95,23 @@ class _Checked:
     has_ids: bool = False
 
 
-def _check_files(store: Store, manifest: Manifest) -> list[_Checked]:
-    wrong = wrong_sizes(store, manifest)
+def _check_files(store: Store, records: Sequence[FileRecord], journal: Journal) -> list[_Checked]:
+    wrong = wrong_sizes(store, records)
 
     def look(record: FileRecord) -> _Checked:
-        return _Checked(record, wrong[record.name]) if record.name in wrong else _check_file(store, record)
+        if record.name in wrong:
+            return _Checked(record, wrong[record.name])
+        key = f"{record.name} {record.sha256}"
+        if (has_ids := journal.known.get(key)) is not None:
+            return _Checked(record, has_ids=has_ids)
+        file = _check_file(store, record)
+        if record.bytes > WHOLE_BYTES and file.fault is None and file.rows_fault is None:
+            journal.add(key, file.has_ids)
+        return file
 
-    size_bytes, checked = sum(record.bytes for record in manifest.stored), list[_Checked]()
+    size_bytes, checked = sum(record.bytes for record in records), list[_Checked]()
     with Bar("verify", size_bytes, "bytes") as bar, ThreadPoolExecutor(CHECK_THREADS) as pool:
-        for file in pool.map(look, manifest.stored):
+        for file in pool.map(look, records):
             checked.append(file)
             bar.add(file.record.bytes)
     return checked
@@ -136,31 +152,26 @@ def _rows_fault(name: str, record: FileRecord, rows: int) -> str | None:
     return None if same else f"{name}: holds {rows} rows, its manifest says {record.rows}"
 
 
-def _verify_versions(store: Store) -> list[str]:
+def _verify_versions(store: Store) -> tuple[list[str], list[FileRecord]]:
     """Check every version up to the highest in a listing: a lost one would hide all that follow.
 
-    The files of the versions that garbage collection has kept are all there, in their sizes.
+    Returns:
+        The problems, and the files of all versions that garbage collection has kept, each once.
     """
     listed = [int(key[9:-5]) for key, _ in store.list("versions/") if re.fullmatch(r"versions/\d{8}\.json", key)]
-    problems, sizes, oldest = list[str](), dict(store.list()), 1
+    problems, files, oldest = list[str](), dict[str, FileRecord](), 1
     for number in range(max(listed, default=0), 0, -1):
         name = version_key(number)
         try:
             manifest = from_bytes(store.read(name), join(store.url, name))
             oldest = max(oldest, int(manifest.info.get("oldest_kept", 1)))
             if number >= oldest:
-                files = with_files(store, manifest).stored
-                problems += [missing(store, record) for record in files if record.name not in sizes]
-                problems += [
-                    wrong_size(store, record, sizes[record.name])
-                    for record in files
-                    if sizes.get(record.name, record.bytes) != record.bytes
-                ]
+                files |= {record.name: record for record in with_files(store, manifest).stored}
         except InputError:
             problems.append(f"{join(store.url, name)} is missing: later versions are there")
         except (CorruptArtifact, MismatchError) as error:
             problems.append(str(error))
-    return [*dict.fromkeys(reversed(problems))]
+    return problems[::-1], [*files.values()]
 
 
 def _arrow_batches(store: Store, name: str) -> Iterator[pa.RecordBatch]:

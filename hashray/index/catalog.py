@@ -6,7 +6,6 @@ a reader of any version is not disturbed. `hashray index …` (edit.py) runs the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +26,7 @@ from hashray.index.rows import Places, check_living, with_deleted
 from hashray.index.shard import ROWS_PER_SHARD, write_shard
 from hashray.index.version import ShardRecord, index_manifest, write_tables
 from hashray.storage import Store, check_conditional_put, open_store
+from hashray.storage.cache import cache_folder
 
 GRACE_S = 7 * 86_400.0
 KEEP = 10
@@ -231,11 +231,6 @@ def require_unpublished(store: Store) -> None:
     for key in (artifact.MANIFEST, version_key(1)):
         if store.exists(key):
             raise AlreadyExists(f"{store.url} holds an artifact already; choose another folder for the index")
-
-
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where files from S3 are kept: `cache_dir`, else $HASHRAY_CACHE, else ~/.cache/hashray."""
-    return Path(cache_dir or os.environ.get("HASHRAY_CACHE") or "~/.cache/hashray").expanduser()
 
 
 def as_ids(ids: Iterable[str] | pa.Array | pa.ChunkedArray) -> pa.Array:

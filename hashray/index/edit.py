@@ -24,7 +24,7 @@ from hashray.errors import InputError
 from hashray.index import compact as compaction
 from hashray.index import garbage
 from hashray.index.build import SHORT_ROWS, ShardBuild
-from hashray.index.catalog import GRACE_S, KEEP, Catalog, cache_folder, check_fits, open_catalog
+from hashray.index.catalog import GRACE_S, KEEP, Catalog, check_fits, open_catalog
 from hashray.index.compact import Joined, join_group
 from hashray.index.described import describe_codes
 from hashray.index.log import Version, newest, read_version
@@ -33,6 +33,7 @@ from hashray.index.shard import ROWS_PER_SHARD
 from hashray.index.version import ShardRecord
 from hashray.progress import Bar, say, show_table
 from hashray.storage import Store, open_store, read_url
+from hashray.storage.cache import cache_folder
 from hashray.storage.requests import counting
 
 HOUR_S = 3600.0

@@ -22,7 +22,7 @@ from hashray.config import Config
 from hashray.data.columns import bytes_column
 from hashray.errors import InputError
 from hashray.index.attributes import joined_schema, merge_attributes
-from hashray.index.catalog import cache_folder, require_unpublished
+from hashray.index.catalog import require_unpublished
 from hashray.index.exchange import Batch, BitOrder, Columns, read_batches
 from hashray.index.ids import one_array
 from hashray.index.log import Version, newest, read_version
@@ -31,7 +31,7 @@ from hashray.index.shard import ROWS_PER_SHARD, open_shard, write_shard
 from hashray.index.version import ShardRecord, index_manifest, write_tables
 from hashray.progress import Bar, say
 from hashray.storage import Store, check_conditional_put, open_store, split_url
-from hashray.storage.cache import verified_path
+from hashray.storage.cache import cache_folder, verified_path
 from hashray.storage.requests import counting
 
 ENDINGS = ("faiss", "parquet")

@@ -28,7 +28,6 @@ from hashray.artifact.bitmap import Bitmap
 from hashray.codes import Codes, as_codes
 from hashray.errors import CorruptArtifact, InputError, MismatchError
 from hashray.index.attributes import open_attributes
-from hashray.index.catalog import cache_folder
 from hashray.index.filters import Filter
 from hashray.index.ids import MappedIds
 from hashray.index.log import Version, newest, read_version, require_kept
@@ -36,7 +35,7 @@ from hashray.index.shard import Shard, check_kind, open_shard
 from hashray.progress import Bar
 from hashray.search.merge import merge
 from hashray.storage import Store, open_store
-from hashray.storage.cache import recorded_path, verified_path
+from hashray.storage.cache import cache_folder, recorded_path, verified_path
 
 OPEN_THREADS = 8
 # Candidates (a distance and a position: 12 bytes) that one round of a search holds before they are merged.

@@ -35,6 +35,11 @@ def _unheard(count: int) -> None:
     """Take a number of bytes that nobody counts."""
 
 
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where files from S3 are kept: `cache_dir`, else $HASHRAY_CACHE, else ~/.cache/hashray."""
+    return Path(cache_dir or os.environ.get("HASHRAY_CACHE") or "~/.cache/hashray").expanduser()
+
+
 def sha256_file(path: str | Path, advance: Callable[[int], None] = _unheard) -> str:
     """Return the sha256 of a local file, read in blocks; `advance` gets the bytes of each."""
     digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,6 +14,7 @@ from hashray.artifact import version_key
 from hashray.artifact.bitmap import Bitmap
 from hashray.artifact.deltas import add_changes, changes, fold
 from hashray.artifact.files import unpack
+from hashray.cli import main
 from hashray.codes import StampedCodes
 from hashray.errors import (
     AlreadyExists,
@@ -27,10 +30,15 @@ from hashray.index import compact as compaction
 from hashray.index.catalog import Catalog
 from hashray.index.compact import commit_joined, join_group, plan_groups
 from hashray.index.garbage import collect
-from hashray.index.ids import find
+from hashray.index.ids import find, ids_bytes
 from hashray.index.log import newest, read_version
-from hashray.index.version import ShardRecord, index_manifest, write_tables
+from hashray.index.proof import verify_shards
+from hashray.index.shard import build_shard, write_shard
+from hashray.index.version import ShardRecord, index_manifest, write_content, write_tables
 from hashray.search.reader import open_version
+from hashray.storage import open_store
+
+verify_module = sys.modules["hashray.artifact.verify"]  # the module: `artifact.verify` is the function
 
 
 def codes_of(count, seed=0, num_bits=32):
@@ -396,3 +404,50 @@ def test_a_damaged_file_of_each_kind_is_refused_by_name(catalog, damage, tmp_pat
         assert any(path.name in problem for problem in artifact.verify(folder))
         path.write_bytes(data)
     assert artifact.verify(folder) == [] and open_index(folder).rows == 57
+
+
+def test_what_does_not_belong_together_is_reported(tmp_path):
+    """Bytes that are what was published, but should never have been: as a broken program might write them."""
+    store, codes = open_store(tmp_path), codes_of(3)
+    good = write_shard(store, pa.array(["a", "b", "c"]), codes, "flat")
+    faults = {
+        "its ids do not ascend": write_content(store, "ids", ids_bytes(pa.array(["b", "a", "c"])), 3),
+        "its first and last id are not": write_content(store, "ids", ids_bytes(pa.array(["a", "b", "d"])), 3),
+        "holds 2 ids, its version says 3": write_content(store, "ids", ids_bytes(pa.array(["a", "c"])), 3),
+    }
+    for number, (text, ids) in enumerate(faults.items(), 1):
+        wrong = good.model_copy(update={"ids": ids})
+        artifact.publish(store, write_tables(store, index_manifest(32, [wrong]), None), version_key(number))
+        problems = verify_shards(store, tmp_path / "cache")
+        assert len(problems) == number and text in problems[-1], problems
+    few = good.model_copy(update={"codes": write_content(store, "shards", build_shard(codes[:2], "flat"), None)})
+    artifact.publish(store, write_tables(store, index_manifest(32, [few]), None), version_key(4))
+    assert "holds 2 codes of 32 bits, its version says 3" in verify_shards(store, tmp_path / "cache")[-1]
+    dead = good.model_copy(
+        update={"deleted": write_content(store, "deleted", Bitmap.of(3, np.array([1])).to_bytes(), 2)}
+    )
+    artifact.publish(store, write_tables(store, index_manifest(32, [dead]), None), version_key(5))
+    assert "is no bitmap of 2 of 3 rows" in verify_shards(store, tmp_path / "cache")[-1]
+    assert main(["verify", str(tmp_path)]) == 1
+
+
+def test_an_interrupted_verify_goes_on(catalog, monkeypatch, tmp_path):
+    """Files that were checked before the interruption are not read again; a whole run forgets them."""
+    monkeypatch.setenv("HASHRAY_CACHE", str(tmp_path / "journal"))
+    monkeypatch.setattr(verify_module, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(verify_module, "CHECK_THREADS", 1)
+    looked, check = [], verify_module._check_file
+
+    def watched(store, record):
+        looked.append(record.name)
+        if len(looked) == 3:
+            raise KeyboardInterrupt
+        return check(store, record)
+
+    monkeypatch.setattr(verify_module, "_check_file", watched)
+    with pytest.raises(KeyboardInterrupt):
+        artifact.verify(catalog.store)
+    assert artifact.verify(catalog.store) == []
+    assert len(looked) == len(artifact.load_manifest(catalog.store).stored) + 1  # one of them twice
+    looked[:] = ["", "", ""]
+    assert artifact.verify(catalog.store) == [] and len(looked) > 5

@@ -54,7 +54,7 @@ def verify_shards(store: Store, cache: Path) -> list[str]:
                 version = read_version(store, number)
                 info = version.manifest.info
                 for shard in version.shards:
-                    key = (shard.ids.name, shard.deleted and shard.deleted.name)
+                    key = (shard.ids.name, shard.deleted.name if shard.deleted else None)
                     if key not in seen:
                         seen.add(key)
                         _check_shard(store, cache, shard, info["kind"], int(info["num_bits"]))

@@ -318,3 +318,15 @@ def nearest(rows: Rows, query: Codes, most: int, farthest: int, chosen: str | No
     codes = np.frombuffer(b"".join(rows[row][0] for row in ids), np.uint8).reshape(len(ids), -1)
     pairs = sorted(zip(hamming(query[None], codes)[0].tolist(), ids, strict=True))
     return [pair for pair in pairs if pair[0] <= farthest][:most]
+
+
+def codes_of(count, seed=0, num_bits=32):
+    return np.random.default_rng(seed).integers(0, 256, (count, num_bits // 8), dtype=np.uint8)
+
+
+def names(first, last):
+    return [f"{number:04d}" for number in range(first, last)]
+
+
+def ids_in(catalog, version=None):
+    return sorted(rows_of(open_version(catalog.store, version, catalog.cache, threads=1)))

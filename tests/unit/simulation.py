@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hashray.codes import Codes, hamming
-from hashray.errors import AlreadyExists, HashrayError, InputError, RunError, StoreUnavailable
+from hashray.errors import AlreadyExists, AuditError, HashrayError, InputError, RunError, StoreUnavailable
 from hashray.index.catalog import Catalog
 from hashray.search.reader import open_version
 from hashray.storage.base import TEMP_PREFIX, Level, Store
@@ -207,6 +207,8 @@ class Simulation:
                 operation.version = call()
             except (StoreUnavailable, Killed):
                 pass  # no answer: it may have landed
+            except AuditError:
+                raise  # the last guard has held: a change was worked out wrong
             except (InputError, RunError):
                 self.operations.remove(operation)  # refused: it must not have landed
 

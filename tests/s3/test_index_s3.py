@@ -47,7 +47,7 @@ AFTER = {
     ("change", "fault", "step"),
     [
         ("append", "lose", 6), ("compact", "lose", 6), ("gc", "die", 6),
-        *(pytest.param(change, fault, 1, marks=pytest.mark.slow) for change in CHANGES for fault in (503, "lose", "die")),
+        *(pytest.param(name, fault, 1, marks=pytest.mark.slow) for name in CHANGES for fault in (503, "lose", "die")),
     ],
 )  # fmt: skip
 def test_each_request_in_turn(s3_server, s3_url, tmp_path, monkeypatch, change, fault, step):

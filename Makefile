@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-all test-chaos check bench pin results clean
+S3 ?= http://127.0.0.1:18336
+
+.PHONY: help install demo test test-all test-chaos test-s3-real check bench pin results clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +30,9 @@ test-all: install  ## all tests
 
 test-chaos: install  ## every stage while nodes of a cluster on this machine come, go and die
 	$(BIN)/python -m pytest -s tests/chaos
+
+test-s3-real: install  ## S3 tests against a server: S3=http://host:port, its keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
+	HASHRAY_TEST_S3=$(S3) $(BIN)/python -m pytest tests/s3/test_storage.py tests/s3/test_index_s3.py tests/s3/test_pipeline_s3.py
 
 check: install  ## style, types, layers
 	$(BIN)/ruff check .

@@ -17,7 +17,15 @@ settings.load_profile("hashray")
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Start moto's HTTP server and point AWS_* at it, for this process and for Ray workers started later."""
+    """Start moto's HTTP server and point AWS_* at it, for this process and for Ray workers started later.
+
+    HASHRAY_TEST_S3 names a server to use instead, with the keys in AWS_*: `make test-s3-real`.
+    """
+    if real := os.environ.get("HASHRAY_TEST_S3"):
+        os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+        os.environ["AWS_ENDPOINT_URL"] = real
+        yield real
+        return
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

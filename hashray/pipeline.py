@@ -68,9 +68,11 @@ def run_stages(config: PipelineConfig, training: TrainConfig) -> dict[str, Any]:
     features = features_of_model(model, corpus, config.pool, max_bad, training.features)
     codes = open_store(at["codes"])
     encode_split(model, corpus, features, codes, "database", BATCH_ROWS, max_bad, config.pool)
-    build_index(
-        IndexConfig(codes=at["codes"], out=at["index"], kind=config.kind, shards=config.shards, pool=config.pool)
-    )
+    shards = IndexConfig(
+        codes=at["codes"], out=at["index"], kind=config.kind, shards=config.shards, attributes=at["corpus"],
+        pool=config.pool,
+    )  # fmt: skip
+    build_index(shards)
     if not corpus.num_classes:
         say(f"no evaluation: {at['corpus']} has no labels, and without them no row is known to be relevant to another")
         return {}

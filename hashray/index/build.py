@@ -82,9 +82,7 @@ class IndexConfig(Config):
     nlist: int | None = Field(None, ge=1, description="Lists of an ivf shard; unset: square root of its rows")
     nprobe: int | None = Field(None, ge=1, description="Lists of an ivf shard that a query looks into; unset: 16")
     seed: int = Field(0, ge=0, description="Seed of the training rows and of k-means, for ivf")
-    attributes: str | None = Field(
-        None, description="Corpus, or Parquet file with a column id, that --where asks about"
-    )
+    attributes: str | None = Field(None, description="Corpus, or Parquet or CSV file with a column id, for --where")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 
     @model_validator(mode="after")

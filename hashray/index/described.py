@@ -1,7 +1,7 @@
-"""Attributes of the rows of an index, from a corpus or from a Parquet file with a column of ids. No Ray.
+"""Attributes of the rows of an index, from a corpus or from a Parquet or CSV file with a column of ids. No Ray.
 
 A corpus gives `class`, the names of a row's classes (a list), and `split`. A task that builds a shard reads the parts
-of the corpus that its codes come from; a Parquet file it reads whole.
+of the corpus that its codes come from; a file it reads whole.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from hashray.artifact import FileRecord, Manifest, is_finished
@@ -37,7 +39,7 @@ class Described:
         if self.parts is None:
             folder, name = split_url(self.url)
             with open_store(folder).open(name) as file:
-                return pq.ParquetFile(file).read(use_threads=False)
+                return _read(file, name)
         corpus = open_corpus(self.url)
         records = {self.parts[number].name: self.parts[number] for number in part_numbers}
         return pa.concat_tables([_of_corpus(corpus, record) for record in records.values()])
@@ -54,7 +56,7 @@ def describe_codes(url: str, codes: Manifest, code_parts: Sequence[FileRecord]) 
         split = str(codes.info.get("split", "all"))
         parts = [part for part in corpus.parts if corpus.count_part(part, split)]
         if codes.parents.get("corpus") != corpus.manifest.id or len(parts) != len(code_parts):
-            raise InputError(f"{url} is not the corpus that these codes are of; name that one, or a Parquet file")
+            raise InputError(f"{url} is not the corpus that these codes are of; name it, or a Parquet or CSV file")
         return Described(url, corpus.manifest.id, tuple(parts))
     folder, name = split_url(url)
     digest = hashlib.sha256()
@@ -63,14 +65,22 @@ def describe_codes(url: str, codes: Manifest, code_parts: Sequence[FileRecord]) 
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
             file.seek(0)
-            table = pq.ParquetFile(file).read(["id"], use_threads=False)
-    except pa.ArrowException as error:
-        raise InputError(f"{url} is no corpus, and no Parquet file with a column id: {error}") from error
+            table = _read(file, name, ["id"])
+    except (pa.ArrowException, KeyError) as error:
+        raise InputError(f"{url} is no corpus, and no Parquet or CSV file with a column id: {error}") from error
     if table.num_columns != 1 or table.column("id").null_count:
         raise InputError(f"{url} needs a column id, with an id in every row")
     if (twice := len(table) - len(table.column("id").unique())) > 0:
         raise InputError(f"{url}: {twice:,} rows have the id of another row; each id needs one row of attributes")
     return Described(url, digest.hexdigest())
+
+
+def _read(file: BinaryIO, name: str, columns: list[str] | None = None) -> pa.Table:
+    if not name.lower().endswith(".csv"):
+        return pq.ParquetFile(file).read(columns, use_threads=False)
+    types, chosen = {"id": pa.string()}, columns or []
+    wanted = csv.ConvertOptions(column_types=types, include_columns=chosen, strings_can_be_null=True)
+    return csv.read_csv(file, convert_options=wanted)
 
 
 def aligned(table: pa.Table, ids: pa.Array) -> pa.Table:

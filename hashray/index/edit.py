@@ -46,9 +46,7 @@ class AppendConfig(Config):
 
     index: Target = Field(description="Index, local folder or s3:// url")
     codes: str = Field(description="Codes, local folder or s3:// url")
-    attributes: str | None = Field(
-        None, description="Corpus, or Parquet file with a column id, that --where asks about"
-    )
+    attributes: str | None = Field(None, description="Corpus, or Parquet or CSV file with a column id, for --where")
     replace: bool = Field(False, description="Rows whose ids are there already take their place; unset: an error")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
 

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
 from test_index_build import check_answers, draw, write_codes
@@ -99,6 +100,11 @@ def test_attributes_of_a_parquet_file(tmp_path):
     answers, _ = index.search(codes[:1], 900, "row >= 500 and tag == 't1'")
     assert sorted(name for name in answers[0] if name) == sorted(ids[row] for row in range(500, 850) if row % 3 == 1)
     assert sorted(name for name in index.search(codes[:1], 900, "is_null(row)")[0][0] if name) == sorted(ids[850:])
+    csv.write_csv(table, tmp_path / "tags.csv")
+    again = {"out": str(tmp_path / "csv"), "attributes": str(tmp_path / "tags.csv")}
+    build_index(config.model_copy(update=again))
+    answer = open_index(again["out"]).search(codes[:1], 900, "row < 40 and tag != 't0'")[0][0]
+    assert sorted(name for name in answer if name) == sorted(ids[row] for row in range(40) if row % 3)
     pq.write_table(table.append_column("id2", table.column("id")).drop_columns(["id"]), tmp_path / "no.parquet")
     for name, text in (("no.parquet", "needs a column id|no corpus"), ("nothing.parquet", "not found")):
         with pytest.raises(InputError, match=text):

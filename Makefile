@@ -8,7 +8,7 @@ S3 ?= http://127.0.0.1:18336
 .PHONY: help install demo test test-all test-chaos test-s3-real check bench pin results clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(INSTALLED)  ## make .venv with everything pinned in constraints.txt
 

@@ -54,7 +54,7 @@ def test_every_job_is_its_command(
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / "jobs" / job), run_name="__main__")
     assert stopped.value.code == 0
-    names = {"build_index.py": "index build"}
+    names = {f"{verb}_index.py": f"index {verb}" for verb in ("build", "append", "compact")}
     name = "train" if job.startswith("train_") else names.get(job, job.removesuffix(".py"))
     assert f"usage: hashray {name} " in capsys.readouterr().out
 
@@ -99,7 +99,7 @@ def test_readme_commands_exist() -> None:
     for name in re.findall(r"hashray ([a-z]+(?: build)?)\b", "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.S))):
         assert any(stage.startswith(name.split()[0]) for stage in names_of_commands()), name
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)`?", text):
+    for target in re.findall(r"`?make ([a-z0-9-]+)`?", text):
         assert f"\n{target}:" in makefile, target
     for path in re.findall(r"(?:jobs|cluster|benchmarks|tests|hashray)/[\w/.-]+\.\w+", text):
         assert (ROOT / path).exists(), path

@@ -80,6 +80,12 @@ COMMANDS: Commands = {
             "Codes -> sharded FAISS index, published",
             "hashray index build --codes runs/codes --out runs/index",
         ),
+        "duplicates": Command(
+            "hashray.duplicates:duplicates",
+            "hashray.index.duplicates:DuplicatesConfig",
+            "Index -> pairs and groups of near rows, train-query leaks, a page",
+            "hashray index duplicates runs/index --out runs/duplicates --corpus runs/corpus",
+        ),
     },
     "search": Command(
         "hashray.search.command:search",
@@ -124,7 +130,7 @@ COMMANDS: Commands = {
         "hashray verify runs/index",
     ),
 }
-GROUPS = {"index": "Build an index of codes"}
+GROUPS = {"index": "Build an index of codes, find duplicates in it"}
 ABOUT = (
     "hashray: from an image corpus to a searchable, sharded index of learned binary codes. Every path is a local "
     "folder or s3://bucket/prefix; --endpoint-url URL names a server other than AWS; --verbose says how many requests "

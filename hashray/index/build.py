@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,9 @@ from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import require_free, run_stage
 from hashray.engine.tasks import run_tasks
 from hashray.errors import AuditError, CorruptArtifact, InputError
+from hashray.index import choose as choosing
 from hashray.index import shard
+from hashray.index.choose import Choice, Limits, parse_bytes
 from hashray.index.groups import Group, group_parts, sample_rows
 from hashray.index.ids import check_unique, duplicate_ids, one_array, read_ids
 from hashray.index.shard import NPROBE, SAMPLE_PER_LIST, Kind, WrittenShard
@@ -66,7 +68,8 @@ class BuiltGroup(BaseModel):
         return [*(file for written in self.shards for file in written.files), *self.hashes]
 
 
-RecordT = TypeVar("RecordT", FileRecord, BuiltGroup)
+RecordT = TypeVar("RecordT", FileRecord, BuiltGroup, Choice)
+LIMITS = ("max_ram", "min_recall", "max_ms")  # of kind auto
 
 
 class IndexConfig(Config):
@@ -74,7 +77,12 @@ class IndexConfig(Config):
 
     codes: str = Field(description="Codes, local folder or s3:// url")
     out: str = Field(description="Folder or s3:// url of the index")
-    kind: Kind = Field("flat", description="Kind of the shards; flat: exact; ivf: for shards above 5 million rows")
+    kind: Literal["auto", Kind] = Field(
+        "flat", description="Kind of the shards; flat: exact; ivf: for shards above 5 million rows; auto: measure both"
+    )
+    max_ram: str | None = Field(None, description="For kind auto: memory of a searcher of all shards, such as 8GiB")
+    min_recall: float = Field(0.99, gt=0, le=1, description="For kind auto: least distance-recall at 100")
+    max_ms: float | None = Field(None, gt=0, description="For kind auto: most CPU milliseconds of a query")
     shards: int | None = Field(None, ge=1, description="Number of shards; unset: one for 5 million rows")
     nlist: int | None = Field(None, ge=1, description="Lists of an ivf shard; unset: square root of its rows")
     nprobe: int | None = Field(None, ge=1, description="Lists of an ivf shard that a query looks into; unset: 16")
@@ -85,6 +93,11 @@ class IndexConfig(Config):
     def _lists_are_of_ivf(self) -> IndexConfig:
         if self.kind != "ivf" and (self.nlist or self.nprobe):
             raise ValueError(f"nlist and nprobe are of kind ivf, not {self.kind}; leave them out, or use kind ivf")
+        limits = [name for name in LIMITS if getattr(self, name) != type(self).model_fields[name].default]
+        if self.kind != "auto" and limits:
+            raise ValueError(f"{' and '.join(limits)} are of kind auto, not {self.kind}")
+        if self.max_ram is not None:
+            parse_bytes(self.max_ram)
         return self
 
 
@@ -101,7 +114,9 @@ def build_index(config: IndexConfig) -> Manifest:
     rows, parts = int(codes.rows_out or 0), [r for r in codes.files if r.name.startswith("parts/")]
     if not rows:
         raise InputError(f"{config.codes} holds no codes: there is nothing to index")
-    settings = config.model_dump(mode="json", exclude={"codes", "out", "pool"})
+    # What is measured for kind auto is no part of the plan: a rerun meets the finished index, whatever the times.
+    unused = () if config.kind == "auto" else LIMITS
+    settings = config.model_dump(mode="json", exclude={"codes", "out", "pool", *unused})
     plan = sha256_hex(canonical({"codes": codes.id, "config": settings, "format": artifact.FORMAT_VERSION}))[:16]
 
     def work() -> Manifest:
@@ -109,19 +124,23 @@ def build_index(config: IndexConfig) -> Manifest:
         num_shards = min(rows, config.shards or -(-rows // ROWS_PER_SHARD))
         if config.shards is not None and config.shards > rows:
             say(f"note: {rows:,} rows make {rows:,} shards at most, not {config.shards:,}")
-        nlist = 0 if config.kind == "flat" else config.nlist or shard.default_nlist(rows // num_shards)
         build = _Build(source, store, parts, int(codes.info["num_bits"]), config, plan)
-        shards, quantizer = build.run(num_shards, nlist)
+        choice = build.choose(num_shards) if config.kind == "auto" else None
+        kind, nprobe = (choice.chosen.kind, choice.chosen.nprobe) if choice else (config.kind, config.nprobe)
+        nlist = (choice.chosen.nlist if choice else config.nlist) or shard.default_nlist(rows // num_shards)
+        nlist = 0 if kind == "flat" else nlist
+        shards, quantizer = build.run(num_shards, kind, nlist)
         count = sum(part.info.rows for part in shards)
         if count != rows:
             raise AuditError(f"{config.codes} holds {rows:,} rows, the shards {count:,}; nothing was published")
-        info = {"plan": plan, "nlist": nlist or None, "nprobe": min(config.nprobe or NPROBE, nlist) or None}
+        info: dict[str, Any] = {"plan": plan, "nlist": nlist or None, "nprobe": min(nprobe or NPROBE, nlist) or None}
+        info |= {"choice": choice.model_dump(mode="json")} if choice else {}
         require_free(store, plan, key=version_key(1))
-        manifest = shard.index_manifest(codes, shards, config.kind, settings, quantizer, info)
+        manifest = shard.index_manifest(codes, shards, kind, settings, quantizer, info)
         artifact.publish(store, manifest, version_key(1))
         store.clear(f"progress/{plan}/")
         noun = "shard" if len(shards) == 1 else "shards"
-        say(f"{config.out}: {rows:,} rows in {len(shards)} {config.kind} {noun}, version 1")
+        say(f"{config.out}: {rows:,} rows in {len(shards)} {kind} {noun}, version 1")
         return manifest
 
     return run_stage(store, "index", plan, work, key=version_key(1))
@@ -138,7 +157,35 @@ class _Build:
     config: IndexConfig
     plan: str
 
-    def run(self, num_shards: int, nlist: int) -> tuple[list[WrittenShard], FileRecord | None]:
+    def choose(self, num_shards: int) -> Choice:
+        """Return the kind and its settings; for ivf, its quantizer is written. A choice of an earlier run stands."""
+        choice = self._read("choice", Choice)
+        if choice is None:
+            config, rows = self.config, [part.rows or 0 for part in self.parts]
+            limits = Limits(
+                self._rows,
+                num_shards,
+                config.min_recall,
+                parse_bytes(config.max_ram) if config.max_ram else None,
+                config.max_ms,
+            )
+            nlists = choosing.nlists(self._rows, num_shards)
+            drawn = sample_rows(rows, choosing.sample_size(nlists), config.seed)
+            sample = [(self.parts[part], picks) for part, picks in drawn]
+            count = sum(len(picks) for _, picks in sample)
+            with Bar("choose kind", count, "rows") as bar:
+                meter = Meter(bar, "sample")
+                job = (self.source, sample, self.num_bits, nlists, limits, config.seed)
+                ((_, (choice, trained)),) = self._calls(_choose, {0: job}, meter)
+                meter.finish(0, count)
+            if trained is not None:
+                self._write_quantizer(trained)
+            self.store.write(self._key("choice"), choice.model_dump_json().encode())
+        for line in choosing.lines(choice):
+            say(line)
+        return choice
+
+    def run(self, num_shards: int, kind: str, nlist: int) -> tuple[list[WrittenShard], FileRecord | None]:
         """Return the shards, and the file of their quantizer."""
         quantizer = (self._read("quantizer", FileRecord) or self._train(nlist)) if nlist else None
         groups = group_parts([part.rows or 0 for part in self.parts], num_shards)
@@ -147,7 +194,7 @@ class _Build:
         rows, done = self._rows, sum(record.rows for record in built.values())
         with Bar("build shards", rows, "rows", done=done) as bar:
             meter = Meter(bar, "group")
-            for number, record in self._build(groups, built, quantizer, meter):
+            for number, record in self._build(groups, built, kind, quantizer, meter):
                 built[number] = record
                 meter.finish(number, record.rows)
         if len(groups) > 1:
@@ -168,18 +215,26 @@ class _Build:
             meter = Meter(bar, "quantizer")
             ((_, trained),) = self._calls(_train, {0: job}, meter)
             meter.finish(0, rows)
+        return self._write_quantizer(trained)
+
+    def _write_quantizer(self, trained: bytes) -> FileRecord:
         record = artifact.write_file(self.store, f"quantizers/{sha256_hex(trained)}.faiss", trained)
         self.store.write(self._key("quantizer"), record.model_dump_json().encode())
         return record
 
     def _build(
-        self, groups: Sequence[Group], built: Mapping[int, Any], quantizer: FileRecord | None, meter: Meter
+        self,
+        groups: Sequence[Group],
+        built: Mapping[int, Any],
+        kind: str,
+        quantizer: FileRecord | None,
+        meter: Meter,
     ) -> Iterator[tuple[int, BuiltGroup]]:
         buckets = unique.num_buckets(self._rows) if len(groups) > 1 else 0
         jobs = {
             number: (
                 self.source, self.store, [self.parts[part] for part in group.parts], group.shards, self.num_bits,
-                self.config.kind, self._key(_name(number, quantizer)), buckets,
+                kind, self._key(_name(number, quantizer)), buckets,
             )
             for number, group in enumerate(groups) if number not in built
         }  # fmt: skip
@@ -223,7 +278,9 @@ class _Build:
             record = model.model_validate_json(self.store.read(self._key(name)))
         except (ValueError, InputError):  # half a record, or none: the work is done again
             return None
-        files = record.files if isinstance(record, BuiltGroup) else [record]
+        files: Sequence[FileRecord] = (
+            [] if isinstance(record, Choice) else record.files if isinstance(record, BuiltGroup) else [record]
+        )
         there = (self.store.exists(file.name) and self.store.size(file.name) == file.bytes for file in files)
         return record if all(there) else None
 
@@ -243,6 +300,19 @@ def _read_part(source: Store, part: FileRecord, columns: Sequence[str]) -> pa.Ta
     return table
 
 
+def _choose(
+    source: Store,
+    sample: Sequence[tuple[FileRecord, NDArray[np.int64]]],
+    num_bits: int,
+    nlists: Sequence[int],
+    limits: Limits,
+    seed: int,
+    advance: Callable[[int], None],
+) -> tuple[Choice, bytes | None]:
+    """Read the rows of the sample from their parts, and measure the kinds on them."""
+    return choosing.measure(_read_sample(source, sample, num_bits), nlists, limits, seed)
+
+
 def _train(
     source: Store,
     sample: Sequence[tuple[FileRecord, NDArray[np.int64]]],
@@ -252,8 +322,12 @@ def _train(
     advance: Callable[[int], None],
 ) -> bytes:
     """Read the rows of the sample from their parts, and train the quantizer on them."""
+    return shard.train_quantizer(_read_sample(source, sample, num_bits), nlist, seed)
+
+
+def _read_sample(source: Store, sample: Sequence[tuple[FileRecord, NDArray[np.int64]]], num_bits: int) -> Codes:
     codes = [code_matrix(_read_part(source, part, ["code"]).column("code"), num_bits)[picks] for part, picks in sample]
-    return shard.train_quantizer(np.concatenate(codes), nlist, seed)
+    return np.concatenate(codes)
 
 
 def _build_group(

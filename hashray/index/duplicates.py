@@ -12,8 +12,8 @@ Four steps of tasks, each with a record under progress/ by which a rerun goes on
 4. groups: one task looks up the ids, and writes the tables.
 
 Memory: a task of the first two steps needs some 60 bytes a row of its shard or bucket; of the third, 100 bytes a code
-of two buckets (4 million codes each), and its pairs; the last, some 150 bytes a pair and row in a group, which
-`max_pairs` bounds.
+of two buckets (4 million codes each), and its pairs; the last, some 80 bytes a pair (measured on
+9 million), which `max_pairs` bounds, and 100 bytes a row in a group.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class _Search:
         better = "a smaller --within" if fits is None or fits < 0 else f"--within {fits}"
         return InputError(
             f"{self.config.index} has {count} pairs of codes within {within} bits, --max-pairs allows "
-            f"{self.config.max_pairs:,}. Use {better}, or a larger --max-pairs (some 150 bytes of memory a pair)"
+            f"{self.config.max_pairs:,}. Use {better}, or a larger --max-pairs (some 80 bytes of memory a pair)"
         )
 
     def _pairs(self, blocks: Sequence[Written], within: int) -> list[Written]:

@@ -30,7 +30,7 @@ def group_by_centre(left: Nodes, right: Nodes, distance: Nodes, rows: Nodes, ord
     """Group n distinct codes by the pairs within the radius.
 
     Args:
-        left, right: the two codes of each pair, int64 [p], each pair once.
+        left, right: the two codes of each pair, integers [p], each pair once.
         distance: of each pair, integers [p], in bits.
         rows: rows that have each code, int64 [n].
         order_of_id: the place of each code's first id among all, int64 [n].

@@ -51,12 +51,17 @@ def link(source: Store, store: Store, links: Links, corpus: Corpus | None, advan
     for file in links.pairs:
         columns.append(np.load(io.BytesIO(artifact.read_file(store, file)), allow_pickle=False))
         advance(columns[-1].shape[1])
-    left, right, distance = np.concatenate(columns, axis=1)
+    left, right, distance = (np.concatenate([some[row] for some in columns]) for row in range(3))
     del columns
-    codes, rows, code = _rows_of_codes(store, links.blocks, np.unique(np.concatenate([left, right])))
+    paired = np.unique(np.concatenate([np.unique(left), np.unique(right)]))
+    codes, rows, code = _rows_of_codes(store, links.blocks, paired)
     ids = _ids_of(source, links.shards, rows)
     splits = None if corpus is None else _splits_of(corpus, ids)
-    return Linked(np.searchsorted(codes, left), np.searchsorted(codes, right), distance, code, ids, splits)
+    # Four bytes a number, where they do: a pair is in memory several times while it is grouped.
+    small = np.int32 if len(codes) < 1 << 31 else np.int64
+    left = np.searchsorted(codes, left).astype(small)
+    right = np.searchsorted(codes, right).astype(small)
+    return Linked(left, right, distance.astype(np.int32), code, ids, splits)
 
 
 def _rows_of_codes(store: Store, blocks: Sequence[FileRecord], paired: Numbers) -> tuple[Numbers, Numbers, Numbers]:
@@ -115,16 +120,21 @@ def _splits_of(corpus: Corpus, ids: pa.Array) -> pa.Array:
 def write_tables(store: Store, linked: Linked, keep: Keep) -> tuple[tuple[FileRecord, ...], dict[str, Any]]:
     """Write the tables of a report, the groups first; return the files and the summary."""
     tables: Tables = make_tables(linked, keep)
-    files = [*_write_parts(store, "groups", tables.groups), *_write_parts(store, "pairs", tables.pairs)]
+    groups, pairs = tables.groups, tables.pairs
+    files = [
+        *_write_parts(store, "groups", len(groups), lambda start, stop: groups.slice(start, stop - start)),
+        *_write_parts(store, "pairs", len(pairs), pairs.table),
+    ]
     if tables.leaks is not None:
         files.append(artifact.write_named(store, "leaks.parquet", table_bytes(tables.leaks), rows=len(tables.leaks)))
     counts = np.bincount(linked.code)
     return tuple(files), {**summarise(tables), "rows_with_equal_codes": int(counts[counts > 1].sum())}
 
 
-def _write_parts(store: Store, name: str, table: pa.Table) -> list[FileRecord]:
-    parts = [table.slice(start, ROWS_PER_FILE) for start in range(0, max(1, len(table)), ROWS_PER_FILE)]
-    return [
-        artifact.write_named(store, f"{name}/{number:05d}.parquet", table_bytes(part), rows=len(part))
-        for number, part in enumerate(parts)
-    ]
+def _write_parts(store: Store, name: str, count: int, table: Callable[[int, int], pa.Table]) -> list[FileRecord]:
+    """Write a table of `count` rows in files; `table` gives the rows from start to stop."""
+    files = []
+    for number, start in enumerate(range(0, max(1, count), ROWS_PER_FILE)):
+        part = table(start, min(count, start + ROWS_PER_FILE))
+        files.append(artifact.write_named(store, f"{name}/{number:05d}.parquet", table_bytes(part), rows=len(part)))
+    return files

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from hashray.data.columns import in_split
 from hashray.index.grouping import Grouping, Nodes, group_by_centre
@@ -26,7 +27,7 @@ class Linked:
     """Codes with a neighbour, or with several rows; n codes in any order, p pairs of them, r rows.
 
     Attributes:
-        left, right, distance: of each pair, int64 [p]; the codes as numbers from 0 to n - 1.
+        left, right, distance: of each pair, integers [p]; the codes as numbers from 0 to n - 1.
         code: the code of each row, int64 [r].
         ids: text [r].
         splits: text [r], null where the corpus does not have the row; None without a corpus.
@@ -41,11 +42,38 @@ class Linked:
 
 
 @dataclass(frozen=True)
+class PairRows:
+    """The rows of the table of pairs, nearest first, without their text: places in `ids`, which ascend."""
+
+    ids: pa.Array
+    left: NDArray[Any]
+    right: NDArray[Any]
+    distance: NDArray[Any]
+    left_rows: NDArray[Any]
+    right_rows: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def table(self, start: int = 0, stop: int | None = None) -> pa.Table:
+        """The table of some of the rows."""
+        some = slice(start, stop)
+        return pa.table(
+            {
+                "left": self.ids.take(pa.array(self.left[some])), "right": self.ids.take(pa.array(self.right[some])),
+                "distance": pa.array(self.distance[some].astype(np.int32)),
+                "left_rows": pa.array(self.left_rows[some].astype(np.int64)),
+                "right_rows": pa.array(self.right_rows[some].astype(np.int64)),
+            }
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Tables:
     """The tables, largest groups and nearest pairs first; `leaks` is None without a corpus."""
 
     groups: pa.Table
-    pairs: pa.Table
+    pairs: PairRows
     leaks: pa.Table | None
 
 
@@ -101,19 +129,14 @@ def _groups(linked: Linked, grouping: Grouping, place: Nodes, first: Nodes, keep
     return pa.table(columns)
 
 
-def _pairs(linked: Linked, counts: Nodes, first: Nodes, in_order: pa.Array) -> pa.Table:
+def _pairs(linked: Linked, counts: Nodes, first: Nodes, in_order: pa.Array) -> PairRows:
     swap = first[linked.left] > first[linked.right]
     left = np.where(swap, linked.right, linked.left)
     right = np.where(swap, linked.left, linked.right)
     order = np.lexsort((first[right], first[left], linked.distance))
-    left, right = left[order], right[order]
-    return pa.table(
-        {
-            "left": in_order.take(pa.array(first[left])), "right": in_order.take(pa.array(first[right])),
-            "distance": pa.array(linked.distance[order].astype(np.int32)),
-            "left_rows": pa.array(counts[left]), "right_rows": pa.array(counts[right]),
-        }
-    )  # fmt: skip
+    left, right, small = left[order], right[order], counts.astype(np.int32)
+    place = first.astype(np.int32 if len(in_order) < 1 << 31 else np.int64)
+    return PairRows(in_order, place[left], place[right], linked.distance[order], small[left], small[right])
 
 
 def _leaks(linked: Linked, place: Nodes, in_order: pa.Array) -> pa.Table:
@@ -127,7 +150,7 @@ def _leaks(linked: Linked, place: Nodes, in_order: pa.Array) -> pa.Table:
     best = np.where(has_train, nearest_train, NOWHERE)
     for here, there in ((linked.left, linked.right), (linked.right, linked.left)):
         some = has_train[there]
-        np.minimum.at(best, here[some], linked.distance[some] * width + nearest_train[there[some]])
+        np.minimum.at(best, here[some], linked.distance[some].astype(np.int64) * width + nearest_train[there[some]])
     rows = np.flatnonzero(query & (best[linked.code] < NOWHERE))
     distance, near = np.divmod(best[linked.code[rows]], width)
     order = np.lexsort((place[rows], distance))
@@ -143,7 +166,7 @@ def summarise(tables: Tables) -> dict[str, Any]:
     """Count groups, rows and pairs: what a person wants to know first."""
     groups = tables.groups
     kind, kept = groups.column("kind").to_numpy(), groups.column("kept").to_numpy()
-    distances = np.bincount(tables.pairs.column("distance").to_numpy()).tolist()
+    distances = np.bincount(tables.pairs.distance).tolist()
     leaks = tables.leaks
     return {
         "groups": int(kept.sum()),

@@ -78,7 +78,7 @@ def crowded(summary: Mapping[str, Any]) -> str | None:
 def _shown(groups: pa.Table, most: int) -> Iterator[Shown]:
     numbers = groups.column("group").to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))[: most + 1].tolist()
-    ends = [*starts[1:], len(numbers)]
+    ends = [*starts[1:], len(numbers)][: len(starts)]
     for number, (start, end) in enumerate(list(zip(starts, ends, strict=True))[:most]):
         # A row that is kept is shown, wherever it stands among the others.
         order = [("kept", "descending"), ("distance", "ascending"), ("id", "ascending")]

@@ -94,7 +94,7 @@ def test_the_naive_answer_whatever_shards_buckets_kind_and_workers(tmp_path, mon
         out = tmp_path / f"out-{shards}-{kind}-{ray}"
         config = DuplicatesConfig(index=index, out=str(out), within=2, pool=WorkersConfig(ray=ray))
         manifest = duplicates(config)
-        assert same(read(out, "groups/"), expected.groups) and same(read(out, "pairs/"), expected.pairs)
+        assert same(read(out, "groups/"), expected.groups) and same(read(out, "pairs/"), expected.pairs.table())
         assert artifact.verify(out) == [] and not list(out.rglob("progress/*/*"))
         assert manifest.info["rows"] == ROWS and manifest.info["codes"] == len(np.unique(codes, axis=0))
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
@@ -150,6 +150,16 @@ def test_the_radius_is_chosen_and_said(tmp_path, capsys):
     assert info["neighbours_by_radius"] == expected
     assert info["within"] == max(d for d in range(4) if expected[d] <= 1) and info["sample"] == info["codes"]
     assert re.search(rf"within {info['within']} of 24 bits: .*neighbours", capsys.readouterr().err)
+
+
+def test_an_index_without_duplicates_gives_an_empty_report(tmp_path):
+    codes = np.unique(draw(6)[1], axis=0)
+    index = write_index(tmp_path, [f"{number:04d}" for number in range(len(codes))], codes)
+    write_corpus(tmp_path / "corpus", ROWS, ROWS, split_of=lambda number: SPLITS[number % 3])
+    config = DuplicatesConfig(index=index, out=str(tmp_path / "out"), within=0, corpus=str(tmp_path / "corpus"))
+    info = duplicates(config).info
+    assert (info["groups"], info["pairs"], info["leaks"], info["codes"]) == (0, 0, 0, len(codes))
+    assert "No two rows are within the radius." in (tmp_path / "out/report.html").read_text()
 
 
 def test_too_many_pairs_end_the_run_and_nothing_is_published(tmp_path, monkeypatch):

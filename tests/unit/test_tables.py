@@ -70,12 +70,13 @@ def test_groups(within, keep):
     assert {row["id"]: row["split"] for row in rows}.items() <= dict(zip(ids, splits, strict=True)).items()
     for seed in (1, 2):
         other = make_tables(link(ids, codes, splits, within, seed), keep)
-        assert other == tables
+        assert other.groups == tables.groups and other.leaks == tables.leaks
+        assert other.pairs.table() == tables.pairs.table()
 
 
 def test_pairs_name_each_code_by_its_first_id():
     ids, codes, _ = draw(1)
-    table = make_tables(link(ids, codes, None, 2), "best").pairs
+    table = make_tables(link(ids, codes, None, 2), "best").pairs.table()
     rows_of = {}
     for name, code in zip(ids, codes, strict=True):
         rows_of.setdefault(code.tobytes(), []).append(name)

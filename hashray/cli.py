@@ -128,6 +128,12 @@ COMMANDS: Commands = {
             "Delete files that no kept version names",
             "hashray index gc runs/index --keep 10 --dry-run",
         ),
+        "duplicates": Command(
+            "hashray.duplicates:duplicates",
+            "hashray.index.duplicates:DuplicatesConfig",
+            "Index -> pairs and groups of near rows, train-query leaks, a page",
+            "hashray index duplicates runs/index --out runs/duplicates --corpus runs/corpus",
+        ),
     },
     "search": Command(
         "hashray.search.command:search",
@@ -173,6 +179,7 @@ COMMANDS: Commands = {
     ),
 }
 GROUPS = {"index": "Build an index of codes, and change it"}
+GROUPS = {"index": "Build an index of codes, find duplicates in it"}
 ABOUT = (
     "hashray: from an image corpus to a searchable, sharded index of learned binary codes. Every path is a local "
     "folder or s3://bucket/prefix; --endpoint-url URL names a server other than AWS; --verbose says how many requests "

@@ -71,7 +71,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = FORMAT_VERSION
-    kind: Literal["corpus", "features", "model", "pseudo-labels", "sweep", "codes", "index", "evaluation"]
+    kind: Literal["corpus", "features", "model", "pseudo-labels", "sweep", "codes", "index", "evaluation", "duplicates"]
     project_version: str
     config: Plain
     parents: dict[str, str]

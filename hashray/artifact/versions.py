@@ -10,6 +10,7 @@ from hashray.artifact.publish import MANIFEST, with_files
 from hashray.errors import InputError, MismatchError
 from hashray.storage import Store, join, open_store
 
+PLURALS = ("codes", "duplicates", "features", "pseudo-labels")
 PARSED = 16  # manifests that a process keeps
 
 
@@ -34,7 +35,14 @@ def load_manifest(url_or_store: str | Path | Store, kind: str | None = None, key
             ) from error
         manifest = newest_version(store)[1]
     if kind is not None and manifest.kind != kind:
-        article = {"index": "an ", "evaluation": "an ", "codes": "", "features": "", "pseudo-labels": ""}
+        article = {
+            "index": "an ",
+            "evaluation": "an ",
+            "codes": "",
+            "duplicates": "",
+            "features": "",
+            "pseudo-labels": "",
+        }
         there, wanted = (f"{article.get(name, 'a ')}{name}" for name in (manifest.kind, kind))
         raise MismatchError(f"{store.url} is {there}, expected {wanted}; check which path was given for the {kind}")
     return manifest

@@ -127,7 +127,9 @@ class Corpus:
             if not self.count_part(record, split):
                 continue
             rows = self.part_rows(record, "all")
-            mine = pc.and_(pc.is_in(rows.column("id"), wanted), pa.array(in_split(rows.column("split"), split)))
+            mine = pc.is_in(rows.column("id"), wanted)
+            if split != "all":
+                mine = pc.and_(mine, pa.array(in_split(rows.column("split"), split)))
             if count := pc.sum(mine).as_py():
                 left -= count
                 yield self.read_part(record).filter(mine)

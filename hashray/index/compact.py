@@ -19,11 +19,10 @@ from hashray.artifact.bitmap import Bitmap
 from hashray.index.attributes import merge_attributes
 from hashray.index.ids import find, one_array
 from hashray.index.log import Change, Version, carried, commit, newest
-from hashray.index.rows import attributes_of, deleted_rows, open_ids, with_deleted
-from hashray.index.shard import open_shard, write_sorted
+from hashray.index.rows import attributes_of, deleted_rows, open_ids, read_rows, with_deleted
+from hashray.index.shard import write_sorted
 from hashray.index.version import ShardRecord
 from hashray.storage import Store
-from hashray.storage.cache import verified_path
 
 MOST_DELETED = 0.2  # of a shard's rows
 SMALL = 0.5  # of the rows of a joined shard: a shard below this is joined with others
@@ -154,21 +153,18 @@ def join_group(
     num_bits, kind, quantizer = int(info["num_bits"]), str(info["kind"]), info.get("quantizer")
     ids, codes, attributes = list[pa.Array](), list[np.ndarray](), list[pa.Table | None]()
     for source in sources:
-        dead = deleted_rows(store, source)
-        living = np.arange(source.rows) if dead is None else (~dead).positions()
-        path = verified_path(store, source.codes.name, source.codes.bytes, source.codes.sha256, cache)
-        opened = open_shard(path, kind, num_bits, source.rows)  # outlives the view of its codes
-        codes.append(opened.codes()[living])
-        ids.append(open_ids(store, source, cache).array.take(pa.array(living)))
-        table = attributes_of(store, source, cache)
-        attributes.append(None if table is None else table.take(pa.array(living)))
+        rows = read_rows(store, source, kind, num_bits, cache)
+        places, table = pa.array(rows.positions), attributes_of(store, source, cache)
+        codes.append(rows.codes)
+        ids.append(open_ids(store, source, cache).array.take(places))
+        attributes.append(None if table is None else table.take(places))
         advance(source.rows)
-    rows = [len(some) for some in ids]
-    if not sum(rows):
+    counts = [len(some) for some in ids]
+    if not sum(counts):
         return Joined(sources, None)
     names = one_array(pa.chunked_array([some.cast(pa.large_string()) for some in ids]).cast(pa.large_string()))
     order = pc.sort_indices(names)
-    table = merge_attributes(attributes, rows)
+    table = merge_attributes(attributes, counts)
     trained = None if quantizer is None else artifact.read_file(store, head.manifest.record(quantizer))
     shard = write_sorted(
         store, names.take(order), np.concatenate(codes)[order.to_numpy()], kind, trained,

@@ -23,13 +23,13 @@ from hashray.engine.tasks import run_tasks
 from hashray.errors import InputError
 from hashray.index import compact as compaction
 from hashray.index import garbage
-from hashray.index.build import SHORT_ROWS, ShardBuild
 from hashray.index.catalog import GRACE_S, KEEP, Catalog, check_fits, open_catalog
 from hashray.index.compact import Joined, join_group
 from hashray.index.described import describe_codes
 from hashray.index.log import Version, newest, read_version
 from hashray.index.rows import open_ids
 from hashray.index.shard import ROWS_PER_SHARD
+from hashray.index.shards import SHORT_ROWS, ShardBuild
 from hashray.index.version import ShardRecord
 from hashray.progress import Bar, say, show_table
 from hashray.storage import Store, open_store, read_url

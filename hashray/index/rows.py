@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +14,12 @@ from numpy.typing import NDArray
 
 from hashray.artifact import read_file
 from hashray.artifact.bitmap import Bitmap
+from hashray.codes import Codes
 from hashray.errors import InputError
 from hashray.index.attributes import open_attributes
 from hashray.index.ids import MappedIds, find
 from hashray.index.log import Version
+from hashray.index.shard import open_shard
 from hashray.index.version import ShardRecord, write_content
 from hashray.storage import Store, join
 from hashray.storage.cache import verified_path
@@ -47,6 +50,27 @@ def attributes_of(store: Store, shard: ShardRecord, cache: Path) -> pa.Table | N
     if record is None:
         return None
     return open_attributes(verified_path(store, record.name, record.bytes, record.sha256, cache), shard.rows)
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Living rows of a shard: positions int64 [n], ascending, and codes uint8 [n, num_bits // 8]."""
+
+    positions: NDArray[np.int64]
+    codes: Codes
+
+
+def read_rows(store: Store, shard: ShardRecord, kind: str, num_bits: int, cache: Path) -> ShardRows:
+    """Read the codes of a shard's living rows, its bytes verified.
+
+    Raises:
+        CorruptArtifact: the file is missing, is not what was published, or does not hold its version's rows.
+    """
+    record, dead = shard.codes, deleted_rows(store, shard)
+    path = verified_path(store, record.name, record.bytes, record.sha256, cache)
+    opened = open_shard(path, kind, num_bits, shard.rows)  # outlives the view of its codes
+    positions = np.arange(shard.rows) if dead is None else (~dead).positions()
+    return ShardRows(positions, opened.codes()[positions])
 
 
 class Places:

@@ -26,12 +26,12 @@ from hashray.index.catalog import require_unpublished
 from hashray.index.exchange import Batch, BitOrder, Columns, read_batches
 from hashray.index.ids import one_array
 from hashray.index.log import Version, newest, read_version
-from hashray.index.rows import Places, attributes_of, deleted_rows, open_ids
-from hashray.index.shard import ROWS_PER_SHARD, open_shard, write_shard
+from hashray.index.rows import Places, attributes_of, open_ids, read_rows
+from hashray.index.shard import ROWS_PER_SHARD, write_shard
 from hashray.index.version import ShardRecord, index_manifest, write_tables
 from hashray.progress import Bar, say
 from hashray.storage import Store, check_conditional_put, open_store, split_url
-from hashray.storage.cache import cache_folder, verified_path
+from hashray.storage.cache import cache_folder
 from hashray.storage.requests import counting
 
 ENDINGS = ("faiss", "parquet")
@@ -151,15 +151,11 @@ def _living(store: Store, cache: Path, head: Version, bar: Bar) -> Iterator[Batc
     """The living rows of a version, shard by shard."""
     info = head.manifest.info
     for record in head.shards:
-        dead = deleted_rows(store, record)
-        living = np.arange(record.rows) if dead is None else (~dead).positions()
-        path = verified_path(store, record.codes.name, record.codes.bytes, record.codes.sha256, cache)
-        shard = open_shard(path, info["kind"], int(info["num_bits"]), record.rows)  # outlives the view of its codes
-        table = attributes_of(store, record, cache)
-        ids = open_ids(store, record, cache).array.take(pa.array(living))
-        chosen = None if table is None else table.take(pa.array(living))
-        yield Batch(ids, np.ascontiguousarray(shard.codes()[living]), chosen)
-        bar.add(len(living))
+        rows = read_rows(store, record, info["kind"], int(info["num_bits"]), cache)
+        places, table = pa.array(rows.positions), attributes_of(store, record, cache)
+        ids = open_ids(store, record, cache).array.take(places)
+        yield Batch(ids, rows.codes, None if table is None else table.take(places))
+        bar.add(len(ids))
 
 
 def _write_parquet(path: Path, batches: Iterator[Batch], num_bits: int, attributes: pa.Schema) -> None:

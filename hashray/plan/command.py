@@ -32,7 +32,7 @@ from hashray.errors import InputError
 from hashray.evaluate import counts
 from hashray.evaluate.run import EvaluateConfig
 from hashray.evaluate.sides import CLASS_SPLIT
-from hashray.index import build
+from hashray.index import shards
 from hashray.index.shard import ROWS_PER_SHARD
 from hashray.methods import build_method
 from hashray.methods.backbone import build_trunk
@@ -255,7 +255,7 @@ def _work(
     epochs = sum(phase.epochs for phase in method.phases(training.epochs)) if training else 0
     long = {
         "ingest": rows.rows > ingest.SHORT_ROWS, "features": is_long(rows.rows),
-        "encode": is_long(database) and not trunk.frozen, "index": database > build.SHORT_ROWS,
+        "encode": is_long(database) and not trunk.frozen, "index": database > shards.SHORT_ROWS,
         "evaluate": database > counts.SHORT_ROWS or database * rows.splits["query"] > counts.SHORT_PAIRS,
     }  # fmt: skip
     on_ray = [name for name, is_so in long.items() if not config.pool.runs_here(not is_so)]

@@ -59,7 +59,7 @@ def page(metrics: Mapping[str, Any], figures: Mapping[str, bytes], images: Mappi
         ours={"code_health": {}} | ours, protocol=protocol, origin={**protocol, **metrics["environment"]}, depth=depth,
         tiles=list(_tiles(metrics["results"], depth)), results=list(_results(metrics["results"], depth)),
         means=_means(metrics), figures=figures, gallery=metrics["gallery"],
-        thumbnails={row_id: _thumbnail(images.get(row_id)) for row_id in shown},
+        thumbnails={row_id: thumbnail(images.get(row_id)) for row_id in shown},
         rounds=_rounds(training), best_round=training.get("best_round", 0),
     )  # fmt: skip
 
@@ -125,7 +125,7 @@ def _png_url(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-def _thumbnail(data: bytes | None) -> bytes | None:
+def thumbnail(data: bytes | None) -> bytes | None:
     """PNG bytes at twice the size on the page; None if the image is missing or does not decode."""
     if data is None:
         return None

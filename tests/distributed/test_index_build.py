@@ -18,7 +18,7 @@ from hashray.codes import BIT_ORDER, hamming
 from hashray.data import unique
 from hashray.engine.session import WorkersConfig
 from hashray.errors import AlreadyExists, AuditError, ConfigError, CorruptArtifact, InputError
-from hashray.index import build as module
+from hashray.index import shards as module
 from hashray.index.build import IndexConfig, build_index
 from hashray.index.version import shards_of
 from hashray.search.reader import open_index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hashray.train.batches import held_out
 from hashray.train.config import TrainConfig
 from hashray.train.job import plan_job, run_of
 from hashray.train.run import with_absolute_paths
-from hashray.train.worker import environment_of
+from hashray.train.worker import environment_of, trainer_of
 
 
 def config_of(gpu: bool = False, **backbone: Any) -> TrainConfig:
@@ -55,3 +56,10 @@ def test_a_trunk_that_trains_on_cpus_keeps_its_memory(tmp_path: Path) -> None:
     assert "MALLOC_MMAP_MAX_" in environment_of(config_of())["env_vars"]
     assert environment_of(config_of(gpu=True)) == {}
     assert environment_of(config_of(weights=str(tmp_path / "a.pth"), frozen=True)) == {}
+
+
+def test_workers_wait_for_the_first_one_longer_than_a_label_network_trains(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", 8, 8)
+    job = plan_job(config_of(), open_corpus(str(tmp_path / "corpus")))
+    trainer = trainer_of(replace(job, checkpoints=str(tmp_path / "checkpoints"), run="run"), reports=None)
+    assert trainer.backend_config.timeout_s >= 86_400  # Ray's default is 1,800, and it ends the group and its restarts

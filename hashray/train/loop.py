@@ -81,7 +81,7 @@ class Loop:
         self.method, self.config, self.table, self.source = method, config, table, source
         self.report, self.validate, self.device = report, validate, device
         self.workers = TorchWorkerGroup(source, table, device, report)
-        self.phases = method.phases(config.epochs)
+        self.phases = method.phases(config.num_epochs)
         self.position = Position()
         self.best: dict[str, Tensor] | None = None
         self.average: dict[str, Tensor] | None = None

@@ -156,14 +156,14 @@ def test_a_sweep_is_a_row_with_its_seeds_and_its_own_words(tmp_path: Path, monke
 
 def split_entry(row: str, seed: int, within: float, cross: float, itq: float | None = None) -> dict[str, Any]:
     """An evaluation of a class split; the baseline is at (.2, itq)."""
-    made = entry(row, 0.0, seed)
+    evaluation = entry(row, 0.0, seed)
     scores = {"lcgh": (within, cross)} | ({} if itq is None else {"itq": (0.2, itq)})
-    made["results"] = [
+    evaluation["results"] = [
         {"name": name, "num_bits": 32, "mAP": both[i], "scenario": scenario}
         for i, scenario in enumerate(("within", "cross"))
         for name, both in scores.items()
     ]
-    return made
+    return evaluation
 
 
 TARGET = {"text": "The target.", "cross": 3, "within": 3, "above": ["itq"]}

@@ -48,11 +48,12 @@ def verdict(about: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> s
             continue
         pairs = [(rows[ours][seeds], rows[plain][seeds]) for seeds in rows[ours] if seeds in rows[plain]]
         within, cross = (100 * statistics.fmean(a[i] - b[i] for a, b in pairs) for i in (0, 1))
-        mean = statistics.fmean(score[1] for score in rows[ours].values())
         parts = [(f"{cross:+.1f} points across", cross >= target["cross"])]
         for name in target["above"]:
-            theirs = statistics.fmean(score[1] for score in rows[name].values())
-            parts.append((f"{100 * (mean - theirs):+.1f} over {name} across", mean > theirs))
+            lead = 100 * statistics.fmean(
+                score[1] - rows[name][split, 0][1] for (split, _), score in rows[ours].items()
+            )
+            parts.append((f"{lead:+.1f} over {name} across", lead > 0))
         parts.append((f"{within:+.1f} within", within >= -target["within"]))
         texts.append(
             f"At {bits} bits: " + ", ".join(f"{text} ({'kept' if kept else 'missed'})" for text, kept in parts)

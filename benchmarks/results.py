@@ -134,7 +134,7 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     flagged = [FLAGGED, ""] if any("†" in line for line in lines) else []
     flagged += [frontier.verdict(about, entries), ""] if "target" in about else []
     if "figure" in about:
-        flagged += [f"![{about['figure']['caption']}]({about['figure']['file']})", "", about["figure"]["caption"], ""]
+        flagged += [f"![{about['figure']['alt']}]({about['figure']['file']})", "", about["figure"]["caption"], ""]
     return "\n".join(
         [title, "", *lines, "", *flagged, *_round_lines(entries), _made(entries, about.get("configs", []))]
     )

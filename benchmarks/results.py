@@ -6,9 +6,9 @@ python benchmarks/results.py --write                            write docs/RESUL
 python benchmarks/results.py --check                            exit 1 if one of them says otherwise
 
 results/TABLE/table.json says the title, the protocol by name and in words, what the papers report, which two rows are
-compared seed by seed, and whether all rows share one trunk; every other file there is one evaluation. Rows are methods
-and baselines, columns code lengths; several seeds become mean ± standard deviation. What does not belong into one cell
-(another config, other sizes, baselines of some seeds only) is refused, not averaged.
+compared seed by seed, whether all rows share one trunk, a target and a figure (frontier.py); every other file there is
+one evaluation. Rows are methods and baselines, columns code lengths; several seeds become mean ± standard deviation.
+What does not belong into one cell (another config, other sizes, baselines of some seeds only) is refused, not averaged.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import frontier
 
 from hashray.report.calibration import CALIBRATION
 
@@ -76,14 +78,19 @@ def add(table: str, row: str, metrics_path: Path, replace: bool = False) -> Path
     return path
 
 
-def tables() -> str:
-    """Every table as Markdown, in the order of their names."""
-    parts = []
+def read() -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Every table with its evaluations, in the order of their names."""
+    pairs = []
     for path in sorted(RESULTS.glob("*/table.json")):
         files = [file for file in sorted(path.parent.glob("*.json")) if file.name != path.name]
         if files:
-            parts.append(table_of(json.loads(path.read_text()), [json.loads(file.read_text()) for file in files]))
-    return "\n\n".join([*parts, *_sweep_lines(), *_label_lines()])
+            pairs.append((json.loads(path.read_text()), [json.loads(file.read_text()) for file in files]))
+    return pairs
+
+
+def tables() -> str:
+    """Every table as Markdown, in the order of their names."""
+    return "\n\n".join([*[table_of(*table) for table in read()], *_sweep_lines(), *_label_lines()])
 
 
 def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
@@ -125,6 +132,9 @@ def table_of(about: dict[str, Any], entries: list[dict[str, Any]]) -> str:
         lines.append(_paired(about, cells, columns))
     title = f"**{about['title']}.** {about['protocol']}"
     flagged = [FLAGGED, ""] if any("†" in line for line in lines) else []
+    flagged += [frontier.verdict(about, entries), ""] if "target" in about else []
+    if "figure" in about:
+        flagged += [f"![{about['figure']['alt']}]({about['figure']['file']})", "", about["figure"]["caption"], ""]
     return "\n".join(
         [title, "", *lines, "", *flagged, *_round_lines(entries), _made(entries, about.get("configs", []))]
     )
@@ -362,9 +372,14 @@ def main() -> int:
         return 0
     pages = {README: readme_with(README.read_text(), front_table()), PAGE: f"{HEAD}\n{tables()}\n"}
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
+    figures = {PAGE.parent / about["figure"]["file"]: (about, of) for about, of in read() if "figure" in about}
     if wanted.write:
         for path in stale:
             path.write_text(pages[path])
+    stale += [path for path, shown in figures.items() if frontier.is_stale(path, *shown)]
+    if wanted.write:
+        for path in figures.keys() & stale:
+            frontier.draw(path, *figures[path])
     elif stale:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
         print(f"{names}: the results are stale, run `make results`", file=sys.stderr)

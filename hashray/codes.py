@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hashray.errors import ConfigError, MismatchError
+from hashray.errors import ConfigError, MismatchError, RunError
 
 BIT_ORDER: Literal["big"] = "big"
 Codes = NDArray[np.uint8]
@@ -36,7 +36,8 @@ def binarize(logits: Any) -> Codes:
 
     Raises:
         ConfigError: the width is not a multiple of 8.
-        ValueError: the input is not two-dimensional, or holds a NaN.
+        RunError: a logit is NaN.
+        ValueError: the input is not two-dimensional.
 
     >>> binarize(np.array([[0.0, -1, 2, -3, 4, -5, 6, -7]]))
     array([[170]], dtype=uint8)
@@ -53,8 +54,13 @@ def binarize(logits: Any) -> Codes:
     if values.ndim != 2:
         raise ValueError(f"logits have shape {values.shape}; expected [n, num_bits]")
     check_num_bits(values.shape[1])
-    if np.isnan(values).any():
-        raise ValueError("logits hold a NaN: a code made of it would be arbitrary")
+    bad = np.flatnonzero(np.isnan(values).any(1))
+    if len(bad):
+        raise RunError(
+            f"the logits of {len(bad):,} of {len(values):,} rows are NaN, first of row {bad[0]}, and NaN has no bit: "
+            "the network's weights or its inputs are not finite. Train it again with a lower optim.lr, or mend the "
+            "inputs"
+        )
     return np.packbits(values >= 0, axis=1, bitorder=BIT_ORDER)
 
 

@@ -109,19 +109,26 @@ class LabelTable:
     Attributes:
         rows: uint8 [u, c], distinct, in lexicographic order.
         counts: int64 [u]; the sum is the number of training rows.
+        first: int64 [u], the place of the first training row with these labels among all labelled ones.
     """
 
     rows: Tensor
     counts: Tensor
+    first: Tensor
 
     @staticmethod
     def empty(num_classes: int) -> LabelTable:
         """The table of training rows without any label."""
-        return LabelTable(torch.zeros(0, num_classes, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+        return LabelTable.of_each(torch.zeros(0, num_classes, dtype=torch.uint8))
+
+    @staticmethod
+    def of_each(rows: Tensor) -> LabelTable:
+        """The table in which every training row, uint8 [n, c], is separate and has count 1."""
+        return LabelTable(rows, torch.ones(len(rows), dtype=torch.int64), torch.arange(len(rows)))
 
     @staticmethod
     def of(labels: Tensor) -> LabelTable:
-        """Deduplicate a label matrix uint8 [n, c]. The order of its rows does not matter.
+        """Deduplicate a label matrix uint8 [n, c].
 
         Raises:
             InputError: there are no rows or no classes, or an entry is neither 0 nor 1.
@@ -130,20 +137,27 @@ class LabelTable:
             raise InputError(f"labels have shape {tuple(labels.shape)}; expected [rows, classes], neither of them 0")
         if not bool(((labels == 0) | (labels == 1)).all()):
             raise InputError("labels have entries other than 0 and 1; expected a multi-hot matrix")
-        rows, counts = torch.unique(labels.to(torch.uint8), dim=0, return_counts=True)
-        return LabelTable(rows, counts)
+        return LabelTable.sum([LabelTable.of_each(labels.to(torch.uint8))])
 
     @staticmethod
     def sum(tables: Sequence[LabelTable]) -> LabelTable:
-        """The table of all training rows, from tables of some of them each."""
+        """The table of all training rows, from tables of some of them each, in their order."""
         rows, where = torch.unique(torch.cat([table.rows for table in tables]), dim=0, return_inverse=True)
         counts = torch.cat([table.counts for table in tables])
-        return LabelTable(rows, torch.zeros(len(rows), dtype=torch.int64).index_add_(0, where, counts))
+        starts = torch.tensor([0, *(int(table.counts.sum()) for table in tables)]).cumsum(0)[:-1]
+        places = torch.cat([table.first + start for table, start in zip(tables, starts, strict=True)])
+        zeros = torch.zeros(len(rows), dtype=torch.int64)
+        first = zeros.scatter_reduce(0, where, places, "amin", include_self=False)
+        return LabelTable(rows, zeros.index_add(0, where, counts), first)
 
     def repeated(self) -> LabelTable:
         """The table with every training row separate, each with count 1."""
-        rows = self.rows.repeat_interleave(self.counts.cpu(), 0)
-        return LabelTable(rows, torch.ones(len(rows), dtype=torch.int64))
+        return LabelTable.of_each(self.rows.repeat_interleave(self.counts.cpu(), 0))
+
+    def drawn(self, most: int) -> Tensor:
+        """Index int64 of at most `most` rows, drawn by their places among the images, not by the order of classes."""
+        order = self.first.argsort()
+        return order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))[:most]]
 
     def index(self, labels: Tensor) -> Tensor:
         """Index int64 [n] in `rows` of the positive classes of each label row [n, c]; -1 if `rows` lacks them."""

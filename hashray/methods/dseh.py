@@ -243,10 +243,9 @@ def _label_schedule(
 
 
 def label_scores(net: LabNet, table: LabelTable) -> dict[str, float]:
-    """n_h and map_l of Table 2 on the training rows. The first 2,000 distinct label rows query all rows."""
-    rows, counts = table.rows.cpu().numpy(), table.counts.cpu().numpy()
+    """n_h and map_l of Table 2 on the training rows. Distinct label rows query all rows, a draw of 2,000 of more."""
+    rows, counts, query = table.rows.cpu().numpy(), table.counts.cpu().numpy(), table.drawn(2000).numpy()
     codes = net.codes(rows)
-    query = slice(0, 2000)
     score = mean_average_precision(codes[query], rows[query], codes.repeat(counts, 0), rows.repeat(counts, 0))
     return {"label_rows": float(len(rows)), "label_n_h": float(len(np.unique(codes, axis=0))), "label_map": score}
 
@@ -338,7 +337,7 @@ class DSEH(Method):
         self.eval()  # with batch statistics, the banks would depend on the batches of the scan
         if self.config.bank == "per_sample":
             outputs, labels = workers.gather_rows(self._bank_outputs)
-            rows = LabelTable((labels == 1).to(torch.uint8), torch.ones(len(labels), dtype=torch.int64))
+            rows = LabelTable.of_each((labels == 1).to(torch.uint8))
         else:
             rows, sums = table, workers.sum_by_group(self._bank_outputs, table.index, len(table.rows))
             outputs = sums / table.counts.cpu()[:, None]

@@ -54,7 +54,7 @@ from hashray.plan.sample import (
 from hashray.progress import say
 from hashray.storage import open_store, read_url
 from hashray.train.config import TrainConfig, read_training_config
-from hashray.train.job import fits_memory
+from hashray.train.job import fits_memory, with_epochs
 from hashray.train.run import trains_here
 
 WITHOUT_NETWORK = "hashray.data.ingest, ray.data"  # what such a driver or worker imports
@@ -242,6 +242,8 @@ def _work(
         stages = [*(["features"] if trunk.frozen else []), "train", *stages]
     elif trunk.frozen:
         stages = ["features", *stages]
+    if training is not None:
+        training = with_epochs(training, *(rows.splits[name] for name in ("train", "validation", "unlabelled")))
     train = rows.splits["train"] + (rows.splits["unlabelled"] if training and training.with_unlabelled else 0)
     row_inputs = 4 * method.trunk.feature_dim if trunk.frozen else 3 * trunk.image_size**2
     in_memory = training is not None and fits_memory(training, train * row_inputs)
@@ -252,7 +254,7 @@ def _work(
     def is_long(scanned: int) -> bool:
         return pixels_of(scanned, trunk.image_size, scanned * sample.mean_bytes) > SHORT_PIXELS
 
-    epochs = sum(phase.epochs for phase in method.phases(training.epochs)) if training else 0
+    epochs = sum(phase.epochs for phase in method.phases(training.num_epochs)) if training else 0
     long = {
         "ingest": rows.rows > ingest.SHORT_ROWS, "features": is_long(rows.rows),
         "encode": is_long(database) and not trunk.frozen, "index": database > shards.SHORT_ROWS,

@@ -113,6 +113,9 @@ class ChangeConfig(Config):
 CHANGEABLE = ("method", "optim", "augment")
 
 
+USUAL_EPOCHS, LEAST_STEPS = 20, 1000  # of a round, where the config does not set its epochs (docs/TRAINING.md)
+
+
 def can_change(name: str) -> bool:
     """Whether a value, by its dotted name, may change while a model trains (the network must also stay as it is)."""
     return name.partition(".")[0] in CHANGEABLE and name not in ("method.kind", "method.preset", "optim.name")
@@ -138,7 +141,9 @@ class TrainConfig(Config):
         description="Whether the unlabelled split joins the training rows, for a method that can use it; "
         "it always does for one without need of labels",
     )
-    epochs: int = Field(20, ge=1, description="Epochs in each round of the method")
+    epochs: int | None = Field(
+        None, ge=1, description="Epochs in each round of the method; unset: 20, or as many as give 1,000 steps"
+    )
     batch_size: int = Field(128, ge=1, description="Rows of a global batch, for any number of workers")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, order, augmentation and held-out rows")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -234,6 +239,12 @@ class TrainConfig(Config):
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return self
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs in each round of the method. `with_epochs` decides them from the rows where `epochs` is unset."""
+        assert self.epochs is not None, "with_epochs comes before whatever trains or counts epochs"
+        return self.epochs
 
     def segments(self) -> list[tuple[int, TrainConfig]]:
         """The config of each segment between two changes, and the epoch after which it starts.

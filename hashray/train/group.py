@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hashray.errors import RunError
 from hashray.methods.base import LabelTable, WorkerGroup
 from hashray.train.batches import SliceSource, drawn_rows
 
@@ -109,8 +110,10 @@ class TorchWorkerGroup(WorkerGroup):
         done = 0
         for inputs, labels in self.source.scan():
             yield inputs, labels
-            done += len(inputs) * self.world
-            self.progress("rows of a scan", min(done, rows), rows)
+            done += len(inputs)
+            self.progress("rows of a scan", min(done * self.world, rows), rows)
+        if (scanned := int(self.agree(torch.tensor(done), dist.ReduceOp.SUM))) != rows:
+            raise RunError(f"a scan of the training rows gave {scanned:,} rows, the plan has {rows:,}")
 
     def agree(self, tensor: Tensor, operation: Any) -> Tensor:
         """Reduce the tensor over all workers; the result is on the CPU."""

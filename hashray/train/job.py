@@ -21,7 +21,8 @@ from hashray.methods.backbone import build_trunk, settings_by_content
 from hashray.methods.base import LabelTable, Method
 from hashray.model import Model
 from hashray.train.batches import EpochPlan, held_out
-from hashray.train.config import TrainConfig
+from hashray.train.config import LEAST_STEPS, USUAL_EPOCHS, TrainConfig
+from hashray.train.precision import AnyTrainConfig
 from hashray.train.selection import Selection
 
 PSEUDO_SPLITS = ("query-pseudo", "database-pseudo")
@@ -81,6 +82,23 @@ def validation_of(config: TrainConfig, corpus: Corpus) -> tuple[bool, int]:
     tables = corpus.row_tables("validation" if given else "train") if given or wanted else iter(())
     labelled = any(pc.sum(pc.list_value_length(table.column("labels"))).as_py() for table in tables)
     return (given, wanted) if labelled else (False, 0)
+
+
+def with_epochs(config: AnyTrainConfig, train: int, validation: int, unlabelled: int) -> AnyTrainConfig:
+    """The config with `epochs` decided from the rows of three splits: as set, else 20, or more where steps are few.
+
+    Twenty epochs of 500 rows are 80 steps, in which no method learns much (docs/TRAINING.md has the scores).
+    """
+    if config.epochs is not None:
+        return config
+    rows = train - config.validation(validation, train)[1] + (unlabelled if config.with_unlabelled else 0)
+    steps = max(1, -(-rows // config.batch_size))
+    return config.model_copy(update={"epochs": max(USUAL_EPOCHS, -(-LEAST_STEPS // steps))})
+
+
+def with_epochs_for(config: AnyTrainConfig, corpus: Corpus) -> AnyTrainConfig:
+    """As `with_epochs`, for the rows of a corpus."""
+    return with_epochs(config, *(corpus.count(split) for split in ("train", "validation", "unlabelled")))
 
 
 def require_rows(config: TrainConfig, corpus: Corpus, why: str) -> None:
@@ -239,16 +257,21 @@ def total_epochs(config: TrainConfig, num_classes: int) -> int:
     return _epochs(untrained(config, num_classes), config)
 
 
+def has_steps(config: TrainConfig, num_classes: int) -> bool:
+    """Whether the method learns by steps, not in closed form."""
+    return any(phase.steps for phase in untrained(config, num_classes).phases(config.epochs or USUAL_EPOCHS))
+
+
 def ignored(config: TrainConfig, num_classes: int) -> list[str]:
     """The settings of steps that are not their defaults, for a method without steps."""
-    if any(phase.steps for phase in untrained(config, num_classes).phases(config.epochs)):
+    if has_steps(config, num_classes):
         return []
     defaults = {name: TrainConfig.model_fields[name].get_default(call_default_factory=True) for name in OF_STEPS}
     return [name for name, default in defaults.items() if getattr(config, name) != default]
 
 
 def _epochs(method: Method, config: TrainConfig) -> int:
-    return sum(phase.epochs for phase in method.phases(config.epochs))
+    return sum(phase.epochs for phase in method.phases(config.num_epochs))
 
 
 def untrained(config: TrainConfig, num_classes: int) -> Method:
@@ -279,7 +302,7 @@ def require_one_network(config: TrainConfig, num_classes: int) -> None:
     for change, method in zip(config.changes, later, strict=True):
         if change.after >= total:
             raise ConfigError(f"changes: after = {change.after}, and the training ends after {total} epochs")
-        if not _same_network(first, method, config.epochs):
+        if not _same_network(first, method, config.num_epochs):
             raise ConfigError(
                 f"changes, after {change.after} epochs: {', '.join(change.method)} would give another network or other "
                 "phases; weights and rates can change while a model trains"

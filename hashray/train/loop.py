@@ -66,6 +66,10 @@ def build_optimizer(config: OptimConfig, groups: list[ParameterGroup]) -> torch.
     return kind(lists, lr=config.lr)
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+    return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
 @final
 class Loop:
     """One worker's side of a training run."""
@@ -77,7 +81,7 @@ class Loop:
         self.method, self.config, self.table, self.source = method, config, table, source
         self.report, self.validate, self.device = report, validate, device
         self.workers = TorchWorkerGroup(source, table, device, report)
-        self.phases = method.phases(config.epochs)
+        self.phases = method.phases(config.num_epochs)
         self.position = Position()
         self.best: dict[str, Tensor] | None = None
         self.average: dict[str, Tensor] | None = None
@@ -119,6 +123,12 @@ class Loop:
             # Its moments, not its rates and decays: those are the config's, and may have changed.
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
+    def _begin_optimizer(self, phase: Phase) -> None:
+        """A phase has rates and decays of its own. It keeps the moments of one that trains the same parameters."""
+        before, self.optimizer = self.optimizer, build_optimizer(self.config.optim, self.method.trained(phase))
+        if before is not None and _parameters(before) == _parameters(self.optimizer):
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": before.state_dict()["state"]})
+
     def _run_phase(self, phase: Phase, until: int | None) -> None:
         if not self.position.phase_begun:
             if self.workers.rank == 0:
@@ -127,15 +137,15 @@ class Loop:
             notes = self.method.begin_phase(phase, self.table, seed, self.workers)
             self.position.notes.setdefault("phases", []).append({"phase": phase.name, "round": phase.round, **notes})
             self.position.phase_begun = True
+            if phase.steps:  # before the checkpoint, which must not hold the moments of the phase before
+                self._begin_optimizer(phase)
             self._report({"event": "phase", **self.position.notes["phases"][-1]}, save=True)
         if not phase.steps:
             if self.position.epoch < phase.epochs:
                 self._end_epoch(phase, {}, until)
             return
-        groups = self.method.trained(phase)
-        optimized = {id(p) for g in self.optimizer.param_groups for p in g["params"]} if self.optimizer else set()
-        if self.optimizer is None or optimized != {id(p) for group in groups for p in group.parameters}:
-            self.optimizer = build_optimizer(self.config.optim, groups)
+        if self.optimizer is None:
+            self._begin_optimizer(phase)
         wrapped: nn.Module = self.method
         if self.workers.world > 1:
             wrapped = DistributedDataParallel(
@@ -170,6 +180,7 @@ class Loop:
 
     def _end_epoch(self, phase: Phase, means: dict[str, float], until: int | None) -> None:
         position = self.position
+        self._require_finite_weights()
         position.epoch, position.step = position.epoch + 1, 0
         line = {"event": "epoch", "epoch": position.epochs_done(self.phases), "phase": phase.name, "round": phase.round,
                 "phase_epoch": position.epoch, **means}  # fmt: skip
@@ -181,6 +192,15 @@ class Loop:
                 line["random_map"] = statistics.mean(position.notes["random_map"])
         position.notes.setdefault("history", []).append(line)
         self._report(line, save=last or self._reached(until) or position.epoch % self.config.checkpoint_every == 0)
+
+    def _require_finite_weights(self) -> None:
+        """The loss of a step is that before it: it says nothing about what the last step of an epoch did."""
+        for name, tensor in self.method.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise Diverged(
+                    f"{name} is not finite at phase {self.position.phase}, after epoch {self.position.epoch + 1}; "
+                    "lower optim.lr, or set optim.clip_norm"
+                )
 
     def _progress(self, number: int, step: int, steps: int) -> None:
         if step < steps and self.workers.is_due():

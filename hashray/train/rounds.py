@@ -30,7 +30,7 @@ from hashray.storage import Store, join, open_store
 from hashray.train.assembly import load_rows
 from hashray.train.batches import held_out
 from hashray.train.config import SelfTrainingConfig, TrainConfig
-from hashray.train.job import require_labels, require_validation, run_of
+from hashray.train.job import require_labels, require_validation, run_of, with_epochs_for
 from hashray.train.precision import with_precision
 from hashray.train.pseudo import Shape, accept, falls_of, fit_temperature, most_per_class, precision, propose
 from hashray.train.run import open_init, pool_of, train, train_on, with_absolute_paths, workers_multiply_bf16
@@ -53,6 +53,7 @@ def _self_train(config: TrainConfig, rounds: SelfTrainingConfig) -> Manifest:
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
     corpus.require("unlabelled", "self-training")
     require_validation(config, corpus, "self-training chooses its round")
+    config = with_epochs_for(config, corpus)
     run, parents = run_of(config, corpus, open_init(config))
     store = open_store(out)
 
@@ -90,7 +91,7 @@ def _train_rounds(
         optim = config.optim.model_copy(update={"lr": config.optim.lr * rounds.lr_factor})
         update = {
             "out": join(folder, "model"), "init": models[-1][0], "pseudo_labels": join(folder, "pseudo-labels"),
-            "epochs": rounds.epochs or config.epochs, "optim": optim,
+            "epochs": rounds.epochs or config.num_epochs, "optim": optim,
         }  # fmt: skip
         models.append((join(folder, "model"), train_on(plain.model_copy(update=update), corpus)))
         before, after = (manifest.info["validation_map"] for _, manifest in models[-2:])

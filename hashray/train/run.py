@@ -32,9 +32,10 @@ from hashray.progress import Bar, say
 from hashray.storage import join, open_store
 from hashray.train.assembly import has_learned
 from hashray.train.checkpoint import Checkpoint, Position, has_checkpoint, keep_checkpoint, read_checkpoint
-from hashray.train.config import TrainConfig
+from hashray.train.config import USUAL_EPOCHS, TrainConfig
 from hashray.train.job import (
     TrainJob,
+    has_steps,
     ignored,
     is_short,
     plan_job,
@@ -44,6 +45,7 @@ from hashray.train.job import (
     run_of,
     total_epochs,
     untrained,
+    with_epochs_for,
 )
 from hashray.train.local import fit_here, local_checkpoint
 from hashray.train.precision import AnyTrainConfig, multiplies_bf16, with_precision
@@ -66,19 +68,23 @@ def train(config: TrainConfig) -> Manifest:
 def train_on(config: TrainConfig, corpus: Corpus) -> Manifest:
     """Train on an open corpus with a config whose paths are absolute; as `train`."""
     require_rows(config, corpus, "training")
+    given, config = config, with_epochs_for(config, corpus)
     store, init = open_store(str(config.out)), open_init(config)
     run, parents = run_of(config, corpus, init)
 
     def work() -> Manifest:
         require_labels(config, corpus)
         require_phases(config, corpus.num_classes)
-        if names := ignored(config, corpus.num_classes):
+        if names := ignored(given, corpus.num_classes):
             say(f"note: {config.method.kind} is fitted in closed form and ignores {', '.join(names)}")
         data = training_data(config, corpus, init)
         if config.bounds[1] > 1 and not (config.gpu or config.backbone.frozen or config.backbone.frozen_norms):
             say("note: on CPU each worker's batch norms see its own rows only (torch synchronises them on GPUs alone)")
         decided = with_precision(config, store, run, partial(workers_multiply_bf16, config))
         job = replace(plan_job(decided, data), checkpoints=join(store.url, "checkpoints"), run=run)
+        if given.epochs is None and config.num_epochs > USUAL_EPOCHS and has_steps(config, corpus.num_classes):
+            steps, rows = job.plan.steps * config.num_epochs, job.plan.rows
+            say(f"note: {rows:,} rows train for {config.num_epochs} epochs, {steps:,} steps; set epochs for others")
         final = _fit_segments(job)
         require_free(store, run, "run")
         features = {} if data is corpus else {"features": data.manifest.id}
@@ -109,12 +115,12 @@ def _write(config: TrainConfig, corpus: Corpus, job: TrainJob, final: Checkpoint
     for name in ("variance_kept", "quantization_error"):  # which need no labels
         score += "".join(f", {name.replace('_', ' ')} {note[name]:.3f}" for note in info["phases"] if name in note)
     say(f"{store.url}: model {manifest.id[:12]}{score}")
-    steps = job.plan.steps * sum(phase.epochs for phase in method.phases(config.epochs) if phase.steps)
+    steps = job.plan.steps * sum(phase.epochs for phase in method.phases(config.num_epochs) if phase.steps)
     if position.best_score is not None and of_random and steps and not has_learned(position.best_score, of_random):
         say(
             f"warning: that is hardly more than random codes score: the model has learned next to nothing in {steps:,} "
-            f"steps. Try more epochs (now {config.epochs}), another optim.lr (now {config.optim.lr:g}) or a pretrained "
-            "trunk (backbone.weights; with few images, backbone.frozen = true too)"
+            f"steps. Try more epochs (now {config.num_epochs}), another optim.lr (now {config.optim.lr:g}) or a "
+            "pretrained trunk (backbone.weights; with few images, backbone.frozen = true too)"
         )
     return manifest
 

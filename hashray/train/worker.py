@@ -21,7 +21,7 @@ import ray
 import ray.train as rt
 import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from hashray import errors
 from hashray.data.corpus import Corpus, open_corpus
@@ -38,6 +38,9 @@ from hashray.train.stream import START_FILE, StreamSlices, StreamSpec, scan_data
 from hashray.train.watch import Watch
 
 GROUP_END_S = 30
+# The workers wait for the first one where it trains a label network or validates. Ray's limit of 30 minutes would end
+# the group there, and every restart of it. A worker that died is noticed by its connections, not by this limit.
+GROUP_WAIT_S = 86_400
 PEER_DIED = ("gloo", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL")
 
 
@@ -161,7 +164,7 @@ def fit_on_ray(job: TrainJob) -> Checkpoint:
                 watch.hear(line)
 
         with listening(reports, hear, watch.bar.tick):
-            result = _until_done(_trainer(job, reports), failure)
+            result = _until_done(trainer_of(job, reports), failure)
     if result.error is not None:
         raise unwrap(result.error) from result.error
     if result.checkpoint is None:
@@ -229,7 +232,8 @@ def scaling_of(config: TrainConfig) -> rt.ScalingConfig:
     return rt.ScalingConfig(num_workers=number, use_gpu=config.gpu, resources_per_worker=each)
 
 
-def _trainer(job: TrainJob, reports: Any) -> TorchTrainer:
+def trainer_of(job: TrainJob, reports: Any) -> TorchTrainer:
+    """The Ray Train run of a job; `reports` is the queue of its workers."""
     config = job.config
     datasets: dict[str, Any] = {}
     if not job.in_memory:
@@ -240,6 +244,7 @@ def _trainer(job: TrainJob, reports: Any) -> TorchTrainer:
     return TorchTrainer(
         run_worker,
         train_loop_config={"job": job, "reports": reports},
+        torch_config=TorchConfig(timeout_s=GROUP_WAIT_S),
         scaling_config=scaling_of(config),
         run_config=rt.RunConfig(
             name=job.run, storage_path=path, storage_filesystem=filesystem,

@@ -26,7 +26,7 @@ from hashray.methods.trunks import source_of
 from hashray.progress import say
 from hashray.report.figures import png
 from hashray.storage import Store, join, open_store
-from hashray.train.job import require_rows, require_validation, run_of
+from hashray.train.job import require_rows, require_validation, run_of, with_epochs_for
 from hashray.train.precision import with_precision
 from hashray.train.rounds import train_model
 from hashray.train.run import open_init, pool_of, with_absolute_paths, workers_multiply_bf16
@@ -54,6 +54,7 @@ def tune(config: SweepConfig) -> Manifest:
     out = require_path(config.out, "--out")
     corpus = open_corpus(require_path(config.corpus, "--corpus"))
     require_rows(config, corpus, "a sweep")
+    config = with_epochs_for(config, corpus)
     require_validation(config, corpus, "a sweep compares its trials")
     store = open_store(out)
     base = config.base.result_of()

@@ -18,7 +18,7 @@ HALF: dict[str, Any] = {"epochs": 2, "method": {"kind": "adalabelhash"}}
 
 
 def changing(*changes: dict[str, Any], **more: Any) -> TrainConfig:
-    return validate(TrainConfig, {"method": {"kind": "lcgh"}, "changes": list(changes), **more}, "f")
+    return validate(TrainConfig, {"method": {"kind": "lcgh"}, "epochs": 20, "changes": list(changes), **more}, "f")
 
 
 def refused(*changes: dict[str, Any], **more: Any) -> str:
@@ -80,7 +80,7 @@ def test_the_network_and_the_phases_stay_as_they_are(method: dict[str, Any], aft
 def test_codes_are_read_in_one_way_all_along() -> None:
     method = {"kind": "dseh", "label_hidden": 8, "semantic_dim": 8, "hash_reads": "semantic"}
     change = {"after": 2, "method": {"hash_reads": "activated"}}
-    config = validate(TrainConfig, {"method": method, "changes": [change], "backbone": {"width": 4}}, "f")
+    config = validate(TrainConfig, {"method": method, "epochs": 20, "changes": [change], "backbone": {"width": 4}}, "f")
     with pytest.raises(ConfigError, match="hash_reads would give another network"):
         require_one_network(config, 3)
 

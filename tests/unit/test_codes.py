@@ -19,7 +19,7 @@ from hashray.codes import (
     pad_width,
     unpack,
 )
-from hashray.errors import ConfigError, MismatchError
+from hashray.errors import ConfigError, MismatchError, RunError
 
 WIDTHS = st.integers(1, 17)
 
@@ -115,8 +115,8 @@ def test_widths_that_are_no_whole_bytes_name_the_nearest(num_bits: int, near: st
 def test_bad_arrays_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(8,\); expected \[n, num_bits\]"):
         binarize(np.zeros(8))
-    with pytest.raises(ValueError, match="NaN"):
-        binarize(np.full((1, 8), np.nan))
+    with pytest.raises(RunError, match=r"logits of 1 of 3 rows are NaN, first of row 1.*lower optim\.lr"):
+        binarize(np.array([[1.0] * 8, [np.nan] + [1.0] * 7, [-1.0] * 8]))
     with pytest.raises(ValueError, match=r"int64 \(1, 2\); expected packed uint8"):
         as_codes(np.zeros((1, 2), np.int64))
     with pytest.raises(ValueError, match="expected packed uint8"):

@@ -44,7 +44,7 @@ def test_terms_are_finite_and_every_trained_parameter_gets_a_gradient(kind: str)
     method, features, labels = fitted(kind)
     config = config_of(epochs=1, method={"kind": kind, **SMALL.get(kind, {})})
     reached: set[int] = set()
-    for phase in method.phases(config.epochs):
+    for phase in method.phases(config.num_epochs):
         terms = method.loss_terms(phase, torch.as_tensor(features), torch.as_tensor(labels), torch.ones(64))
         assert terms and all(bool(torch.isfinite(term.total)) for term in terms.values())
         method.zero_grad()

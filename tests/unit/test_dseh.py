@@ -13,7 +13,15 @@ from torch import Tensor
 
 from hashray.errors import InputError
 from hashray.methods.base import LabelTable
-from hashray.methods.dseh import DSEH, DSEHConfig, LabNet, fit_label_network, label_terms, train_label_network
+from hashray.methods.dseh import (
+    DSEH,
+    DSEHConfig,
+    LabNet,
+    fit_label_network,
+    label_scores,
+    label_terms,
+    train_label_network,
+)
 from hashray.metrics import mean_average_precision
 from tests.unit.worker_group import config_of, make_rows, run_loop
 
@@ -67,6 +75,21 @@ def test_tables_of_pieces_add_up_to_the_table_of_all_rows() -> None:
     labels = torch.as_tensor(make_rows(60)[1])
     whole, pieces = LabelTable.of(labels), LabelTable.sum([LabelTable.of(labels[i : i + 7]) for i in range(0, 60, 7)])
     assert torch.equal(whole.rows, pieces.rows) and torch.equal(whole.counts, pieces.counts)
+
+
+def test_the_score_of_labels_does_not_depend_on_the_order_of_the_classes() -> None:
+    # 2,400 distinct rows of which a draw of 2,000 asks; the codes are as good as the first classes are on.
+    labels = torch.as_tensor(((np.arange(2400)[:, None] >> np.arange(12)) & 1).astype(np.uint8))
+    labels = torch.cat([labels, 1 - labels[:, :1]], dim=1)[
+        torch.randperm(2400, generator=torch.Generator().manual_seed(0))
+    ]
+    torch.manual_seed(0)
+    net = LabNet(small(), 13).eval()
+    score = label_scores(net, LabelTable.of(labels))
+    order = torch.tensor([12, 5, 0, 7, 3, 9, 1, 11, 2, 10, 4, 8, 6])
+    net.hidden.weight.data = net.hidden.weight.data[:, order]
+    assert label_scores(net, LabelTable.of(labels[:, order])) == pytest.approx(score, abs=1e-12)
+    assert score["label_rows"] == 2400
 
 
 def test_ablations_drop_their_terms() -> None:

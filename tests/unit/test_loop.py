@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from hashray.errors import RunError
+from hashray.errors import Diverged, RunError
 from hashray.methods import known_methods
+from hashray.methods.base import LabelTable, Method, ParameterGroup, Phase, Term
+from hashray.train.batches import EpochPlan, Slice, SliceSource
 from hashray.train.config import OptimConfig
-from hashray.train.loop import learning_rate
-from tests.unit.worker_group import Stop, config_of, read, run_loop, run_processes
+from hashray.train.loop import Loop, learning_rate
+from tests.unit.worker_group import (
+    CLASSES,
+    DIM,
+    Stop,
+    build,
+    config_of,
+    make_rows,
+    read,
+    run_loop,
+    run_processes,
+)
 
 RUN = {"epochs": 2, "method": {"rounds": 2}}
 
@@ -75,6 +89,72 @@ def test_a_stopped_run_resumes_to_the_unbroken_one(tmp_path: Path, place: tuple[
     assert loop.position.notes["history"] == unbroken.position.notes["history"]
 
 
+class TwoParts(Method):
+    """Each of its two phases trains a part of the network that the other leaves alone."""
+
+    kind = "two-parts"
+
+    def __init__(self) -> None:
+        super().__init__(config_of().method, build(config_of(), torch.float64).trunk, CLASSES)
+        torch.manual_seed(0)
+        self.hash = nn.Linear(DIM, 16, dtype=torch.float64)
+        self.scale = nn.Parameter(torch.ones(16, dtype=torch.float64))
+
+    def phases(self, epochs: int) -> tuple[Phase, ...]:
+        return Phase("scale", 0, epochs), Phase("hash", 1, epochs)
+
+    def trained(self, phase: Phase) -> list[ParameterGroup]:
+        return [ParameterGroup("head", [self.scale] if phase.name == "scale" else list(self.hash.parameters()))]
+
+    def loss_terms(self, phase: Phase, inputs: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Term]:
+        wanted = 2.0 * (labels == 1).repeat(1, 16 // CLASSES) - 1
+        gap = (torch.tanh(self.logits(inputs)) - wanted).square().mean(1)
+        return {"gap": Term((gap * weight).sum(), weight.sum())}
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return self.hash(inputs) * self.scale
+
+
+@pytest.mark.parametrize("place", [(0, 1, 0), (1, 0, 0), (1, 1, 0)])
+def test_a_phase_that_trains_other_parameters_resumes_with_its_moments(
+    tmp_path: Path, place: tuple[int, int, int]
+) -> None:
+    config = config_of(epochs=2)
+    whole, _ = run_loop(config, 100, method=TwoParts())
+    with pytest.raises(Stop):
+        run_loop(config, 100, stop_at=place, folder=tmp_path, method=TwoParts())
+    resumed, _ = run_loop(config, 100, checkpoint=read(tmp_path), method=TwoParts())
+    assert largest_difference(whole, resumed) < 1e-9
+    start = TwoParts().state_dict()
+    assert all(largest_difference({n: whole[n]}, {n: start[n]}) > 1e-4 for n in ("scale", "hash.weight"))
+
+
+class NoRows(SliceSource):
+    """A stream whose tasks give nothing."""
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self.plan = plan
+
+    def epoch(self, number: int, first_step: int) -> Iterator[Slice]:
+        return iter(())
+
+    def scan(self) -> Iterator[tuple[Any, Any]]:
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [("dseh", "epoch 0: 0 rows were trained on, the plan has 40"), ("lcgh", "a scan .* gave 0 rows, the plan has 40")],
+)
+def test_a_stream_without_rows_is_named(kind: str, fault: str) -> None:
+    config = config_of(method={"kind": kind})
+    plan, table = EpochPlan((40,), 32, 64, 0), LabelTable.of(torch.as_tensor(make_rows(40)[1]))
+    device = torch.device("cpu")
+    loop = Loop(build(config, torch.float64), config, table, NoRows(plan), lambda line, write: None, None, device)
+    with pytest.raises(RunError, match=fault):
+        loop.run()
+
+
 @pytest.mark.parametrize("kind", sorted(known_methods()))
 def test_the_same_run_twice_is_bitwise_the_same(kind: str) -> None:
     run = {"epochs": 2, "method": {"kind": kind, **({"rounds": 2} if kind == "dseh" else {})}}
@@ -99,6 +179,13 @@ def test_validation_keeps_the_weights_of_the_best_score() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice() -> None:
     with pytest.raises(RunError, match=r"not finite at phase 0, epoch .*lower optim\.lr"):
         run_loop(config_of(optim={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, epochs=4), 100)
+
+
+def test_a_last_step_that_breaks_the_weights_stops_the_run_with_advice() -> None:
+    optim = {"name": "sgd", "lr": 3e38, "weight_decay": 0.0, "warmup_share": 0.0}
+    config = config_of(optim=optim, epochs=1, batch_size=64, method={"rounds": 1, "eta": 1e6})
+    with pytest.raises(Diverged, match=r"is not finite at phase 0, after epoch 1; lower optim\.lr"):
+        run_loop(config, 40, dtype=torch.float32)
 
 
 def test_learning_rates() -> None:

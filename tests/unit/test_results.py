@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks/results.py")
 assert spec is not None and spec.loader is not None
 results = importlib.util.module_from_spec(spec)
@@ -150,3 +152,40 @@ def test_a_sweep_is_a_row_with_its_seeds_and_its_own_words(tmp_path: Path, monke
         "| lcgh | 4 | 30 of 40 (75%) | 0.5000 ± 0.0000 | 0.6000 ± 0.0000 | 0.6500 ± 0.0707 | 0.7500 ± 0.0707 |" in text
     )
     assert "- lcgh: It leads." in text and "**T.** In words." in text
+
+
+def split_entry(row: str, seed: int, within: float, cross: float, itq: float | None = None) -> dict[str, Any]:
+    """An evaluation of a class split; the baseline is at (.2, itq)."""
+    evaluation = entry(row, 0.0, seed)
+    scores = {"lcgh": (within, cross)} | ({} if itq is None else {"itq": (0.2, itq)})
+    evaluation["results"] = [
+        {"name": name, "num_bits": 32, "mAP": both[i], "scenario": scenario}
+        for i, scenario in enumerate(("within", "cross"))
+        for name, both in scores.items()
+    ]
+    return evaluation
+
+
+TARGET = {"text": "The target.", "cross": 3, "within": 3, "above": ["itq"]}
+
+
+def test_a_target_is_judged_by_differences_seed_by_seed() -> None:
+    plain = [split_entry("b", 0, 0.70, 0.20), split_entry("b", 1, 0.60, 0.30)]
+    ours = [split_entry("a", 0, 0.68, 0.24, itq=0.26), split_entry("a", 1, 0.56, 0.35, itq=0.30)]
+    text = results.frontier.verdict({**ABOUT, "target": TARGET}, [*ours, *plain])
+    assert text == (
+        "The target. At 32 bits: +4.5 points across (kept), +1.5 over itq across (kept), -3.0 within (kept)."
+    )
+    worse = [split_entry("a", 0, 0.66, 0.24, itq=0.28), split_entry("a", 1, 0.56, 0.31, itq=0.30)]
+    text = results.frontier.verdict({**ABOUT, "target": TARGET}, [*worse, *plain])
+    assert "+2.5 points across (missed), -1.5 over itq across (missed), -4.0 within (missed)" in text
+
+
+def test_a_figure_is_stale_once_a_number_changes(tmp_path: Path) -> None:
+    entries = [split_entry("a", 0, 0.7, 0.2, itq=0.3), split_entry("a", 1, 0.6, 0.3, itq=0.2)]
+    figure = results.frontier.frontier(ABOUT, entries)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Ours", "itq"]
+    results.frontier.draw(tmp_path / "f.png", ABOUT, entries)
+    assert not results.frontier.is_stale(tmp_path / "f.png", ABOUT, entries)
+    assert results.frontier.is_stale(tmp_path / "f.png", ABOUT, [split_entry("a", 0, 0.7, 0.2, itq=0.31), entries[1]])
+    assert results.frontier.is_stale(tmp_path / "none.png", ABOUT, entries)

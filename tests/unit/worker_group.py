@@ -66,10 +66,11 @@ def build(config: TrainConfig, dtype: torch.dtype) -> Method:
 def run_loop(
     config: TrainConfig, count: int, rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float64,
     checkpoint: Checkpoint | None = None, stop_at: tuple[int, int, int] | None = None,
-    folder: Path | None = None, validate: Callable[[Method], float] | None = None,
+    folder: Path | None = None, validate: Callable[[Method], float] | None = None, method: Method | None = None,
 ) -> tuple[dict[str, Tensor], Loop]:  # fmt: skip
-    """Train. With `stop_at` (phase, epoch, step), raise Stop after the checkpoint of that step is in `folder`.
+    """Train `method`, else that of the config.
 
+    With `stop_at` (phase, epoch, step), raise Stop after the checkpoint of that step is in `folder`.
     With `unlabelled`, only the first eighth of the rows has labels.
     """
     features, labels, ids = make_rows(count)
@@ -86,7 +87,7 @@ def run_loop(
             write(folder)
             raise Stop
 
-    loop = Loop(build(config, dtype), config, table, source, report, validate, torch.device("cpu"))
+    loop = Loop(method or build(config, dtype), config, table, source, report, validate, torch.device("cpu"))
     return loop.run(checkpoint), loop
 
 

@@ -81,26 +81,30 @@ def merge_attributes(tables: list[pa.Table | None], rows: list[int]) -> pa.Table
     """
     if all(table is None for table in tables):
         return None
-    schema = joined_schema([table for table in tables if table is not None])
-    whole = []
-    for table, count in zip(tables, rows, strict=True):
-        columns = {
-            field.name: table.column(field.name).cast(field.type)
-            if table is not None and field.name in table.column_names
-            else pa.nulls(count, field.type)
-            for field in schema
-        }
-        whole.append(pa.table(columns, schema=schema))
-    return pa.concat_tables(whole)
+    schema = joined_schema(tables)
+    return pa.concat_tables([completed(table, count, schema) for table, count in zip(tables, rows, strict=True)])
 
 
-def joined_schema(tables: Sequence[pa.Table]) -> pa.Schema:
-    """The columns of all tables.
+def completed(table: pa.Table | None, rows: int, schema: pa.Schema) -> pa.Table:
+    """The attributes of `rows` rows with all columns of a schema; null where there is none."""
+    there = pa.table({}) if table is None else table
+    columns = {
+        field.name: there.column(field.name).cast(field.type)
+        if field.name in there.column_names
+        else pa.nulls(rows, field.type)
+        for field in schema
+    }
+    return pa.table(columns, schema=schema)
+
+
+def joined_schema(tables: Sequence[pa.Table | None]) -> pa.Schema:
+    """The columns of all tables that are there.
 
     Raises:
         InputError: columns of one name have types that Arrow does not join.
     """
+    schemas = [pa.schema([]), *(table.schema for table in tables if table is not None)]
     try:
-        return pa.unify_schemas([table.schema for table in tables], promote_options="permissive")
+        return pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"attributes of one name have types that do not join: {error}") from error

@@ -22,7 +22,7 @@ from hashray.index import compact, garbage
 from hashray.index.attributes import as_attributes
 from hashray.index.ids import one_array
 from hashray.index.log import Change, Version, carried, commit, history, newest, read_version, require_kept
-from hashray.index.rows import Places, check_living, with_deleted
+from hashray.index.rows import Places, check_living, require_joining, with_deleted
 from hashray.index.shard import ROWS_PER_SHARD, write_shard
 from hashray.index.version import ShardRecord, index_manifest, write_tables
 from hashray.storage import Store, check_conditional_put, open_store
@@ -114,6 +114,7 @@ class Catalog:
         def change(head: Version) -> Change:
             old, gone = places.look(head.shards, names, "refuse" if not replace else "delete")
             written[:] = carried(self.store, written or write(head), head.generation)
+            require_joining(self.store, head.shards, written, self.cache)
             kept = with_deleted(self.store, old, head.generation) if replace else list(head.shards)
             added = sum(shard.rows for shard in written)
             return Change([*kept, *written], added=added, deleted=gone, said=said or {})

@@ -61,17 +61,16 @@ class Filter:
         except (SyntaxError, tokenize.TokenError, ValueError, RecursionError, MemoryError) as error:
             raise InputError(f"where = {where!r} is no expression ({error}); allowed is {FORMS}") from error
 
-    def rows(self, table: pa.Table | None, rows: int) -> Bitmap:
+    def rows(self, table: pa.Table) -> Bitmap:
         """The rows of a shard for which the expression is true: null is not true.
 
         Args:
-            table: the attributes of the shard's rows; None where it has none.
-            rows: of the shard.
+            table: the attributes of the shard's rows.
 
         Raises:
             InputError: an attribute is not there, or a value does not fit its type.
         """
-        if table is None:
+        if not table.num_columns:
             raise InputError(f"where = {str(self.where)!r}: rows of this index have no attributes")
         try:
             expression = self.where

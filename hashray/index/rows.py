@@ -16,7 +16,7 @@ from hashray.artifact import read_file
 from hashray.artifact.bitmap import Bitmap
 from hashray.codes import Codes
 from hashray.errors import InputError
-from hashray.index.attributes import open_attributes
+from hashray.index.attributes import joined_schema, open_attributes
 from hashray.index.ids import MappedIds, find
 from hashray.index.log import Version
 from hashray.index.shard import open_shard
@@ -50,6 +50,16 @@ def attributes_of(store: Store, shard: ShardRecord, cache: Path) -> pa.Table | N
     if record is None:
         return None
     return open_attributes(verified_path(store, record.name, record.bytes, record.sha256, cache), shard.rows)
+
+
+def require_joining(store: Store, shards: Iterable[ShardRecord], new: Iterable[ShardRecord], cache: Path) -> None:
+    """Raise InputError where attributes of one name have types that a compaction could not join."""
+    kinds = [record.attributes.info["columns"] for record in new if record.attributes is not None]
+    for shard in shards:
+        there = shard.attributes.info["columns"] if shard.attributes is not None else {}
+        for record, kind in zip((r for r in new if r.attributes is not None), kinds, strict=True):
+            if any(kind.get(name, type_) != type_ for name, type_ in there.items()):
+                joined_schema([attributes_of(store, shard, cache), attributes_of(store, record, cache)])
 
 
 @dataclass(frozen=True)

@@ -372,6 +372,9 @@ def write_sorted(
     if attributes is not None:
         contents["attributes"] = attributes_bytes(attributes)
     files = {folder: write_content(store, folder, data, len(ids), generation) for folder, data in contents.items()}
+    if attributes is not None:
+        types = {"columns": {field.name: str(field.type) for field in attributes.schema}}
+        files["attributes"] = files["attributes"].model_copy(update={"info": types})
     first, last = ids[0].as_py(), ids[-1].as_py()
     return ShardRecord(
         rows=len(ids), first=first, last=last,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import faiss
 import numpy as np
@@ -21,7 +21,7 @@ from hashray.codes import check_num_bits
 from hashray.config import Config
 from hashray.data.columns import bytes_column
 from hashray.errors import InputError
-from hashray.index.attributes import joined_schema, merge_attributes
+from hashray.index.attributes import completed, joined_schema, merge_attributes
 from hashray.index.catalog import require_unpublished
 from hashray.index.exchange import Batch, BitOrder, Columns, read_batches
 from hashray.index.ids import one_array
@@ -132,7 +132,7 @@ def export_index(config: ExportConfig) -> None:
             if ending == "parquet":
                 path = Path(work, name)
                 tables = [attributes_of(store, shard, cache) for shard in head.shards]
-                schema = joined_schema([table for table in tables if table is not None])
+                schema = joined_schema(tables)
                 _write_parquet(path, _living(store, cache, head, bar), int(info["num_bits"]), schema)
                 target.upload(name, path)
             else:
@@ -162,9 +162,7 @@ def _write_parquet(path: Path, batches: Iterator[Batch], num_bits: int, attribut
     schema = pa.schema([("id", pa.large_string()), ("code", pa.binary(num_bits // 8)), *attributes])
     with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
         for batch in batches:
-            columns = {"id": batch.ids.cast(pa.large_string()), "code": bytes_column(batch.codes)}
-            there = pa.table({}) if batch.attributes is None else batch.attributes
-            for name, kind in zip(attributes.names, attributes.types, strict=True):
-                known = name in there.column_names
-                columns[name] = there.column(name).cast(kind) if known else pa.nulls(len(batch.ids), kind)
+            columns: dict[str, Any] = {"id": batch.ids.cast(pa.large_string()), "code": bytes_column(batch.codes)}
+            table = completed(batch.attributes, len(batch.ids), attributes)
+            columns |= dict(zip(table.column_names, table.columns, strict=True))
             writer.write_table(pa.table(columns, schema=schema))

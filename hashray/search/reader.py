@@ -27,7 +27,7 @@ from hashray.artifact import FileRecord, Manifest
 from hashray.artifact.bitmap import Bitmap
 from hashray.codes import Codes, as_codes
 from hashray.errors import CorruptArtifact, InputError, MismatchError
-from hashray.index.attributes import open_attributes
+from hashray.index.attributes import completed, joined_schema, open_attributes
 from hashray.index.filters import Filter
 from hashray.index.ids import MappedIds
 from hashray.index.log import Version, newest, read_version, require_kept
@@ -166,7 +166,8 @@ class Index:
         key = str(where) if isinstance(where, str) else f"expression {where}"
         if (rows := self._filtered.get(key)) is None:
             chosen = Filter(where)
-            rows = [chosen.rows(piece.attributes, piece.shard.rows) for piece in self.pieces]
+            schema = joined_schema([piece.attributes for piece in self.pieces])
+            rows = [chosen.rows(completed(piece.attributes, piece.shard.rows, schema)) for piece in self.pieces]
             rows = [r if p.living is None else r & p.living for r, p in zip(rows, self.pieces, strict=True)]
             self._filtered[key] = rows
             while len(self._filtered) > FILTERS:

@@ -65,11 +65,11 @@ TABLE = pa.Table.from_pylist(ROWS, SCHEMA)
     ],
 )
 def test_each_form(where, rows):
-    assert Filter(where).rows(TABLE, 4).positions().tolist() == rows
+    assert Filter(where).rows(TABLE).positions().tolist() == rows
 
 
 def test_an_expression_of_arrow():
-    assert Filter(pc.field("year") < 2025).rows(TABLE, 4).positions().tolist() == [0, 3]
+    assert Filter(pc.field("year") < 2025).rows(TABLE).positions().tolist() == [0, 3]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_an_expression_of_arrow():
 )
 def test_what_is_refused(where, text):
     with pytest.raises(InputError, match=text):
-        Filter(where).rows(TABLE, 4)
+        Filter(where).rows(TABLE)
 
 
 def test_an_index_without_attributes(tmp_path):
@@ -139,3 +139,23 @@ def assert_exact(shard: Shard, codes, mask, queries, allowed):
             away = hamming(query[None], codes)[0]
             expected = sorted((int(away[place]), int(place)) for place in np.flatnonzero(mask & (away <= distance)))
             assert [*zip(near.tolist(), places.tolist(), strict=True)] == expected
+
+
+def test_rows_without_an_attribute_have_null(tmp_path):
+    catalog = create_index(tmp_path, 32)
+    for number, attributes in enumerate(
+        [{"year": [1, 2]}, None, {"tag": ["x", "y"]}, {"year": [2.5, 3], "tag": ["x", None]}]
+    ):
+        catalog.append([f"{number}a", f"{number}b"], np.full((2, 4), number, np.uint8), attributes)
+    index = open_index(tmp_path)
+
+    def ids(where):
+        return [name for name in index.search(np.zeros((1, 4), np.uint8), 9, where)[0][0] if name]
+
+    assert ids("year >= 2") == ["0b", "3a", "3b"] and ids("tag == 'x'") == ["2a", "3a"]
+    assert ids("is_null(year) and is_null(tag)") == ["1a", "1b"] and ids("year == 1 or tag == 'y'") == ["0a", "2b"]
+    with pytest.raises(InputError, match="types that do not join"):
+        catalog.append(["x"], np.zeros((1, 4), np.uint8), {"year": ["soon"]})
+    assert catalog.compact() == 6
+    index = open_index(tmp_path)
+    assert ids("year >= 2") == ["0b", "3a", "3b"] and ids("is_null(year) and is_null(tag)") == ["1a", "1b"]

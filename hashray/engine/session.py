@@ -20,7 +20,8 @@ from hashray.errors import HashrayError, InputError, RunError
 from hashray.progress import say
 
 # A worker must look for objects where the driver does; credentials come from the node, never from here.
-FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
+CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
+FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", *CHECKSUMS)
 API_SERVER, NOBODY = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
 CONNECT_TIMEOUT_S = 10
 LONGEST_TEMP_PATH = 35  # Ray adds some 70 characters to it, and a Unix socket's path ends at 107
@@ -95,6 +96,7 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
+    _spare_checksums()
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if address := os.environ.get("RAY_ADDRESS"):
@@ -152,6 +154,7 @@ def start_local(**options: Any) -> None:
     Ray Train asks the dashboard whether its controller is alive. Where there is none, the question looks 40 s for an
     address, and every training waits 12 s of them at its end. An address at which nothing listens answers at once.
     """
+    _spare_checksums()
     before = os.environ.get(API_SERVER)
     os.environ.setdefault(API_SERVER, NOBODY)
     try:
@@ -159,6 +162,16 @@ def start_local(**options: Any) -> None:
     finally:
         if before is None:  # Ray's own processes have it now; `ray job submit` from this one would believe it
             del os.environ[API_SERVER]
+
+
+def _spare_checksums() -> None:
+    """Let Arrow's S3 client, which writes Ray Train's checkpoints, send no trailing checksums to servers but Amazon's.
+
+    Ceph RADOS Gateway answers 411 to an upload that has one.
+    """
+    if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        for name in CHECKSUMS:
+            os.environ.setdefault(name, "when_required")
 
 
 def keep_memory() -> None:

@@ -19,7 +19,6 @@ of two buckets (4 million codes each), and its pairs; the last, some 80 bytes a 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -96,12 +95,15 @@ def find_duplicates(config: DuplicatesConfig, draw: Draw) -> Manifest:
         draw: makes the pages (plain name -> bytes) of the corpus, the table of groups and the summary.
 
     Raises:
-        InputError: no index or corpus there, a corpus of other images, or more than `max_pairs` pairs.
+        InputError: no index or corpus there, a corpus of other images, `out` is an index, or more than `max_pairs`
+            pairs.
         CorruptArtifact: a file of the index is missing or is not what was published.
         AlreadyExists: `out` holds duplicates of another index or of another configuration.
     """
     source, store = open_store(config.index), open_store(config.out)
     index = artifact.load_manifest(source, "index")
+    if artifact.is_finished(store, artifact.version_key(1)):
+        raise InputError(f"--out {store.url} is an index: duplicates need a folder that is no artifact")
     corpus = None if config.corpus is None else open_corpus(config.corpus)
     settings = config.model_dump(mode="json", exclude={"index", "out", "corpus", "pool"})
     parents = {"index": index.id} | ({} if corpus is None else {"corpus": corpus.manifest.id})
@@ -161,7 +163,7 @@ class _Search:
     def _density(self, blocks: Sequence[Written]) -> Density:
         """Distances in a sample of one bucket: a hash drew its codes from all."""
         largest = max(blocks, key=lambda block: block.count)
-        codes = DistinctCodes.from_bytes(artifact.read_file(self.store, largest.files[0])).codes
+        codes = _read_array(self.store, largest.files[1])
         rng = np.random.default_rng(self.config.seed)
         sample = codes[np.sort(rng.choice(len(codes), min(SAMPLE, len(codes)), replace=False, shuffle=False))]
         most = max(largest_radius(int(self.index.info["num_bits"])), self.config.within or 0)
@@ -204,7 +206,7 @@ class _Search:
         both = [(i, j) for i in range(len(blocks)) for j in range(i, len(blocks))]
         jobs, sizes, most = {}, {}, self.config.max_pairs
         for number, (i, j) in enumerate(both):
-            files = [blocks[n].files[0] for n in sorted({i, j})]
+            files = [blocks[n].files[1] for n in sorted({i, j})]
             jobs[number] = (self.store, files, (i, j), within, most)
             sizes[number] = blocks[i].count + (blocks[j].count if j > i else 0)
         pairs = list[Written]()
@@ -298,8 +300,10 @@ def _merge(store: Store, files: Sequence[FileRecord], key: str, advance: Callabl
         parts.append(DistinctCodes.from_bytes(artifact.read_file(store, file)))
         advance(len(parts[-1].rows))
     merged = merge_distinct(parts)
-    written = artifact.write_file(store, f"{key}.npy", merged.to_bytes(), rows=len(merged.rows))
-    return Written(files=(written,), count=len(merged.codes))
+    whole = artifact.write_file(store, f"{key}.npy", merged.to_bytes(), rows=len(merged.rows))
+    # The codes once more by themselves: they are all that the many tasks of pairs read.
+    alone = artifact.write_file(store, f"{key}-codes.npy", _array_bytes(merged.codes), rows=len(merged.codes))
+    return Written(files=(whole, alone), count=len(merged.codes))
 
 
 def _pairs(
@@ -307,15 +311,14 @@ def _pairs(
     advance: Callable[[int], None],
 ) -> Written:  # fmt: skip
     """The pairs between two buckets, or inside one: files of (left, right, distance), codes by bucket and place."""
-    left, *others = (DistinctCodes.from_bytes(artifact.read_file(store, file)).codes for file in files)
+    left, *others = (_read_array(store, file) for file in files)
     written, count = list[FileRecord](), 0
     for pairs in pairs_within(left, within, others[0] if others else None):
         columns = np.empty((3, len(pairs)), np.int64)
         columns[0], columns[1] = pairs.left | (numbers[0] << PLACE_BITS), pairs.right | (numbers[1] << PLACE_BITS)
         columns[2] = pairs.distance
-        sink = io.BytesIO()
-        np.save(sink, columns, allow_pickle=False)
-        written.append(artifact.write_file(store, f"{key}-{len(written):06d}.npy", sink.getvalue(), rows=len(pairs)))
+        name = f"{key}-{len(written):06d}.npy"
+        written.append(artifact.write_file(store, name, _array_bytes(columns), rows=len(pairs)))
         count += len(pairs)
         if count > most:  # the driver stops here, too
             break
@@ -330,6 +333,11 @@ def _group(
     return write_tables(store, link(source, store, links, opened, advance), keep)
 
 
-def summary_of(manifest: Manifest, store: Store) -> dict[str, Any]:
-    """What summary.json of a finished report says."""
-    return json.loads(artifact.read_file(store, manifest.record("summary.json")))
+def _array_bytes(array: NDArray[Any]) -> bytes:
+    sink = io.BytesIO()
+    np.save(sink, array, allow_pickle=False)
+    return sink.getvalue()
+
+
+def _read_array(store: Store, file: FileRecord) -> NDArray[Any]:
+    return np.load(io.BytesIO(artifact.read_file(store, file)), allow_pickle=False)

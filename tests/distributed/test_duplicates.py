@@ -137,6 +137,8 @@ def test_a_corpus_gives_leaks_and_thumbnails(tmp_path):
     wrong = config.model_copy(update={"index": alien, "out": str(tmp_path / "wrong")})
     with pytest.raises(InputError, match=r"corpus holds none of the 3\d\d rows with duplicates: give the corpus"):
         duplicates(wrong)
+    with pytest.raises(InputError, match="is an index: duplicates need a folder that is no artifact"):
+        duplicates(config.model_copy(update={"out": index}))
     with pytest.raises(AlreadyExists, match="holds a finished duplicates"):
         duplicates(config.model_copy(update={"keep": "best"}))
 

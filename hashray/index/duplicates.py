@@ -26,6 +26,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import tyro
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from hashray import __version__, artifact

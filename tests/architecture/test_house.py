@@ -55,6 +55,7 @@ def test_every_job_is_its_command(
         runpy.run_path(str(ROOT / "jobs" / job), run_name="__main__")
     assert stopped.value.code == 0
     names = {f"{verb}_index.py": f"index {verb}" for verb in ("build", "append", "compact")}
+    names["duplicates.py"] = "index duplicates"
     name = "train" if job.startswith("train_") else names.get(job, job.removesuffix(".py"))
     assert f"usage: hashray {name} " in capsys.readouterr().out
 

@@ -72,7 +72,7 @@ def main() -> None:
 
 def _config(given: argparse.Namespace, frozen: bool, trials: int, features: str | None) -> SweepConfig:
     table = {
-        "method": {"kind": "adalabelhash", "num_bits": 32, "margin_ratio": 0.5},
+        "method": {"kind": "adalabelhash", "num_bits": 32, "label_loss": "hinge", "codeword_init": "spread"},
         "backbone": {"name": "mobilenet_v2", "weights": given.weights, "image_size": given.image_size,
                      "frozen": frozen, "frozen_norms": not frozen},
         "epochs": given.epochs, "batch_size": 256, "validation_rows": 500, "features": features,

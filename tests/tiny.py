@@ -147,7 +147,7 @@ def write_trunk(path: Path) -> None:
 def head_config(weights: Path) -> dict[str, Any]:
     """A training of a head on the trunk with these weights."""
     return {
-        "method": {"kind": "adalabelhash", "num_bits": 16},
+        "method": {"kind": "adalabelhash", "num_bits": 16, "label_loss": "hinge", "codeword_init": "spread"},
         "backbone": {**BACKBONE, "frozen": True, "weights": str(weights)},
         "optim": {"lr": 3e-3}, "epochs": 4, "batch_size": 8, "cpus_per_worker": 0.5,
     }  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hashray.codes import Codes
 from hashray.methods.backbone import Trunk
 from hashray.methods.base import LabelTable, Method, ParameterGroup, Phase, Term, WorkerGroup
-from hashray.methods.codewords import CodewordConfig, CodewordInit, Codewords
+from hashray.methods.codewords import CodewordConfig, Codewords
 from hashray.methods.losses import (
     Quantization,
     adaptive_margin,
@@ -40,20 +40,11 @@ class AdaLabelHashConfig(CodewordConfig):
     presets = PRESETS
     kind: Literal["adalabelhash"] = "adalabelhash"
     preset: Literal["hashray", "paper", "released"] = Field("hashray", description="Values for every unset field")
-    label_loss: Literal["softmax", "hinge"] = Field(
-        "hinge",
-        description="Loss of the labels: Eq. 1's margin to the hardest negative class, or softmax over codewords",
-    )
-    codeword_init: CodewordInit = Field(
-        "spread",
-        description="First codewords: spread far apart; semantic, by the mean feature of each class; or uniform near 0"
-        " as in the released code",
-    )
     margin_ratio: float | None = Field(
         0.5,
         gt=0,
         le=1,
-        description="Margin as a share of num_bits; None: 1 / num_bits, which is the paper's margin of 1",
+        description="Margin of the hinge as a share of num_bits; None: 1 / num_bits, which is the paper's margin of 1",
     )
     negative_floor: Literal["zero", "strict"] = Field(
         "zero",

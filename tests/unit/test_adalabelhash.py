@@ -12,7 +12,7 @@ from hashray.methods.losses import adaptive_margin
 from hashray.train.loop import build_optimizer
 from tests.unit.worker_group import build, config_of, make_rows, run_loop
 
-METHOD = {"kind": "adalabelhash"}
+METHOD = {"kind": "adalabelhash", "label_loss": "hinge", "codeword_init": "spread"}
 
 
 def method_of(**fields: object) -> AdaLabelHash:
@@ -28,6 +28,18 @@ def test_the_margin_of_the_paper_is_one_at_every_code_length() -> None:
     paper = AdaLabelHashConfig(preset="paper")
     assert (paper.negative_floor, paper.quantization, paper.codeword_lr_factor) == ("zero", "none", 1.0)
     assert AdaLabelHashConfig(preset="paper", quantization="l2").quantization == "l2"
+
+
+def test_defaults_learn_by_softmax_and_the_presets_of_the_paper_by_its_hinge() -> None:
+    default = AdaLabelHashConfig()
+    assert (default.label_loss, default.codeword_init) == ("softmax", "semantic")
+    for name in ("paper", "released"):
+        preset = AdaLabelHashConfig.model_validate({"preset": name})
+        assert (preset.label_loss, preset.codeword_init) == ("hinge", "uniform")
+    method = build(config_of(method={"kind": "adalabelhash"}), torch.float64)
+    features, labels, _ = make_rows(12)
+    inputs, targets = torch.as_tensor(features), torch.as_tensor(labels)
+    assert set(method.loss_terms(method.phases(1)[0], inputs, targets, torch.ones(12))) == {"softmax", "quantization"}
 
 
 def test_the_loss_is_eq_1_on_the_relaxed_codes_over_the_positive_entries() -> None:

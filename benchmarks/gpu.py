@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from hashray.codes import binarize
+from hashray.index.shard import Shard
 from hashray.methods import build_method, parse_method_config
 from hashray.methods.backbone import BackboneConfig, build_trunk
 from hashray.methods.base import LabelTable, Method
@@ -84,16 +85,14 @@ def encoded(
 
 
 def searched(database: NDArray[np.uint8], queries: NDArray[np.uint8], device: str) -> tuple[Any, float]:
-    """Distances int32 [q, k] of the nearest rows, and seconds."""
-    index: Any = faiss.IndexBinaryFlat(NUM_BITS)
-    if device == "cuda":
-        if not getattr(faiss, "get_num_gpus", lambda: 0)():
-            return None, float("nan")  # a FAISS without GPUs beside a torch with them
-        index = faiss.GpuIndexBinaryFlat(faiss.StandardGpuResources(), NUM_BITS)
+    """Distances and positions [2, q, k] of the nearest rows of a shard, ties in order, and seconds."""
+    if device == "cuda" and not getattr(faiss, "get_num_gpus", lambda: 0)():
+        return None, float("nan")  # a FAISS without GPUs beside a torch with them
+    index = faiss.IndexBinaryFlat(NUM_BITS)
     index.add(database)
-    answer: list[Any] = []
-    seconds = timed(device, lambda: answer.append(index.search(queries, K)[0]))
-    return answer[-1], seconds
+    shard, answer = Shard(index, "flat", NUM_BITS, gpu=device == "cuda"), list[Any]()
+    seconds = timed(device, lambda: answer.append(shard.search(queries, K)))
+    return np.stack(answer[-1]), seconds
 
 
 def timed(device: str, run: Callable[[], Any]) -> float:

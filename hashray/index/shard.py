@@ -25,6 +25,7 @@ from hashray.artifact.bitmap import Bitmap
 from hashray.codes import Codes, as_codes, check_num_bits, pad_width
 from hashray.errors import ConfigError, CorruptArtifact, InputError, perhaps
 from hashray.index.attributes import attributes_bytes
+from hashray.index.gpu import GpuCodes
 from hashray.index.ids import check_unique, ids_bytes
 from hashray.index.version import Folder, ShardRecord, write_content
 from hashray.storage import Store
@@ -150,8 +151,9 @@ def build_shard(codes: Codes, kind: str, quantizer: bytes | None = None) -> byte
 class Shard:
     """An open shard. Searches from any number of threads; each uses the one thread that calls."""
 
-    def __init__(self, index: Any, kind: str, num_bits: int, nprobe: int | None = None) -> None:
+    def __init__(self, index: Any, kind: str, num_bits: int, nprobe: int | None = None, gpu: bool = False) -> None:
         self._index, self.kind, self.num_bits = index, kind, num_bits
+        self._gpu = GpuCodes(index) if gpu else None
         self.rows = int(index.ntotal)
         self._few: WeakKeyDictionary[Bitmap, Any] = WeakKeyDictionary()  # the codes of few allowed rows, as an index
         if kind == "ivf":
@@ -179,7 +181,7 @@ class Shard:
             if self.kind == "ivf":
                 return self._search_lists(queries, k, allowed)
             if allowed is None:
-                return _nearest(self._index, queries, k)
+                return self._nearest(queries, k)
             if allowed.count <= self.rows * FEW:
                 return self._search_few(queries, k, allowed)
             return self._search_most(queries, k, allowed)
@@ -225,6 +227,15 @@ class Shard:
         width = self._index.d // 8
         return np.ascontiguousarray(codes if codes.shape[1] == width else pad_width(codes, width))
 
+    def _nearest(self, queries: Codes, k: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The k nearest of all rows of a flat shard: from the GPU, where its answer is sure."""
+        if self._gpu is None:
+            return _nearest(self._index, queries, k)
+        distances, positions, sure = self._gpu.search(queries, k)
+        if not sure.all():
+            distances[~sure], positions[~sure] = _nearest(self._index, queries[~sure], k)
+        return distances, positions
+
     def _search_few(self, queries: Codes, k: int, allowed: Bitmap) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Search the codes of the allowed rows alone, copied out of the shard once."""
         if (kept := self._few.get(allowed)) is None:
@@ -241,7 +252,7 @@ class Shard:
         left, number = np.arange(len(queries)), k + MORE + 2 * k * (self.rows - allowed.count) // allowed.count
         for _ in range(ROUNDS):
             number = min(number, self.rows)
-            near, places = _nearest(self._index, queries[left], number)
+            near, places = self._nearest(queries[left], number)
             kept = allowed.contains(places)
             enough = (kept.sum(1) >= k) | (number == self.rows)
             first = np.argsort(~kept, axis=1, kind="stable")[:, :k]
@@ -312,8 +323,13 @@ def _view(pointer: Any, rows: int, width: int) -> Codes:
     return faiss.rev_swig_ptr(pointer, rows * width).reshape(rows, width)
 
 
-def open_shard(path: str | Path, kind: str, num_bits: int, rows: int, nprobe: int | None = None) -> Shard:
+def open_shard(
+    path: str | Path, kind: str, num_bits: int, rows: int, nprobe: int | None = None, gpu: bool = False
+) -> Shard:
     """Open a shard's file, whose sha256 the caller has verified, mapped into memory: its pages load when used.
+
+    Args:
+        gpu: copy the codes of a flat shard to the GPU, and search there.
 
     Raises:
         CorruptArtifact: FAISS cannot read it, or it does not hold `rows` codes of this width.
@@ -329,7 +345,7 @@ def open_shard(path: str | Path, kind: str, num_bits: int, rows: int, nprobe: in
             f"{path} holds {index.ntotal:,} codes of {index.d} bits, "
             f"its version says {rows:,} of {shard_bits(num_bits)}"
         )
-    return Shard(index, kind, num_bits, nprobe if kind == "ivf" else None)
+    return Shard(index, kind, num_bits, nprobe if kind == "ivf" else None, gpu)
 
 
 def write_shard(

@@ -27,12 +27,13 @@ class SearchConfig(Config):
     within: int | None = Field(None, ge=0, description="All rows up to this distance in bits, instead of k")
     where: str | None = Field(None, description="Only rows for which this is true, such as \"class == 'cat'\"")
     version: int | None = Field(None, ge=1, description="Version of the index; unset: the newest")
+    gpu: bool = Field(False, description="Search a flat index on the GPU, with the same answers")
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="Print JSON")
 
 
 def search(config: SearchConfig) -> None:
     """Encode the images with the model and print each one's nearest rows."""
-    index, model = open_index(config.index, version=config.version), load_model(config.model)
+    index, model = open_index(config.index, version=config.version, gpu=config.gpu), load_model(config.model)
     images = []
     for path in config.image:
         try:

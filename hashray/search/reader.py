@@ -29,6 +29,7 @@ from hashray.codes import Codes, as_codes
 from hashray.errors import CorruptArtifact, InputError, MismatchError
 from hashray.index.attributes import completed, joined_schema, open_attributes
 from hashray.index.filters import Filter
+from hashray.index.gpu import require_gpu
 from hashray.index.ids import MappedIds
 from hashray.index.log import Version, newest, read_version, require_kept
 from hashray.index.shard import Shard, check_kind, open_shard
@@ -232,6 +233,7 @@ def open_index(
     version: int | None = None,
     cache_dir: str | Path | None = None,
     threads: int | None = None,
+    gpu: bool = False,
 ) -> Index:
     """Open an index at its newest version, or at `version`; every byte is verified first.
 
@@ -242,22 +244,29 @@ def open_index(
         cache_dir: where files from S3 are kept; unset: $HASHRAY_CACHE, else ~/.cache/hashray.
         threads: that share a search; unset: as many as OpenMP would take (OMP_NUM_THREADS, which Ray sets to a
             worker's CPUs, else the cores).
+        gpu: search flat shards on the first GPU, with the same answers; each process copies the codes there.
 
     Raises:
         InputError: no index, or no such version, is there. MismatchError: another artifact, or a newer hashray's.
         CorruptArtifact: a file is missing, or is not what was published.
     """
-    return open_version(open_store(url, endpoint_url), version, cache_folder(cache_dir), threads)
+    return open_version(open_store(url, endpoint_url), version, cache_folder(cache_dir), threads, gpu)
 
 
-def open_version(store: Store, version: int | None, cache: Path, threads: int | None = None) -> Index:
+def open_version(
+    store: Store, version: int | None, cache: Path, threads: int | None = None, gpu: bool = False
+) -> Index:
     """Open a version of the index in a store, the newest if None; as `open_index`."""
     if threads is not None and threads < 1:
         raise InputError(f"threads = {threads}: a search needs at least 1")
     head = _read_version(store, version)
+    if gpu:
+        require_gpu()
+        if head.manifest.info["kind"] != "flat":
+            raise InputError(f"{store.url} is an index of kind {head.manifest.info['kind']}: a GPU searches flat ones")
     while True:
         try:
-            return _open(store, head, cache, threads or faiss.omp_get_max_threads())
+            return _open(store, head, cache, threads or faiss.omp_get_max_threads(), gpu)
         except CorruptArtifact:
             last = newest(store)
             if version is None and last.number > head.number:  # garbage collection was faster than this reader
@@ -267,14 +276,14 @@ def open_version(store: Store, version: int | None, cache: Path, threads: int | 
             raise
 
 
-def _open(store: Store, head: Version, cache: Path, threads: int) -> Index:
+def _open(store: Store, head: Version, cache: Path, threads: int, gpu: bool) -> Index:
     info = head.manifest.info
     kind, num_bits, nprobe = check_kind(info["kind"]), int(info["num_bits"]), info["nprobe"]
     files = (*head.manifest.tables, *(file for shard in head.shards for file in shard.files))
     paths = _verified(store, {file.name: file for file in files}, cache)
     pieces = []
     for record in head.shards:
-        shard = open_shard(paths[record.codes.name], kind, num_bits, record.rows, nprobe)
+        shard = open_shard(paths[record.codes.name], kind, num_bits, record.rows, nprobe, gpu)
         dead = record.deleted and Bitmap.from_bytes(
             paths[record.deleted.name].read_bytes(), record.rows, record.deleted.rows or 0, record.deleted.name
         )

@@ -87,7 +87,8 @@ def import_index(config: ImportConfig) -> None:
         fingerprint = None if config.model is None else artifact.load_manifest(config.model, "model").fingerprint
         manifest = index_manifest(num_bits, shards, config={"source": config.source}, fingerprint=fingerprint)
         artifact.publish(store, write_tables(store, manifest, None), version_key(1))
-        say(f"{config.out}: {manifest.rows_out:,} rows of {num_bits} bits in {len(shards)} flat shards, version 1")
+        noun = "shard" if len(shards) == 1 else "shards"
+        say(f"{config.out}: {manifest.rows_out:,} rows of {num_bits} bits in {len(shards)} flat {noun}, version 1")
 
 
 def _large(batches: Iterator[Batch]) -> Iterator[Batch]:

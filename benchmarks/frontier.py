@@ -50,10 +50,13 @@ def verdict(about: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> s
         within, cross = (100 * statistics.fmean(a[i] - b[i] for a, b in pairs) for i in (0, 1))
         parts = [(f"{cross:+.1f} points across", cross >= target["cross"])]
         for name in target["above"]:
-            lead = 100 * statistics.fmean(
-                score[1] - rows[name][split, 0][1] for (split, _), score in rows[ours].items()
-            )
-            parts.append((f"{lead:+.1f} over {name} across", lead > 0))
+            leads: dict[int, list[float]] = {}
+            for (split, _), score in rows[ours].items():
+                leads.setdefault(split, []).append(100 * (score[1] - rows[name][split, 0][1]))
+            lead = statistics.fmean(value for values in leads.values() for value in values)
+            below = [str(split) for split, values in sorted(leads.items()) if statistics.fmean(values) <= 0]
+            beside = f", but not on split {' and '.join(below)}" if below else ""
+            parts.append((f"{lead:+.1f} over {name} across{beside}", lead > 0))
         parts.append((f"{within:+.1f} within", within >= -target["within"]))
         texts.append(
             f"At {bits} bits: " + ", ".join(f"{text} ({'kept' if kept else 'missed'})" for text, kept in parts)

@@ -174,11 +174,14 @@ def test_a_target_is_judged_by_differences_seed_by_seed() -> None:
     ours = [split_entry("a", 0, 0.68, 0.24, itq=0.26), split_entry("a", 1, 0.56, 0.35, itq=0.30)]
     text = results.frontier.verdict({**ABOUT, "target": TARGET}, [*ours, *plain])
     assert text == (
-        "The target. At 32 bits: +4.5 points across (kept), +1.5 over itq across (kept), -3.0 within (kept)."
+        "The target. At 32 bits: +4.5 points across (kept), +1.5 over itq across, but not on split 0 (kept), "
+        "-3.0 within (kept)."
     )
     worse = [split_entry("a", 0, 0.66, 0.24, itq=0.28), split_entry("a", 1, 0.56, 0.31, itq=0.30)]
     text = results.frontier.verdict({**ABOUT, "target": TARGET}, [*worse, *plain])
-    assert "+2.5 points across (missed), -1.5 over itq across (missed), -4.0 within (missed)" in text
+    assert (
+        "+2.5 points across (missed), -1.5 over itq across, but not on split 0 (missed), -4.0 within (missed)" in text
+    )
 
 
 def test_a_figure_is_stale_once_a_number_changes(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def as_attributes(attributes: pa.Table | Mapping[str, Any] | None, rows: int) ->
         return None
     try:
         table = attributes if isinstance(attributes, pa.Table) else pa.table(dict(attributes))
+        table[:0].take(pa.array([], pa.int64()))  # rows of some types cannot be sorted, run-end encoded ones for one
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise InputError(f"the attributes are no columns for Arrow: {error}") from error
     names = table.column_names
@@ -86,14 +87,25 @@ def merge_attributes(tables: list[pa.Table | None], rows: list[int]) -> pa.Table
 
 
 def completed(table: pa.Table | None, rows: int, schema: pa.Schema) -> pa.Table:
-    """The attributes of `rows` rows with all columns of a schema; null where there is none."""
+    """The attributes of `rows` rows with all columns of a schema; null where there is none.
+
+    Raises:
+        InputError: a value does not fit the column's type, such as 2**60 + 1 in one of floats.
+    """
     there = pa.table({}) if table is None else table
-    columns = {
-        field.name: there.column(field.name).cast(field.type)
-        if field.name in there.column_names
-        else pa.nulls(rows, field.type)
-        for field in schema
-    }
+    columns: dict[str, Any] = {}
+    for field in schema:
+        name = field.name
+        try:
+            columns[name] = (
+                there.column(name).cast(field.type) if name in there.column_names else pa.nulls(rows, field.type)
+            )
+        except pa.ArrowException as error:
+            kind = there.column(name).type
+            raise InputError(
+                f"attribute {name!r} is {kind} in some rows and needs {field.type} for others, which does not hold "
+                f"all values: {error}. Append it with one type"
+            ) from error
     return pa.table(columns, schema=schema)
 
 

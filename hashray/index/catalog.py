@@ -20,7 +20,7 @@ from hashray.codes import Codes, as_codes, check_num_bits
 from hashray.errors import AlreadyExists, InputError, MismatchError
 from hashray.index import compact, garbage
 from hashray.index.attributes import as_attributes
-from hashray.index.ids import one_array
+from hashray.index.ids import check_unique, one_array
 from hashray.index.log import Change, Version, carried, commit, history, newest, read_version, require_kept
 from hashray.index.rows import Places, check_living, require_joining, with_deleted
 from hashray.index.shard import ROWS_PER_SHARD, write_shard
@@ -77,6 +77,7 @@ class Catalog:
         check_fits(newest(self.store), matrix.shape[1] * 8, getattr(codes, "fingerprint", None))
         order = pc.sort_indices(names)
         names, matrix = names.take(order), matrix[order.to_numpy()]
+        check_unique(names)  # here: two equal ids may be the last of a shard and the first of the next
         table = None if table is None else table.take(order)
         content = [sha256_hex(matrix), *(sha256_hex(b) for b in names.buffers() if b is not None)]
         arguments = {"content": content, "replace": replace, "attributes": None if table is None else _digest(table)}
@@ -246,7 +247,7 @@ def as_ids(ids: Iterable[str] | pa.Array | pa.ChunkedArray) -> pa.Array:
         array = one_array(ids) if isinstance(ids, pa.ChunkedArray) else ids
         array = array if isinstance(array, pa.Array) else pa.array([*ids], pa.string())
         array = array if array.type in (pa.string(), pa.large_string()) else array.cast(pa.string())
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, UnicodeError) as error:
         raise InputError(f"ids are text, one for each row: {error}") from error
     if array.null_count:
         raise InputError(f"{array.null_count:,} ids are null; every row needs one")

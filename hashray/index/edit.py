@@ -26,7 +26,7 @@ from hashray.index import garbage
 from hashray.index.catalog import GRACE_S, KEEP, Catalog, check_fits, open_catalog
 from hashray.index.compact import Joined, join_group
 from hashray.index.described import describe_codes
-from hashray.index.log import Version, newest, read_version
+from hashray.index.log import Version, change_of, newest, read_version
 from hashray.index.rows import open_ids
 from hashray.index.shard import ROWS_PER_SHARD
 from hashray.index.shards import SHORT_ROWS, ShardBuild
@@ -136,10 +136,10 @@ def _appended(catalog: Catalog, codes: str) -> int | None:
     """The version that appended some codes, if it is one of the newest, and none since has taken rows away."""
     last = newest(catalog.store).number
     for number in range(last, max(0, last - LOOK_BACK), -1):
-        change = read_version(catalog.store, number).manifest.info.get("change", {})
+        change = change_of(catalog.store, number)
         if change.get("codes") == codes:
             return number
-        if change.get("operation") not in ("append", "compact", "gc"):
+        if change.get("operation") not in ("append", "compact", "gc") or change.get("deleted"):
             return None
     return None
 

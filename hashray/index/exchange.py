@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import importlib
 import io
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,11 @@ from hashray.errors import InputError
 from hashray.storage import open_store, split_url
 
 ROWS_AT_ONCE = 1 << 18
+# What the readers raise of files that hold something else, or half of it.
+FAULTS = (
+    pa.ArrowException, RuntimeError, ValueError, KeyError, TypeError, OverflowError, EOFError, csv.Error,
+    zipfile.BadZipFile,
+)  # fmt: skip
 BitOrder = Literal["big", "little"]
 
 
@@ -63,7 +69,7 @@ def read_batches(url: str, columns: Columns) -> Iterator[Batch]:
         raise InputError(f"{url}: codes are read from files named {', '.join(f'*.{name}' for name in READERS)}")
     try:
         yield from READERS[ending](url, columns)
-    except (pa.ArrowException, RuntimeError, ValueError, KeyError) as error:
+    except FAULTS as error:
         raise InputError(f"{url} cannot be read as codes: {error}") from error
 
 
@@ -99,8 +105,9 @@ def _read_faiss(url: str, columns: Columns) -> Iterator[Batch]:
     whole: Any = faiss.deserialize_index_binary(np.frombuffer(_whole(url), np.uint8))  # owns what is inside it
     index = whole
     numbers: NDArray[np.int64] | None = None
+    named: NDArray[np.int64] | None = None
     if isinstance(index, faiss.IndexBinaryIDMap | faiss.IndexBinaryIDMap2):
-        numbers, index = faiss.vector_to_array(whole.id_map), faiss.downcast_IndexBinary(index.index)
+        named, index = faiss.vector_to_array(whole.id_map), faiss.downcast_IndexBinary(index.index)
     if isinstance(index, faiss.IndexBinaryIVF):
         lists, width = index.invlists, index.d // 8
         pieces = [
@@ -116,6 +123,8 @@ def _read_faiss(url: str, columns: Columns) -> Iterator[Batch]:
         codes = faiss.vector_to_array(data.xb).reshape(index.ntotal, index.d // 8)
     else:
         raise ValueError(f"{type(index).__name__} is not read: write its codes as IndexBinaryFlat or IndexBinaryIVF")
+    if named is not None:  # by the numbers inside
+        numbers = named if numbers is None else named[numbers]
     ids = numbered(len(codes)) if numbers is None else [f"{number:010d}" for number in numbers.tolist()]
     yield from _in_pieces(ids, codes, columns)
 
@@ -123,7 +132,7 @@ def _read_faiss(url: str, columns: Columns) -> Iterator[Batch]:
 def _read_npz(url: str, columns: Columns) -> Iterator[Batch]:
     with np.load(io.BytesIO(_whole(url)), allow_pickle=False) as arrays:
         codes = _as_matrix(arrays["codes"])
-        ids = arrays["ids"] if "ids" in arrays else numbered(len(codes))
+        ids = _as_names(arrays["ids"]) if "ids" in arrays else numbered(len(codes))
     yield from _in_pieces(ids, codes, columns)
 
 
@@ -132,8 +141,17 @@ def _read_npy(url: str, columns: Columns) -> Iterator[Batch]:
     beside = f"{url.rpartition('.')[0]}.ids.npy"
     folder, name = split_url(beside)
     there = open_store(folder).exists(name)
-    ids = np.load(io.BytesIO(_whole(beside)), allow_pickle=False) if there else numbered(len(codes))
+    ids = _as_names(np.load(io.BytesIO(_whole(beside)), allow_pickle=False)) if there else numbered(len(codes))
     yield from _in_pieces(ids, codes, columns)
+
+
+def _as_names(ids: NDArray[Any]) -> list[str]:
+    """Ids [n] as text: numbers get ten digits, bytes are UTF-8."""
+    if ids.ndim != 1 or ids.dtype.kind not in "iuUS":
+        raise ValueError(f"ids are {ids.dtype} {list(ids.shape)}; expected text or whole numbers [n]")
+    if ids.dtype.kind in "iu":
+        return [f"{number:010d}" for number in ids.tolist()]
+    return [name.decode() if isinstance(name, bytes) else name for name in ids.tolist()]
 
 
 def _as_matrix(codes: NDArray[Any]) -> Codes:
@@ -147,7 +165,7 @@ def _read_text(url: str, columns: Columns) -> Iterator[Batch]:
     rows = csv.reader(io.StringIO(text), delimiter="\t" if "\t" in text[:10_000] else ",")
     ids, codes = list[str](), list[str]()
     for number, row in enumerate(rows, 1):
-        if number == 1 and row and not _is_bits(row[-1]):
+        if number == 1 and len(row) == 2 and row[1].isidentifier():
             continue  # a header
         if len(row) != 2 or not _is_bits(row[1]):
             raise ValueError(f"line {number} is not an id and bits of 0 and 1: {','.join(row)[:80]!r}")
@@ -162,6 +180,8 @@ def _is_bits(text: str) -> bool:
 
 def _of_text(texts: list[str]) -> Codes:
     """Packed codes of texts of 0 and 1, the first bit first."""
+    if wrong := next((text for text in texts if not _is_bits(text)), None):
+        raise ValueError(f"{wrong[:80]!r} is no text of 0 and 1, the bits of a code")
     lengths = {len(text) for text in texts}
     if len(lengths) > 1 or any(length % 8 for length in lengths):
         raise ValueError(f"codes have {' and '.join(map(str, sorted(lengths)))} bits; expected one multiple of 8")
@@ -213,6 +233,8 @@ def _codes_of(column: pa.ChunkedArray) -> Codes:
     if pa.types.is_fixed_size_binary(column.type):
         return bytes_matrix(column)
     if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        if not pa.types.is_integer(kind.value_type):
+            raise ValueError(f"a code column of {kind}; expected lists of bytes, 0 to 255")
         return _as_matrix(np.array(column.to_pylist(), np.uint8).reshape(len(column), -1))
     raise ValueError(f"a code column of {kind}; expected binary, lists of bytes, or text of 0 and 1")
 

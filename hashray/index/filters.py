@@ -79,7 +79,7 @@ class Filter:
                 expression, table = reader.read(self._tree), reader.table
             kept = ds.InMemoryDataset(table).to_table(columns={"kept": expression}).column("kept")
             mask = pc.fill_null(kept.cast(pa.bool_()), False)
-        except (pa.ArrowException, KeyError, TypeError, RecursionError) as error:
+        except (pa.ArrowException, KeyError, TypeError, OverflowError, UnicodeError, RecursionError) as error:
             raise InputError(
                 f"where = {str(self.where)!r} cannot be answered: {error}. Attributes: {_described(table.schema)}"
             ) from error
@@ -142,8 +142,12 @@ class _Reader:
             kind = kind.value_type if _is_list(kind) else kind
             chosen = pa.array([self._value(item, kind).as_py() for item in right.elts], kind)
             inside = self._any(left, lambda values: pc.is_in(values, chosen))
-            inside = self._column(left).isin(chosen) if inside is None else inside
-            return inside if isinstance(op, ast.In) else ~inside
+            if inside is not None:
+                return inside if isinstance(op, ast.In) else ~inside
+            column = self._column(left)
+            inside = column.isin(chosen)
+            # Arrow says of null that it is not in a list: null is not true here, of `not in` neither.
+            return inside if isinstance(op, ast.In) else ~inside & column.is_valid()
         compare = COMPARED.get(type(op))
         if compare is None:
             raise self._refused(left)

@@ -116,14 +116,24 @@ def history(store: Store) -> list[dict[str, Any]]:
     kept = oldest_kept(last.manifest)
 
     def describe(number: int) -> dict[str, Any]:
-        key = version_key(number)
-        manifest = from_bytes(store.read(key), join(store.url, key))
+        manifest = _manifest_alone(store, number)
         change = manifest.info.get("change", {"operation": "build", "added": manifest.rows_out, "deleted": 0})
         facts = {name: value for name, value in change.items() if name != "attempt"}
         return {"version": number, "rows": manifest.rows_out, **facts, "kept": number >= kept}
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         return [*pool.map(describe, range(1, last.number + 1))]
+
+
+def change_of(store: Store, number: int) -> Mapping[str, Any]:
+    """What a version changed, {} for the first: from its manifest alone, since its files may be gone."""
+    change: Mapping[str, Any] = _manifest_alone(store, number).info.get("change", {})
+    return change
+
+
+def _manifest_alone(store: Store, number: int) -> Manifest:
+    key = version_key(number)
+    return from_bytes(store.read(key), join(store.url, key))
 
 
 def commit(

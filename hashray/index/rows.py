@@ -16,7 +16,7 @@ from hashray.artifact import read_file
 from hashray.artifact.bitmap import Bitmap
 from hashray.codes import Codes
 from hashray.errors import InputError
-from hashray.index.attributes import joined_schema, open_attributes
+from hashray.index.attributes import completed, joined_schema, open_attributes
 from hashray.index.ids import MappedIds, find
 from hashray.index.log import Version
 from hashray.index.shard import open_shard
@@ -53,13 +53,20 @@ def attributes_of(store: Store, shard: ShardRecord, cache: Path) -> pa.Table | N
 
 
 def require_joining(store: Store, shards: Iterable[ShardRecord], new: Iterable[ShardRecord], cache: Path) -> None:
-    """Raise InputError where attributes of one name have types that a compaction could not join."""
-    kinds = [record.attributes.info["columns"] for record in new if record.attributes is not None]
-    for shard in shards:
-        there = shard.attributes.info["columns"] if shard.attributes is not None else {}
-        for record, kind in zip((r for r in new if r.attributes is not None), kinds, strict=True):
-            if any(kind.get(name, type_) != type_ for name, type_ in there.items()):
-                joined_schema([attributes_of(store, shard, cache), attributes_of(store, record, cache)])
+    """Raise InputError where attributes of one name have types, or values, that a compaction could not join."""
+    there, added = ([shard for shard in some if shard.attributes is not None] for some in (shards, new))
+    types: dict[str, set[str]] = {}
+    for shard in (*there, *added):
+        for name, kind in shard.attributes.info["columns"].items() if shard.attributes else ():
+            types.setdefault(name, set()).add(kind)
+    if not added or all(len(kinds) == 1 for kinds in types.values()):
+        return
+    old, new_tables = ([attributes_of(store, shard, cache) for shard in some] for some in (there, added))
+    before, after = joined_schema(old), joined_schema([*old, *new_tables])
+    wider = any(after.field(field.name).type != field.type for field in before)
+    for table in (*new_tables, *(old if wider else ())):
+        assert table is not None
+        completed(table, len(table), after)
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ def export_index(config: ExportConfig) -> None:
                 path = Path(work, name)
                 tables = [attributes_of(store, shard, cache) for shard in head.shards]
                 schema = joined_schema(tables)
+                _require_other_names(schema, config.index)
                 _write_parquet(path, _living(store, cache, head, bar), int(info["num_bits"]), schema)
                 target.upload(name, path)
             else:
@@ -157,6 +158,15 @@ def _living(store: Store, cache: Path, head: Version, bar: Bar) -> Iterator[Batc
         ids = open_ids(store, record, cache).array.take(places)
         yield Batch(ids, rows.codes, None if table is None else table.take(places))
         bar.add(len(ids))
+
+
+def _require_other_names(attributes: pa.Schema, index: str) -> None:
+    taken = [name for name in attributes.names if name in ("id", "code")]
+    if taken:
+        raise InputError(
+            f"{index} has an attribute named {taken[0]!r}, which is a column of its own in a Parquet file: export to "
+            "*.faiss, or make the index again with another name for it"
+        )
 
 
 def _write_parquet(path: Path, batches: Iterator[Batch], num_bits: int, attributes: pa.Schema) -> None:

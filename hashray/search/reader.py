@@ -8,6 +8,8 @@ mapped, not read: a search touches all codes (of the lists probed), and the ids 
 
 from __future__ import annotations
 
+import operator
+import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +68,9 @@ class Index:
         self.manifest, self.version, self.threads = manifest, version, threads
         self.pieces = pieces
         self._ascending = ascending
-        self._filtered: OrderedDict[str, list[Bitmap]] = OrderedDict()  # the rows of the filters that were asked last
+        self._filtered: OrderedDict[str | bytes, list[Bitmap]] = (
+            OrderedDict()
+        )  # the rows of the filters that were asked last
         self._pool = ThreadPoolExecutor(threads, "hashray-search") if threads > 1 else None
 
     @property
@@ -108,6 +112,7 @@ class Index:
                 be answered.
         """
         self._check(codes)
+        k = _whole(k, "k")
         if k < 1:
             raise InputError(f"k = {k}: ask for at least 1 neighbour")
         queries, allowed = as_codes(codes), self._allowed(where)
@@ -142,6 +147,7 @@ class Index:
             As `search`; InputError: `distance` is negative.
         """
         self._check(codes)
+        distance = _whole(distance, "distance")
         if distance < 0:
             raise InputError(f"distance = {distance}: ask for 0 bits or more")
         queries, allowed = as_codes(codes), self._allowed(where)
@@ -164,7 +170,8 @@ class Index:
         """The rows of each shard to search among."""
         if where is None:
             return [piece.living for piece in self.pieces]
-        key = str(where) if isinstance(where, str) else f"expression {where}"
+        # Not the text of an expression: Arrow leaves out the middle of long lists.
+        key = where if isinstance(where, str) else pickle.dumps(where)
         if (rows := self._filtered.get(key)) is None:
             chosen = Filter(where)
             schema = joined_schema([piece.attributes for piece in self.pieces])
@@ -225,6 +232,14 @@ class Index:
             if end > start:
                 out[order[start:end]] = np.array(piece.ids.take(positions[order[start:end]]), dtype=object)
         return out
+
+
+def _whole(number: Any, name: str) -> int:
+    """A number of any integer type, NumPy's too, as an int."""
+    try:
+        return operator.index(number)
+    except TypeError as error:
+        raise InputError(f"{name} = {number!r}: expected a whole number") from error
 
 
 def open_index(

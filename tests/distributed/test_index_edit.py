@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from test_index_build import check_answers, draw, write_codes
 from tiny import CLASSES, files_of, write_corpus, write_tiny_model
 
 from hashray import artifact, open_catalog, open_index
+from hashray.artifact import versions
 from hashray.cli import main
 from hashray.encode.codes import EncodeConfig, encode
 from hashray.engine.session import WorkersConfig
@@ -67,6 +69,30 @@ def test_an_append_that_is_run_again(tmp_path, capsys):
     edit.append(config.model_copy(update={"replace": True}))
     assert open_index(url).rows == 900 and artifact.verify(url) == []
     check_answers(url, ids, codes)
+
+
+def test_an_append_after_a_garbage_collection(tmp_path):
+    """A rerun is looked for in the manifests of versions whose files are gone."""
+    url, _, codes = built(tmp_path)
+    catalog = open_catalog(url)
+    for number in range(4):
+        catalog.append([f"x{number}"], codes[:1])
+    table = artifact.load_manifest(url, "index", artifact.version_key(3)).tables[-1].name
+    catalog.gc(keep=1, grace_s=0)
+    assert not catalog.store.exists(table)
+    for kept in (sys.modules["hashray.artifact.publish"]._records, versions._parsed):  # as in a new process
+        kept.cache_clear()
+    edit.append(AppendConfig(index=url, codes=str(tmp_path / "more"), pool=RAY["never"]))
+    assert catalog.version == 7 and open_index(url).rows == 904
+
+
+def test_codes_whose_rows_were_replaced_are_not_there(tmp_path):
+    url, ids, codes = built(tmp_path)
+    config = AppendConfig(index=url, codes=str(tmp_path / "more"), pool=RAY["never"])
+    edit.append(config)
+    open_catalog(url).append(ids[650:660], codes[:10], replace=True)
+    with pytest.raises(InputError, match="of the ids are in the index already"):
+        edit.append(config)
 
 
 def test_codes_that_do_not_fit(tmp_path):

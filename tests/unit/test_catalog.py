@@ -247,3 +247,47 @@ def test_an_interrupted_verify_goes_on(catalog, monkeypatch, tmp_path):
     assert len(looked) == len(artifact.load_manifest(catalog.store).stored) + 1  # one of them twice
     looked[:] = ["", "", ""]
     assert artifact.verify(catalog.store) == [] and len(looked) > 5
+
+
+def test_an_id_twice_where_a_shard_ends(catalog, monkeypatch):
+    monkeypatch.setattr("hashray.index.catalog.ROWS_PER_SHARD", 2)
+    with pytest.raises(InputError, match="1 ids stand in more than one row, the first 'b'"):
+        catalog.append(["a", "b", "b", "c"], codes_of(4))
+    assert catalog.version == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "others"),
+    [
+        ([2**60 + 1], [0.5]),
+        ([0.5], [2**60 + 1]),
+        ([-5], pa.array([2**63 + 5], pa.uint64())),
+        (pa.array([2**40], pa.timestamp("s")), pa.array([5], pa.timestamp("ns"))),
+    ],
+)
+def test_values_that_no_type_holds_are_refused_before_they_are_there(tmp_path, values, others):
+    catalog = create_index(str(tmp_path / "index"), 32)
+    catalog.append(["a"], codes_of(1), {"x": values})
+    with pytest.raises(InputError, match=r"attribute 'x' is .* in some rows and needs"):
+        catalog.append(["b"], codes_of(1), {"x": others})
+    catalog.append(["b"], codes_of(1), {"x": values})
+    assert open_index(catalog.store.url).search(codes_of(1), 3, "is_valid(x)")[0].tolist() == [["a", "b", None]]
+    assert catalog.compact() == 4
+
+
+def test_a_third_type_is_held_against_all_rows(tmp_path):
+    catalog = create_index(str(tmp_path / "index"), 32)
+    catalog.append(["a"], codes_of(1), {"x": pa.array([1], pa.int32())})
+    catalog.append(["b"], codes_of(1), {"x": [2**60 + 1]})
+    with pytest.raises(InputError, match="attribute 'x' is int64 in some rows and needs double"):
+        catalog.append(["c"], codes_of(1), {"x": pa.array([0.5], pa.float32())})
+    assert catalog.append(["c"], codes_of(1), {"x": pa.array([5], pa.int8())}) == 4 and catalog.compact() == 5
+
+
+def test_ids_and_attributes_that_arrow_cannot_hold(catalog):
+    for call in (lambda: catalog.append(["\ud800"], codes_of(1)), lambda: catalog.delete(["\ud800"])):
+        with pytest.raises(InputError, match="ids are text"):
+            call()
+    runs = pa.RunEndEncodedArray.from_arrays([1], ["a"])
+    with pytest.raises(InputError, match="the attributes are no columns"):
+        catalog.append(["x"], codes_of(1), {"x": runs})

@@ -55,6 +55,8 @@ TABLE = pa.Table.from_pylist(ROWS, SCHEMA)
         ("contains(path, '.jpg') & (score > 0.1)", [0]),
         ("is_null(year) or is_valid(score) and score > 1", [2, 3]),
         ("year in (2023, 2025)", [1, 3]),
+        ("year not in (2023, 2025)", [0]),
+        ("not year in (2023, 2025)", [0, 2]),
         ("field('year') == 2023", [3]),
         ("pc.field('year') > field('score')", [0, 3]),
         ("good", [0, 3]),
@@ -159,3 +161,33 @@ def test_rows_without_an_attribute_have_null(tmp_path):
     assert catalog.compact() == 6
     index = open_index(tmp_path)
     assert ids("year >= 2") == ["0b", "3a", "3b"] and ids("is_null(year) and is_null(tag)") == ["1a", "1b"]
+
+
+def test_long_lists_that_look_the_same_are_different_filters(tmp_path):
+    catalog = create_index(str(tmp_path / "index"), 8)
+    catalog.append([f"{n:03d}" for n in range(300)], np.zeros((300, 1), np.uint8), {"year": [*range(300)]})
+    index, query = open_index(str(tmp_path / "index")), np.zeros((1, 1), np.uint8)
+    first = [*range(100)]
+    second = [*first[:50], 200, *first[51:]]
+    assert str(pc.field("year").isin(first)) == str(pc.field("year").isin(second))  # Arrow leaves out the middle
+    for years in (first, second):
+        ids = index.search(query, 100, pc.field("year").isin(years))[0][0].tolist()
+        assert ids == [f"{year:03d}" for year in sorted(years)]
+
+
+@pytest.mark.parametrize("where", ["year == 99999999999999999999999", r"path == '\ud800'", r"contains(path, '\ud800')"])
+def test_values_that_arrow_does_not_hold_are_refused(where):
+    with pytest.raises(InputError, match="cannot be answered"):
+        Filter(where).rows(TABLE)
+
+
+def test_integers_of_numpy_are_numbers(tmp_path):
+    catalog = create_index(str(tmp_path / "index"), 8)
+    catalog.append(["a", "b"], np.array([[0], [1]], np.uint8))
+    index, query = open_index(str(tmp_path / "index")), np.zeros((1, 1), np.uint8)
+    assert index.search(query, np.int64(2))[0].tolist() == [["a", "b"]]
+    assert [ids.tolist() for ids in index.within(query, np.int64(0))[0]] == [["a"]]
+    with pytest.raises(InputError, match=r"k = 1\.5: expected a whole number"):
+        index.search(query, 1.5)
+    with pytest.raises(InputError, match="distance = None: expected a whole number"):
+        index.within(query, None)

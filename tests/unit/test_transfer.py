@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hashray import artifact, open_catalog, open_index
+from hashray import artifact, create_index, open_catalog, open_index
 from hashray.codes import hamming
 from hashray.data.columns import bytes_column
 from hashray.errors import AlreadyExists, InputError
@@ -173,3 +173,67 @@ def test_an_id_in_two_shards(tmp_path, monkeypatch):
     np.savez(tmp_path / "codes.npz", ids=np.array(["a", "b", "c", "a"]), codes=CODES[:4])
     with pytest.raises(InputError, match="1 of the ids are in the index already, such as 'a'"):
         import_index(ImportConfig(source=str(tmp_path / "codes.npz"), out=str(tmp_path / "index")))
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (np.array([5, 10]), ["0000000005", "0000000010"]),
+        (np.array([b"a", b"\xc3\xa9"]), ["a", "é"]),
+    ],
+)
+def test_ids_of_numpy(tmp_path, ids, expected):
+    np.savez(tmp_path / "codes.npz", ids=ids, codes=CODES[:2])
+    import_index(ImportConfig(source=str(tmp_path / "codes.npz"), out=str(tmp_path / "index")))
+    assert sorted(open_index(tmp_path / "index").search(CODES[:1], 2)[0][0]) == expected
+
+
+def test_ids_of_an_id_map_over_lists(tmp_path):
+    index = faiss.IndexBinaryIDMap(faiss.IndexBinaryIVF(faiss.IndexBinaryFlat(64), 64, 4))
+    inner = faiss.downcast_IndexBinary(index.index)
+    inner.train(CODES)
+    index.add_with_ids(CODES, 1000 - np.arange(ROWS))
+    faiss.write_index_binary(index, str(tmp_path / "codes.faiss"))
+    import_index(ImportConfig(source=str(tmp_path / "codes.faiss"), out=str(tmp_path / "index")))
+    ids, distances = open_index(tmp_path / "index").search(CODES[[3]], 1)
+    assert ids.tolist() == [["0000000997"]] and distances.tolist() == [[0]]
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        (["a3f100ff"] * 2, "'a3f100ff' is no text of 0 and 1"),
+        (["01234567"] * 2, "'01234567' is no text of 0 and 1"),
+        ([[0.5, 0.7]] * 2, "expected lists of bytes"),
+        ([[1, 300]] * 2, "out of bounds"),
+        ([[1, None]] * 2, "cannot be read as codes"),
+    ],
+)
+def test_columns_that_are_no_codes(tmp_path, column, text):
+    pq.write_table(pa.table({"id": ["a", "b"], "code": column}), tmp_path / "codes.parquet")
+    with pytest.raises(InputError, match=text):
+        import_index(ImportConfig(source=str(tmp_path / "codes.parquet"), out=str(tmp_path / "index")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("first.csv", b"a,0102\nb,00000000\n", "line 1 is not an id and bits"),
+        ("three.csv", b"a,00000000,x\nb,00000000\n", "line 1 is not an id and bits"),
+        ("none.csv", b"a,\nb,00000000\n", "line 1 is not an id and bits"),
+        ("long.csv", b"x" * 200_000 + b",00000000\n", "field limit"),
+        ("empty.npz", b"", "cannot be read as codes"),
+        ("cut.npz", b"PK\x03\x04cut", "cannot be read as codes"),
+    ],
+)
+def test_files_that_hold_something_else(tmp_path, name, content, text):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=text):
+        import_index(ImportConfig(source=str(tmp_path / name), out=str(tmp_path / "index")))
+
+
+def test_an_attribute_named_as_the_codes_is_not_written_over_them(tmp_path):
+    catalog = create_index(str(tmp_path / "index"), 64)
+    catalog.append(["a"], CODES[:1], {"code": pa.array([b"Z" * 8], pa.binary(8))})
+    with pytest.raises(InputError, match="an attribute named 'code'"):
+        export_index(ExportConfig(index=str(tmp_path / "index"), out=str(tmp_path / "codes.parquet")))

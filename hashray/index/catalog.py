@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from hashray import artifact
 from hashray.artifact import sha256_hex, version_key
 from hashray.codes import Codes, as_codes, check_num_bits
-from hashray.errors import AlreadyExists, InputError, MismatchError
+from hashray.errors import AlreadyExists, ConfigError, InputError, MismatchError
 from hashray.index import compact, garbage
 from hashray.index.attributes import as_attributes
 from hashray.index.ids import check_unique, one_array
@@ -158,6 +158,10 @@ class Catalog:
             rows_per_shard: the most rows of a joined shard. Memory: three times its codes and ids.
             most_deleted: the share of deleted rows from which a shard is written again.
         """
+        if rows_per_shard < 1 or not 0 <= most_deleted <= 1:
+            raise ConfigError(
+                f"rows_per_shard = {rows_per_shard} and most_deleted = {most_deleted}: 1 or more, and 0 to 1"
+            )
         return compact.compact(self.store, self.cache, rows_per_shard, most_deleted)
 
     def rollback(self, version: int) -> int:

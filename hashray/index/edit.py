@@ -37,6 +37,7 @@ from hashray.storage.cache import cache_folder
 from hashray.storage.requests import counting
 
 HOUR_S = 3600.0
+TEXT_ENDINGS = (".txt", ".csv", ".list", ".ids")
 LOOK_BACK = 20  # versions in which a rerun of an append looks for its own
 Target = Annotated[str, tyro.conf.Positional]
 
@@ -149,16 +150,30 @@ def delete(config: DeleteConfig) -> None:
     with counting("delete"):
         catalog = open_catalog(config.index)
         ids = _ids_in(config.ids[0]) if len(config.ids) == 1 else [*config.ids]
-        _say_version(catalog.store, config.index, catalog.delete(ids, config.missing_ok))
+        before = catalog.version
+        number = catalog.delete(ids, config.missing_ok)
+        if number == before:
+            say(f"{config.index}: none of the {len(ids):,} ids is there: version {number} stays as it is")
+        else:
+            _say_version(catalog.store, config.index, number)
 
 
 def _ids_in(word: str) -> list[str]:
-    """The ids in a text file; the word itself where it names none."""
+    """The ids in a text file; the word itself where it names none.
+
+    Raises:
+        InputError: it has the ending of a text file and is not there, or holds no ids.
+    """
+    named = word.lower().endswith(TEXT_ENDINGS)
     try:
-        lines = read_url(word).decode("utf-8-sig").splitlines()
+        lines = [line for line in read_url(word).decode("utf-8-sig").splitlines() if line]
     except (InputError, UnicodeDecodeError):
+        if named:
+            raise
         return [word]
-    return [line for line in lines if line]
+    if not lines:
+        raise InputError(f"{word} is an empty file: expected one id a line")
+    return lines
 
 
 def compact(config: CompactConfig) -> None:

@@ -142,10 +142,8 @@ class _Reader:
             kind = kind.value_type if _is_list(kind) else kind
             chosen = pa.array([self._value(item, kind).as_py() for item in right.elts], kind)
             inside = self._any(left, lambda values: pc.is_in(values, chosen))
-            if inside is not None:
-                return inside if isinstance(op, ast.In) else ~inside
             column = self._column(left)
-            inside = column.isin(chosen)
+            inside = column.isin(chosen) if inside is None else inside
             # Arrow says of null that it is not in a list: null is not true here, of `not in` neither.
             return inside if isinstance(op, ast.In) else ~inside & column.is_valid()
         compare = COMPARED.get(type(op))
@@ -160,7 +158,7 @@ class _Reader:
         if has is not None:
             if not isinstance(op, ast.Eq | ast.NotEq):
                 raise self._refused(left)
-            return has if isinstance(op, ast.Eq) else ~has
+            return has if isinstance(op, ast.Eq) else ~has & self._column(column).is_valid()
         return compare(self._column(column), value) if column is left else compare(value, self._column(column))
 
     def _any(self, node: ast.expr, test: Callable[[pa.Array], pa.Array]) -> pc.Expression | None:

@@ -40,7 +40,7 @@ def collect(store: Store, keep: int, grace_s: float, dry_run: bool = False) -> C
         keep: newest versions to keep, at least 1. Those that were the newest within the grace period are kept too.
         dry_run: only say what would be deleted.
     """
-    if keep < 1 or grace_s < 0:
+    if keep < 1 or not 0 <= grace_s < float("inf"):
         raise ConfigError(
             f"keep = {keep} and a grace of {grace_s} s: keep 1 version or more, and a grace of 0 s or more"
         )

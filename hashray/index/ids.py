@@ -41,8 +41,8 @@ def check_unique(ids: pa.Array) -> None:
 def duplicate_ids(count: int, first: str) -> InputError:
     """The error of ids that stand in more than one row."""
     return InputError(
-        f"{count:,} ids stand in more than one row, the first {first!r}: in an index every id is one row. "
-        "`hashray verify` on the codes and on their corpus names the files; mend the corpus, encode again"
+        f"{count:,} ids stand in more than one row, the first {first!r}: in an index every id is one row. Where they "
+        "come from a corpus, `hashray verify` on it and on its codes names the files; mend the corpus, encode again"
     )
 
 

@@ -109,20 +109,21 @@ class Places:
         Raises:
             InputError: a row is refused.
         """
-        marked, count = list[Marked](), 0
+        marked, count, shown = list[Marked](), 0, list[str]()
         for shard in shards:
             places = self._in(shard, names)
             if len(places):
                 dead = deleted_rows(self.store, shard)
                 places = places if dead is None else places[~dead.contains(places)]
-            if len(places) and living == "refuse":
+            if len(places) and living == "refuse" and not shown:
                 shown = open_ids(self.store, shard, self.cache).take(places[:SHOWN])
-                raise InputError(
-                    f"{len(places):,} of the ids are in the index already, such as {', '.join(map(repr, shown))}; "
-                    "nothing was appended. Leave them out, delete them first, or replace their rows (--replace)"
-                )
             marked.append((shard, Bitmap.of(shard.rows, places) if len(places) else None))
             count += len(places)
+        if shown:
+            raise InputError(
+                f"{count:,} of the ids are in the index already, such as {', '.join(map(repr, shown))}; nothing was "
+                "appended. Leave them out, delete them first, or replace their rows (--replace)"
+            )
         return marked, count
 
     def _in(self, shard: ShardRecord, names: Sequence[pa.Array]) -> NDArray[np.int64]:

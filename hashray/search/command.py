@@ -42,7 +42,7 @@ def search(config: SearchConfig) -> None:
             raise InputError(f"{path} cannot be used as a query: {error}") from error
     codes = model.encode(images)
     if config.within is None:
-        answer: Any = index.search(codes, config.k, config.where)
+        answer: Any = index.search(codes, min(config.k, max(1, index.rows)), config.where)
     else:
         answer = index.within(codes, config.within, config.where)
     ids, distances = answer

@@ -45,6 +45,7 @@ OPEN_THREADS = 8
 ROUND_CANDIDATES = 4 << 20
 FEWEST_QUERIES = 32  # FAISS shares one scan of the codes among these
 WITHIN_QUERIES = 64
+MOST_ANSWERS = 1 << 30  # 12 GiB of ids and distances
 FILTERS = 8  # filters whose rows are kept: a bit a row, and the codes of those that keep few rows
 
 
@@ -116,6 +117,10 @@ class Index:
         if k < 1:
             raise InputError(f"k = {k}: ask for at least 1 neighbour")
         queries, allowed = as_codes(codes), self._allowed(where)
+        if len(queries) * k > MOST_ANSWERS:
+            raise InputError(
+                f"{len(queries):,} queries x k = {k:,}: ask for at most {MOST_ANSWERS:,} answers at a time"
+            )
         most = min(
             k, sum(piece.shard.rows if a is None else a.count for piece, a in zip(self.pieces, allowed, strict=True))
         )

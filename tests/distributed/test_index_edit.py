@@ -148,6 +148,8 @@ def test_the_commands(tmp_path, capsys):
         (["delete", url, "--ids", str(tmp_path / "gone.txt")], 0, "893 rows in 4 shards, version 3"),
         (["delete", url, "--ids", ids[0], ids[8]], 2, f"1 of the ids are not in version 3 .* {ids[0]!r}"),
         (["delete", url, "--ids", ids[0], ids[8], "--missing-ok"], 0, "892 rows in 4 shards, version 4"),
+        (["delete", url, "--ids", ids[0], "--missing-ok"], 0, "none of the 1 ids is there: version 4 stays as it is"),
+        (["delete", url, "--ids", str(tmp_path / "typo.txt"), "--missing-ok"], 2, "typo.txt not found"),
         (["compact", url, "--ray", "never"], 0, "892 rows in 1 shard, version 5"),
         (["compact", url, "--ray", "never"], 0, "version 5 stays as it is"),
         (["rollback", url, "--to", "2"], 0, "900 rows in 4 shards, version 6"),

@@ -291,3 +291,17 @@ def test_ids_and_attributes_that_arrow_cannot_hold(catalog):
     runs = pa.RunEndEncodedArray.from_arrays([1], ["a"])
     with pytest.raises(InputError, match="the attributes are no columns"):
         catalog.append(["x"], codes_of(1), {"x": runs})
+
+
+def test_numbers_that_make_no_sense(catalog):
+    for call in (
+        lambda: catalog.compact(rows_per_shard=0),
+        lambda: catalog.compact(most_deleted=float("nan")),
+        lambda: catalog.gc(grace_s=float("inf")),
+        lambda: catalog.gc(grace_s=float("nan")),
+    ):
+        with pytest.raises(ConfigError):
+            call()
+    with pytest.raises(InputError, match=r"1 queries and k = 100,000,000,000: ask for 1,073,741,824 answers or fewer"):
+        open_index(catalog.store.url).search(codes_of(1), 10**11)
+    assert catalog.version == 2

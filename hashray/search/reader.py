@@ -119,7 +119,7 @@ class Index:
         queries, allowed = as_codes(codes), self._allowed(where)
         if len(queries) * k > MOST_ANSWERS:
             raise InputError(
-                f"{len(queries):,} queries x k = {k:,}: ask for at most {MOST_ANSWERS:,} answers at a time"
+                f"{len(queries):,} queries and k = {k:,}: ask for {MOST_ANSWERS:,} answers or fewer at a time"
             )
         most = min(
             k, sum(piece.shard.rows if a is None else a.count for piece, a in zip(self.pieces, allowed, strict=True))

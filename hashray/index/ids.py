@@ -102,20 +102,15 @@ class MappedIds:
 def find(array: pa.Array, wanted: pa.Array) -> NDArray[np.int64]:
     """The positions int64 [m] of `wanted` [m], ascending, in the ascending `array` [n]; -1 where one is not there.
 
-    A binary search for all of them at once: only the pages of ids on the way are read.
+    A binary search: only the pages of ids on the way are read.
 
     >>> find(pa.array(["a", "c", "e"]), pa.array(["b", "c"]))
     array([-1,  1])
     """
-    low, high = np.zeros(len(wanted), np.int64), np.full(len(wanted), len(array), np.int64)
-    wanted = wanted.cast(array.type)
-    while len(array) and (low < high).any():
-        middle = np.minimum((low + high) >> 1, len(array) - 1)
-        less = pc.less(_take(array, middle), wanted).to_numpy(zero_copy_only=False) & (low < high)
-        low, high = np.where(less, middle + 1, low), np.where(less, high, np.minimum(middle, high))
-    if not len(array):
+    if not len(array) or not len(wanted):
         return np.full(len(wanted), -1, np.int64)
-    places = np.minimum(low, len(array) - 1)
+    wanted = wanted.cast(array.type)
+    places = np.minimum(pc.search_sorted(array, wanted).to_numpy().astype(np.int64), len(array) - 1)
     same = pc.equal(_take(array, places), wanted).to_numpy(zero_copy_only=False)
     return np.where(same, places, -1)
 

@@ -23,7 +23,7 @@ from hashray.index.attributes import as_attributes
 from hashray.index.ids import check_unique, one_array
 from hashray.index.log import Change, Version, carried, commit, history, newest, read_version, require_kept
 from hashray.index.rows import Places, check_living, require_joining, with_deleted
-from hashray.index.shard import ROWS_PER_SHARD, write_shard
+from hashray.index.shard import ROWS_PER_SHARD, write_sorted
 from hashray.index.version import ShardRecord, index_manifest, write_tables
 from hashray.storage import Store, check_conditional_put, open_store
 from hashray.storage.cache import cache_folder
@@ -79,7 +79,7 @@ class Catalog:
         names, matrix = names.take(order), matrix[order.to_numpy()]
         check_unique(names)  # here: two equal ids may be the last of a shard and the first of the next
         table = None if table is None else table.take(order)
-        content = [sha256_hex(matrix), *(sha256_hex(b) for b in names.buffers() if b is not None)]
+        content = [sha256_hex(matrix), *_digests(names)]
         arguments = {"content": content, "replace": replace, "attributes": None if table is None else _digest(table)}
 
         def write(head: Version) -> list[ShardRecord]:
@@ -88,7 +88,7 @@ class Catalog:
             pieces = max(1, -(-len(names) // ROWS_PER_SHARD))
             cuts = [len(names) * i // pieces for i in range(pieces + 1)]
             return [
-                write_shard(
+                write_sorted(
                     self.store, names[a:b], matrix[a:b], kind, quantizer, None if table is None else table[a:b], after
                 )
                 for a, b in pairwise(cuts)
@@ -144,9 +144,8 @@ class Catalog:
                 return None
             return Change(with_deleted(self.store, marked, head.generation), deleted=gone)
 
-        content = [sha256_hex(b) for b in names.buffers() if b is not None]
         return (
-            commit(self.store, "delete", {"content": content, "missing_ok": missing_ok}, change)
+            commit(self.store, "delete", {"content": _digests(names), "missing_ok": missing_ok}, change)
             if len(names)
             else self.version
         )
@@ -275,6 +274,10 @@ def quantizer_bytes(store: Store, head: Version) -> bytes | None:
     """The quantizer that the ivf shards of an index share, verified; None for a flat one."""
     name = head.manifest.info.get("quantizer")
     return None if name is None else artifact.read_file(store, head.manifest.record(name))
+
+
+def _digests(names: pa.Array) -> list[str]:
+    return [sha256_hex(buffer) for buffer in names.buffers() if buffer is not None]
 
 
 def _digest(table: pa.Table) -> str:

@@ -7,8 +7,7 @@ Ray tasks; finding ids in mapped files and publishing are this process's.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import tyro
@@ -102,7 +101,7 @@ class GcConfig(Config):
         return self
 
 
-def append(config: AppendConfig) -> int | None:
+def append(config: AppendConfig) -> None:
     """Add codes to an index; print the number of the version that has them. Rerun = resume."""
     with counting("append"):
         source, catalog = open_store(config.codes), open_catalog(config.index)
@@ -111,11 +110,11 @@ def append(config: AppendConfig) -> int | None:
         check_fits(head, int(codes.info["num_bits"]), codes.fingerprint)
         if (number := _appended(catalog, codes.id)) is not None and not config.replace:
             say(f"{config.index}: these codes are there already, since version {number}")
-            return None
+            return
         rows, parts = int(codes.rows_out or 0), [r for r in codes.files if r.name.startswith("parts/")]
         if not rows:
             say(f"{config.codes} holds no codes: version {head.number} of {config.index} stays as it is")
-            return None
+            return
         described = describe_codes(config.attributes, codes, parts) if config.attributes else None
         arguments = {"codes": codes.id, "replace": config.replace, "attributes": described and described.digest}
         plan = sha256_hex(canonical({"append": arguments, "format": artifact.FORMAT_VERSION}))[:16]
@@ -124,13 +123,12 @@ def append(config: AppendConfig) -> int | None:
             source, catalog.store, parts, int(info["num_bits"]), plan, info["kind"], 0, config.pool, described,
             head.generation,
         )  # fmt: skip
-        quantizer = head.manifest.info.get("quantizer")
+        quantizer = info.get("quantizer")
         shards = build.write(-(-rows // ROWS_PER_SHARD), quantizer and head.manifest.record(quantizer))
         names = [open_ids(catalog.store, shard, catalog.cache).array for shard in shards]
         number = catalog.append_shards(lambda _: shards, names, arguments, config.replace, {"codes": codes.id})
         catalog.store.clear(f"progress/{plan}/")
         _say_version(catalog.store, config.index, number)
-    return None
 
 
 def _appended(catalog: Catalog, codes: str) -> int | None:
@@ -187,7 +185,7 @@ def compact(config: CompactConfig) -> None:
             jobs = {number: (store, cache, group, head) for number, group in enumerate(groups)}
             with Bar("join shards", rows, "rows") as bar:
                 meter = Meter(bar, "group")
-                for number, joined in run_tasks(_join, jobs, config.pool, rows <= SHORT_ROWS, meter):
+                for number, joined in run_tasks(join_group, jobs, config.pool, rows <= SHORT_ROWS, meter):
                     meter.finish(number, sum(source.rows for source in groups[number]))
                     yield joined
 
@@ -196,12 +194,6 @@ def compact(config: CompactConfig) -> None:
             say(f"{config.index}: no shard is small or has many deleted rows; version {number} stays as it is")
         else:
             _say_version(store, config.index, number)
-
-
-def _join(
-    store: Store, cache: Path, sources: tuple[ShardRecord, ...], head: Version, advance: Callable[[int], None]
-) -> Joined:
-    return join_group(store, cache, sources, head, advance)
 
 
 def rollback(config: RollbackConfig) -> None:

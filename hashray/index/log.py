@@ -4,8 +4,8 @@ A writer reads the newest version N, writes new files, and puts version N + 1 if
 first, the change is worked out again on that version. A put whose answer is lost may have landed: version N + 1 then
 holds the attempt, a hash of the operation and its arguments, so the writer knows its own version again.
 
-Garbage collection (gc.py) is a version too, and closes a generation: every writer that began before it has to begin
-again after it, and then writes its files under other names. If one of its files has been deleted by then, it fails.
+Garbage collection (garbage.py) is a version too, and closes a generation: every writer that began before it has to
+begin again after it, and then writes its files under other names. If one of its files is deleted by then, it fails.
 """
 
 from __future__ import annotations

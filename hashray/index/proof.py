@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 
 from hashray import artifact
 from hashray.artifact.command import ArtifactConfig
-from hashray.artifact.versions import newest_version
 from hashray.errors import CorruptArtifact, HashrayError
 from hashray.index.log import newest, read_version
 from hashray.index.rows import deleted_rows, open_ids
@@ -47,7 +46,8 @@ def verify_shards(store: Store, cache: Path) -> list[str]:
     Codes, ids and bitmap of a shard have the same number of rows, and ids ascend, each once. A shard is looked at once.
     """
     problems, seen = list[str](), set[tuple[str, str | None]]()
-    last, first = newest_version(store)[0], oldest_kept(newest(store).manifest)
+    head = newest(store)
+    last, first = head.number, oldest_kept(head.manifest)
     with Bar("open versions", last - first + 1, "versions") as bar:
         for number in range(first, last + 1):
             try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from hashray import __version__
-from hashray.artifact import FileRecord, Manifest, sha256_hex, write_file
+from hashray.artifact import FileRecord, Manifest, sha256_hex
 from hashray.artifact.deltas import add_changes, changes
 from hashray.artifact.publish import read_records
 from hashray.codes import BIT_ORDER
@@ -124,7 +124,7 @@ def index_manifest(
     codes: Manifest | None = None,
     fingerprint: str | None = None,
 ) -> Manifest:
-    """Return the manifest of an index with these shards; `publish_version` writes it.
+    """Return the manifest of an index with these shards; `write_tables` and `publish` write it.
 
     Args:
         quantizer: the file of the quantizer that all shards share, for "ivf".
@@ -173,4 +173,7 @@ def write_tables(store: Store, manifest: Manifest, before: Manifest | None) -> M
 
 def write_content(store: Store, folder: Folder, data: Any, rows: int | None, after: int = 0) -> FileRecord:
     """Write a file under the name of its content; `after` is the generation."""
-    return write_file(store, file_name(folder, sha256_hex(data), after), data, rows=rows)
+    sha256 = sha256_hex(data)
+    name = file_name(folder, sha256, after)
+    store.write(name, data)
+    return FileRecord(name=name, bytes=len(data), sha256=sha256, rows=rows)

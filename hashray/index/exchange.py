@@ -13,7 +13,7 @@ import csv
 import importlib
 import io
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,7 +98,11 @@ def numbered(count: int) -> list[str]:
     >>> numbered(11)[-1]
     '0000000010'
     """
-    return [f"{number:010d}" for number in range(count)]
+    return _in_digits(range(count))
+
+
+def _in_digits(numbers: Iterable[int]) -> list[str]:
+    return [f"{number:010d}" for number in numbers]
 
 
 def _read_faiss(url: str, columns: Columns) -> Iterator[Batch]:
@@ -125,7 +129,7 @@ def _read_faiss(url: str, columns: Columns) -> Iterator[Batch]:
         raise ValueError(f"{type(index).__name__} is not read: write its codes as IndexBinaryFlat or IndexBinaryIVF")
     if named is not None:  # by the numbers inside
         numbers = named if numbers is None else named[numbers]
-    ids = numbered(len(codes)) if numbers is None else [f"{number:010d}" for number in numbers.tolist()]
+    ids = numbered(len(codes)) if numbers is None else _in_digits(numbers.tolist())
     yield from _in_pieces(ids, codes, columns)
 
 
@@ -150,7 +154,7 @@ def _as_names(ids: NDArray[Any]) -> list[str]:
     if ids.ndim != 1 or ids.dtype.kind not in "iuUS":
         raise ValueError(f"ids are {ids.dtype} {list(ids.shape)}; expected text or whole numbers [n]")
     if ids.dtype.kind in "iu":
-        return [f"{number:010d}" for number in ids.tolist()]
+        return _in_digits(ids.tolist())
     return [name.decode() if isinstance(name, bytes) else name for name in ids.tolist()]
 
 
@@ -215,7 +219,7 @@ def _of_table(table: pa.Table, columns: Columns) -> Iterator[Batch]:
     if ids.null_count or codes.null_count:
         raise ValueError(f"{ids.null_count:,} ids and {codes.null_count:,} codes are null")
     if pa.types.is_integer(ids.type):
-        ids = pa.chunked_array([pa.array([f"{number:010d}" for number in ids.to_pylist()], pa.string())])
+        ids = pa.chunked_array([pa.array(_in_digits(ids.to_pylist()), pa.string())])
     attributes = table.drop_columns([columns.id, columns.code])
     chosen = attributes if attributes.num_columns else None
     yield from _in_pieces(ids.cast(pa.string()), _codes_of(codes), columns, chosen)

@@ -17,12 +17,13 @@ Answer = TypeVar("Answer")
 
 
 class Batcher(Generic[Item, Answer]):
-    """Runs `work` on up to `most` items at a time, in a thread of its own, in the order they came.
+    """Runs `work` on up to `most` items at a time, in a thread, in the order they came.
 
     Args:
         work: gets some items, returns an answer for each, or an exception in the place of one.
         most: items of a batch.
         seen: gets the size of each batch.
+        lanes: batches at work at a time: more than one where `work` waits for other processes.
     """
 
     def __init__(
@@ -31,11 +32,13 @@ class Batcher(Generic[Item, Answer]):
         work: Callable[[Sequence[Item]], Sequence[Answer | BaseException]],
         most: int,
         seen: Callable[[int], None],
+        lanes: int = 1,
     ) -> None:
-        self._work, self.most, self._seen = work, most, seen
+        self._work, self._most, self._seen, self._lanes = work, most, seen, lanes
         self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
-        self._thread = ThreadPoolExecutor(1, name)
-        self._task: asyncio.Task[None] | None = None
+        self._threads = ThreadPoolExecutor(lanes, name)
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
+        self._running = 0
 
     def __len__(self) -> int:
         """How many items wait."""
@@ -50,23 +53,25 @@ class Batcher(Generic[Item, Answer]):
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Answer]] = [loop.create_future() for _ in items]
         self._waiting.extend(zip(items, futures, strict=True))
-        if self._task is None:
-            self._task = loop.create_task(self._run(loop))
+        if self._running < self._lanes:
+            self._running += 1
+            task = loop.create_task(self._run(loop))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return list(await asyncio.gather(*futures))
 
     async def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             while self._waiting:
-                batch = self._take()
-                if batch:
+                if batch := self._take():
                     self._seen(len(batch))
                     await self._answer(loop, batch)
-        finally:
-            self._task = None
+        finally:  # at once, not in a callback: what comes next must see that this lane is free
+            self._running -= 1
 
     def _take(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
         batch: list[tuple[Item, asyncio.Future[Answer]]] = []
-        while self._waiting and len(batch) < self.most:
+        while self._waiting and len(batch) < self._most:
             pair = self._waiting.popleft()
             if not pair[1].done():  # done: its request was cancelled
                 batch.append(pair)
@@ -76,7 +81,7 @@ class Batcher(Generic[Item, Answer]):
         self, loop: asyncio.AbstractEventLoop, batch: Sequence[tuple[Item, asyncio.Future[Answer]]]
     ) -> None:
         try:
-            answers = await loop.run_in_executor(self._thread, self._work, [item for item, _ in batch])
+            answers = await loop.run_in_executor(self._threads, self._work, [item for item, _ in batch])
         except Exception as error:
             answers = [error] * len(batch)
         for (_, future), answer in zip(batch, answers, strict=True):

@@ -7,7 +7,7 @@ import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,13 @@ class Row:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
+class Described(NamedTuple):
+    """Rows by id, and how many shards did not say whether they have any of the ids."""
+
+    rows: dict[str, Row]
+    missing: int = 0
+
+
 @dataclass(frozen=True)
 class Facts:
     """What there is to say of a version of an index; `attributes` are the names and types of its columns."""
@@ -66,7 +73,7 @@ class Searchable(Protocol):
         """The k nearest rows of packed codes uint8 [n, num_bits // 8], as `Index.search`."""
         ...
 
-    def describe(self, ids: Sequence[str], near: Codes | None) -> dict[str, Row]:
+    def describe(self, ids: Sequence[str], near: Codes | None) -> Described:
         """The rows with these ids that are in the index; `near` as for `Shard.codes_at`."""
         ...
 
@@ -81,9 +88,9 @@ class OpenIndex:
         """As `Searchable.search`."""
         return Nearest(*self.index.search(codes, k, where))
 
-    def describe(self, ids: Sequence[str], near: Codes | None) -> dict[str, Row]:
+    def describe(self, ids: Sequence[str], near: Codes | None) -> Described:
         """As `Searchable.describe`."""
-        return rows_of(self.index, ids, near)
+        return Described(rows_of(self.index, ids, near))
 
 
 def facts_of(index: Index) -> Facts:

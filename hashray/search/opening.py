@@ -32,13 +32,14 @@ Opens = Callable[[Store, int], Searchable]
 
 
 class FleetConfig(Config):
-    """Where the shards are: in this process, or in Ray actors."""
+    """Where the shards are: in the process that answers, or in Ray actors."""
 
     ray: Literal["auto", "always", "never"] = Field(
         "auto", description="Whether Ray Serve answers; auto: on a cluster, or where the index does not fit here"
     )
     memory_gib: float = Field(4.0, gt=0, description="Most GiB of codes and ids in one process; more take a fleet")
-    replicas: int = Field(1, ge=1, description="Actors that hold each shard")
+    replicas: int = Field(1, ge=1, description="Actors that hold each shard; 2 or more always take a fleet")
+    cpus_per_holder: float = Field(1.0, gt=0, description="Logical CPUs of each actor; it searches with one thread")
     proxies: int = Field(1, ge=1, description="Processes that take requests, encode images and ask the actors")
     partial: bool = Field(False, description="Answer without shards that do not answer, and say so; unset: 503")
 
@@ -80,8 +81,12 @@ def open_here(store: Store, version: int) -> Searchable:
     return OpenIndex(open_version(store, version, cache_folder(None)))
 
 
-def open_service(config: ServeConfig, opens: Opens = open_here) -> Service:
+def open_service(config: ServeConfig, opens: Opens = open_here, lanes: int = 1) -> Service:
     """Open everything that the service answers from; what is wrong is said before a request is taken.
+
+    Args:
+        opens: where the shards of a version are opened.
+        lanes: as for `Service`.
 
     Raises:
         InputError: something is not there. MismatchError: a model is not its index's. CorruptArtifact: a file is not
@@ -102,7 +107,7 @@ def open_service(config: ServeConfig, opens: Opens = open_here) -> Service:
     if config.corpus is not None:
         pictures = Pictures(open_corpus(config.corpus), cache_folder(None), metrics, config.limits.pixels)
     groups = None if config.duplicates is None else Groups(config.duplicates)
-    return Service(indexes, models, config.limits, metrics, pictures, groups, config.fleet.partial)
+    return Service(indexes, models, config.limits, metrics, pictures, groups, config.fleet.partial, lanes)
 
 
 def _follow(name: str, url: str, opens: Opens, metrics: Metrics, version: int | None) -> Served:

@@ -22,7 +22,7 @@ from hashray.search.groups import Groups
 from hashray.search.limits import Admission, LimitsConfig, Refused
 from hashray.search.messages import Ask, Query
 from hashray.search.metrics import Metrics
-from hashray.search.nearest import Nearest, Row, Searchable
+from hashray.search.nearest import Described, Nearest, Row, Searchable
 from hashray.search.pictures import Pictures
 from hashray.search.served import Served
 
@@ -61,6 +61,7 @@ class Service:
         pictures: the images of the rows, where a corpus was given.
         groups: the duplicates, where a report was given.
         partial: whether an answer may lack shards that do not answer; it says so. Unset: 503.
+        lanes: batches that are searched at a time: more than one where the shards are in other processes.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Service:
         pictures: Pictures | None = None,
         groups: Groups | None = None,
         partial: bool = False,
+        lanes: int = 1,
     ) -> None:
         self.indexes, self.models, self.limits, self.metrics = indexes, models, limits, metrics
         self.pictures, self.groups, self.partial = pictures, groups, partial
@@ -82,7 +84,7 @@ class Service:
             for name, model in models.items()
         }
         self._searcher: Batcher[Wanted, Neighbours] = Batcher(
-            "hashray-search", self._search, SEARCH_BATCH, metrics.batch.observe
+            "hashray-search", self._search, SEARCH_BATCH, metrics.batch.observe, lanes
         )
         metrics.queued.set_function(lambda: self.admission.queries)
         metrics.ready.set_function(lambda: not self.draining)
@@ -129,15 +131,15 @@ class Service:
         images = [query.image for query in queries if query.image is not None]
         ids = [query.id for query in queries if query.id is not None]
         encoded = iter(await self._encode(images, name) if images else [])
-        rows = await asyncio.to_thread(opened.describe, ids, None) if ids else {}
+        known = await asyncio.to_thread(opened.describe, ids, None) if ids else Described({})
         codes: list[Codes] = []
         for query in queries:
             if query.image is not None:
                 codes.append(next(encoded))
             elif query.id is not None:
-                if query.id not in rows:
-                    raise Refused(404, f"id {query.id[:200]!r} is not in version {opened.facts.version} of the index")
-                codes.append(rows[query.id].code)
+                if query.id not in known.rows:
+                    raise _unknown(query.id, opened, known.missing)
+                codes.append(known.rows[query.id].code)
             else:
                 data = query.code or b""
                 if len(data) != num_bytes:
@@ -194,8 +196,15 @@ class Service:
     def _describe(self, opened: Searchable, wanted: Wanted, nearest: Nearest, i: int) -> Neighbours:
         ids = [row_id for row_id in nearest.ids[i, : wanted.k] if row_id is not None]
         shown = ids[wanted.skip : wanted.k - 1]  # the last one says only that there are more
-        rows = opened.describe(shown, wanted.code[None]) if shown else {}
-        return Neighbours(ids, nearest.distances[i, : len(ids)], rows, nearest.missing)
+        described = opened.describe(shown, wanted.code[None]) if shown else Described({})
+        missing = max(nearest.missing, described.missing)
+        return Neighbours(ids, nearest.distances[i, : len(ids)], described.rows, missing)
+
+
+def _unknown(row_id: str, opened: Searchable, missing: int) -> Refused:
+    if missing:
+        return Refused(503, f"{missing} shards of the index do not answer at the moment: the id may be in them", 1)
+    return Refused(404, f"id {row_id[:200]!r} is not in version {opened.facts.version} of the index")
 
 
 def _answer(

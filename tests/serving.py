@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import uvicorn
+from tiny import CLASSES, png, write_corpus, write_tiny_model
 
 import hashray
 from hashray.data.corpus import open_corpus
@@ -19,7 +20,6 @@ from hashray.data.images import decode
 from hashray.search.app import create_app
 from hashray.search.opening import ServeConfig, open_service
 from hashray.search.service import Service
-from tests.tiny import CLASSES, png, write_corpus, write_tiny_model
 
 ROWS = 60
 

@@ -17,7 +17,7 @@ CLIENTS, K, CODES = 4, 7, 8
 
 
 def client(port: int, number: int, sink: Any, lock: threading.Lock) -> None:
-    """Ask for ever; write down each answer, or the error of the connection."""
+    """Ask without end; write down each answer, or the error of the connection."""
     connection, turn = http.client.HTTPConnection("127.0.0.1", port, timeout=60), number
     while True:
         turn += 1

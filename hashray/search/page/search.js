@@ -1,0 +1,331 @@
+"use strict";
+// The search: what is asked, its address, its states.
+
+const DEFAULTS = { id: null, code: null, k: "10", within: "", where: "", version: "", index: "main", against: "" };
+const REMEMBERED = 20;
+const LAST = 10000;
+const limits = { k: 1000, offset: LAST, body_bytes: Infinity };
+let indexes = [];
+let shown = null; // {ask, sides} on the page
+let lastTry = null; // {ask, file}
+let controller = null;
+const remembered = new Map(); // address -> {ask, sides}
+const pictures = new Map(); // index:code -> {file, url} of images of this visit
+
+// ---- addresses ----------------------------------------------------------------------------------------------------
+
+function readAddress() {
+  const parameters = new URLSearchParams(location.search);
+  return Object.fromEntries(Object.entries(DEFAULTS).map(([name, value]) => [name, parameters.get(name) ?? value]));
+}
+
+function addressOf(ask) {
+  const parameters = new URLSearchParams();
+  for (const [name, value] of Object.entries(ask)) if (value && value !== DEFAULTS[name]) parameters.set(name, value);
+  const text = parameters.toString();
+  return text ? `?${text}` : location.pathname;
+}
+
+function push(address, replace = false) {
+  if (replace || address === location.search) history.replaceState({ y: scrollY }, "", address);
+  else {
+    history.replaceState({ y: scrollY }, "");
+    history.pushState({ y: 0 }, "", address);
+  }
+}
+
+/** index@version as the selects write it. */
+const placeOf = (ask) => `${ask.index}@${ask.version}`;
+const asPlace = (text) => { const [index, version] = text.split("@"); return { index, version: version ?? "" }; };
+const indexNamed = (name) => indexes.find((index) => index.name === name);
+const hasQuery = (ask) => Boolean(ask.id || ask.code);
+
+// ---- the form -----------------------------------------------------------------------------------------------------
+
+function placeOptions(select, chosen, first) {
+  const options = first ? [["", first]] : [];
+  for (const { name, version, versions } of indexes) {
+    options.push([`${name}@`, `${name}, newest (${version})`]);
+    for (const old of [...(versions ?? [])].sort((a, b) => b - a).slice(0, 30)) options.push([`${name}@${old}`, `${name}, version ${old}`]);
+  }
+  if (chosen && !options.some(([value]) => value === chosen)) options.push([chosen, chosen.replace("@", ", version ")]);
+  select.replaceChildren(...options.map(([value, text]) => h("option", { value }, text)));
+  select.value = chosen;
+}
+
+function fillForm(ask) {
+  for (const name of ["k", "within", "where"]) $(name).value = ask[name];
+  placeOptions($("place"), placeOf(ask), null);
+  placeOptions($("against"), ask.against, "nothing");
+  const changed = [ask.within && `radius ${ask.within}`, ask.where, ask.version && `version ${ask.version}`, ask.against && "side by side"];
+  $("options-summary").textContent = changed.filter(Boolean).join(" · ");
+}
+
+function readForm() {
+  return { k: $("k").value, within: $("within").value, where: $("where").value.trim(), ...asPlace($("place").value), against: $("against").value };
+}
+
+/** Search again with what the form says, if there is a query. */
+function searchAgain() {
+  if (!$("options").reportValidity()) return;
+  const base = lastTry ?? { ask: { ...DEFAULTS } };
+  const ask = { ...base.ask, ...readForm() };
+  if (!hasQuery(ask) && !base.file) {
+    announce("Choose an image first.");
+    $("pick").focus();
+    return;
+  }
+  const moved = ask.code && ask.index !== base.ask.index;
+  const file = base.file ?? (moved ? pictures.get(`${base.ask.index}:${ask.code}`)?.file : null);
+  if (moved && file) ask.code = null;
+  else if (moved && !sameModel(ask.index, base.ask.index)) {
+    fail(new ServerError(400, otherModel(ask.index)), null);
+    return;
+  }
+  search(ask, { file });
+}
+
+// ---- the query ----------------------------------------------------------------------------------------------------
+
+function queryPicture(side, size = 256) {
+  const { id, code } = side.answer.query;
+  const own = pictures.get(`${side.answer.index}:${code}`);
+  if (id || !own) return id ? picture(id, { code, size, alt: `Query ${id}` }) : h("span", { cls: "box" }, codePicture(code));
+  return ownPicture(own, code);
+}
+
+const urls = new WeakMap();
+
+function urlOf(file) {
+  if (!urls.has(file)) urls.set(file, URL.createObjectURL(file));
+  return urls.get(file);
+}
+
+function ownPicture({ url }, code) {
+  const image = h("img", { src: url, alt: "Your image", cls: "there" });
+  const box = h("span", { cls: "box" }, image);
+  image.addEventListener("error", () => box.replaceChildren(code ? codePicture(code) : h("span", { cls: "no-picture" }, "no preview")));
+  return box;
+}
+
+function drawQuery(ask, file) {
+  const some = Boolean(file || hasQuery(ask));
+  const known = pictures.get(`${ask.index}:${ask.code}`);
+  $("ask").classList.toggle("empty", !some);
+  $("clear").hidden = $("copy-link").hidden = !some;
+  $("query").replaceChildren(...(!some ? [] : [
+    file ? ownPicture({ url: urlOf(file) }, null) :
+    ask.id ? picture(ask.id, { alt: `Query ${ask.id}` }) :
+    known ? ownPicture(known, ask.code) : h("span", { cls: "box" }, codePicture(ask.code))]));
+  const name = file?.name ?? (ask.id || known?.file.name || (ask.code && `code ${ask.code}`)) ?? "";
+  $("query-name").replaceChildren(...(some ? [h("b", {}, file || known ? "Your image" : ask.id ? "Row of the index" : "A code"), h("span", { title: name }, name)] : []));
+  document.title = some && name ? `${name} · hashray` : "hashray";
+}
+
+// ---- asking the server --------------------------------------------------------------------------------------------
+
+function sidesOf(ask) {
+  const sides = [{ index: ask.index, version: ask.version }];
+  if (ask.against) sides.push(asPlace(ask.against));
+  return sides;
+}
+
+async function askServer(ask, { index, version }, file, offset, options) {
+  const wanted = { k: Number(ask.k), offset, index };
+  if (ask.within !== "") wanted.within = Number(ask.within);
+  if (ask.where) wanted.where = ask.where;
+  if (version) wanted.version = Number(version);
+  if (file) {
+    const send = (body) => requestJson(`search?${new URLSearchParams(wanted)}`,
+      { method: "POST", body, headers: { "Content-Type": body.type || "application/octet-stream" }, ...options });
+    if (file.size > limits.body_bytes) return send(await shrunken(file));
+    return send(file).catch(async (error) => {
+      if (error.status !== 413) throw error;
+      return send(await shrunken(file).catch(() => { throw error; }));
+    });
+  }
+  if (ask.code && index !== ask.index && !sameModel(index, ask.index)) {
+    throw new ServerError(400, otherModel(index));
+  }
+  const query = ask.id ? { id: ask.id } : { code: ask.code };
+  return requestJson("search", { method: "POST", body: JSON.stringify({ ...query, ...wanted }), headers: { "Content-Type": "application/json" }, ...options });
+}
+
+const otherModel = (index) => `A code belongs to one model. Give the image again to search ${index} with it.`;
+const sameModel = (one, other) => indexNamed(one)?.model === indexNamed(other)?.model && indexNamed(one)?.num_bits === indexNamed(other)?.num_bits;
+
+/** Search: `file` or the id or code of `ask`. The address and the page follow the answer. */
+async function search(ask, { file = null, replace = false, y = 0 } = {}) {
+  const signal = begin(ask, file);
+  if (!file) push(addressOf(ask), replace);
+  try {
+    const source = file ?? pictures.get(`${ask.index}:${ask.code}`)?.file;
+    const answers = await Promise.all(sidesOf(ask).map((place) => askServer(
+      ask, place, file ?? (ask.code && place.index !== ask.index ? source : null), 0, { signal, waiting: showWaiting })));
+    const sides = answers.map((answer) => ({ answer, hits: answer.hits, actions }));
+    if (source) for (const { query, index } of answers) pictures.set(`${index}:${query.code}`, { file: source, url: urlOf(source) });
+    if (file) {
+      ask = { ...ask, id: null, code: answers[0].query.code };
+      push(addressOf(ask), replace);
+    }
+    lastTry = { ask, file: null };
+    show(ask, sides);
+    scrollTo({ top: y, behavior: "instant" });
+    announce(summary(sides));
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    fail(error, () => search(ask, { file, replace: true }));
+  }
+}
+
+/** The page while an answer is awaited. */
+function begin(ask, file) {
+  controller?.abort();
+  controller = new AbortController();
+  lastTry = { ask, file };
+  $("toast").hidden = true;
+  $("start-rows")?.remove();
+  drawQuery(ask, file);
+  fillForm(ask);
+  $("state").replaceChildren();
+  $("more").hidden = true;
+  $("tail-note").textContent = "";
+  if (!shown || $("answers").classList.contains("beside") !== Boolean(ask.against)) {
+    keepingFocus(() => drawSkeleton(Number(ask.k), Boolean(ask.against)));
+  }
+  busy(true);
+  return controller.signal;
+}
+
+/** Redraw the answers; a focus inside them goes to their title, not to nowhere. */
+function keepingFocus(draw) {
+  const inside = $("answers").contains(document.activeElement);
+  draw();
+  if (inside) $("results-title").focus({ preventScroll: true });
+}
+
+let clock = null;
+function busy(on) {
+  clearInterval(clock);
+  $("results").classList.toggle("busy", on);
+  $("results").setAttribute("aria-busy", String(on));
+  $("bar").hidden = $("cancel").hidden = !on;
+  if (!on) return;
+  $("note").textContent = "Searching…";
+  const start = performance.now();
+  clock = setInterval(() => {
+    const seconds = Math.round((performance.now() - start) / 1000);
+    if (seconds === 1) announce("Still searching.");
+    if (!$("state").firstChild) $("note").textContent = `Still searching, ${seconds} s so far`;
+  }, 1000);
+}
+
+function showWaiting({ kind, text, seconds, tries }) {
+  if (kind === "again") return;
+  const title = kind === "busy" ? TITLES[429] : "Not ready yet";
+  const next = `Trying again in ${plural(seconds, "second", "seconds")}${tries > 1 ? ` (${plural(tries, "try", "tries")} so far)` : ""}.`;
+  $("note").textContent = kind === "busy" ? "The server is busy" : "Waiting for the server";
+  if (!$("state").firstChild) announce(`${title}. ${text}`);
+  $("state").replaceChildren(h("div", { cls: "message wait" }, h("h3", {}, title), h("p", {}, text), h("p", { cls: "hint" }, next)));
+}
+
+function fail(error, retry) {
+  busy(false);
+  shown = null;
+  keepingFocus(() => $("answers").replaceChildren());
+  $("answers").removeAttribute("aria-hidden");
+  $("note").textContent = "";
+  $("state").replaceChildren(errorBox(error, retry));
+}
+
+function summary(sides) {
+  const [{ answer, hits }, other] = sides;
+  if (other) {
+    const ids = new Set(other.hits.map((hit) => hit.id));
+    return `${number(hits.filter((hit) => ids.has(hit.id)).length)} of ${plural(hits.length, "result", "results")} in both`;
+  }
+  return `${plural(hits.length, "result", "results")} of ${plural(answer.rows, "row", "rows")} · ${placeText(sides[0])} · ${answer.took_ms.toFixed(1)} ms`;
+}
+
+/** Write an answer that is there. */
+function show(ask, sides) {
+  busy(false);
+  shown = { ask, sides };
+  remembered.delete(location.search);
+  remembered.set(location.search, shown);
+  if (remembered.size > REMEMBERED) remembered.delete(remembered.keys().next().value);
+  drawQuery(ask, null);
+  fillForm(ask);
+  $("note").textContent = summary(sides);
+  $("answers").removeAttribute("aria-hidden");
+  keepingFocus(() => drawAnswers(sides));
+  drawState(ask, sides);
+  drawTail();
+}
+
+function drawState(ask, sides) {
+  const boxes = sides.filter(({ answer }) => answer.degraded).map((side) => h("div", { cls: "message warning" },
+    h("h3", {}, "This answer is not complete"),
+    h("p", {}, `${plural(side.answer.missing_shards, "shard", "shards")} of ${placeText(side)} did not answer, so nearer rows may be missing.`),
+    h("div", { cls: "buttons" }, h("button", { type: "button", onclick: searchAgain }, "Search again"))));
+  if (sides.every(({ hits }) => hits.length === 0)) {
+    const narrow = [ask.within !== "" && `within ${ask.within} bits`, ask.where && `with ${ask.where}`].filter(Boolean).join(" and ");
+    boxes.push(h("div", { cls: "message" }, h("h3", {}, "No row is near enough"),
+      h("p", {}, narrow ? `There is no row ${narrow}.` : "This index holds no rows."),
+      narrow ? h("div", { cls: "buttons" }, h("button", { type: "button", onclick: () => search({ ...ask, within: "", where: "" }) }, "Search without radius and filter")) : null));
+  }
+  $("state").replaceChildren(...boxes);
+}
+
+// ---- more, without end --------------------------------------------------------------------------------------------
+
+const tailSeen = new IntersectionObserver(([entry]) => { if (entry.isIntersecting && !$("more").disabled) more(); }, { rootMargin: "500px" });
+
+function drawTail() {
+  const { sides } = shown;
+  const some = sides.some(({ answer }) => answer.more);
+  const room = sides[0].hits.length + Number(shown.ask.k) <= limits.offset;
+  $("more").hidden = !(some && room);
+  $("more").disabled = false;
+  $("tail-note").textContent = some && !room ? `The nearest ${number(sides[0].hits.length)} are shown. A radius or a filter narrows the search.`
+    : !some && sides[0].hits.length ? "That is all." : "";
+  tailSeen.disconnect();
+  if (some && room) tailSeen.observe($("more"));
+}
+
+/** The next k of each answer, of the version that is shown already. */
+async function more() {
+  const { ask, sides } = shown;
+  const page = shown;
+  const from = sides[0].hits.length;
+  const focused = document.activeElement === $("more");
+  $("more").disabled = true;
+  $("tail-note").textContent = "Loading more…";
+  try {
+    const wanted = sides.filter(({ answer }) => answer.more);
+    const answers = await Promise.all(wanted.map(({ answer, hits }) => askServer(
+      { ...ask, id: null, code: answer.query.code, index: answer.index }, { index: answer.index, version: answer.version }, null, hits.length,
+      { signal: controller.signal, waiting: ({ text }) => { if (text) $("tail-note").textContent = `${text}. Trying again…`; } })));
+    if (shown !== page) return;
+    wanted.forEach((side, position) => {
+      side.hits = [...side.hits, ...answers[position].hits];
+      side.answer = { ...side.answer, more: answers[position].more };
+    });
+    drawAnswers(sides, from);
+    $("note").textContent = summary(sides);
+    announce(`${plural(sides[0].hits.length, "result", "results")} shown`);
+    drawTail();
+    if (focused) $("answers").querySelectorAll(".picture")[from]?.focus({ preventScroll: true });
+  } catch (error) {
+    if (error.name === "AbortError" || shown !== page) return;
+    tailSeen.disconnect();
+    $("more").disabled = false;
+    $("tail-note").textContent = `${TITLES[error.status] ?? "The server failed"}: ${error.message}`;
+    announce($("tail-note").textContent);
+  }
+}
+
+const actions = {
+  search: (id) => search({ ...lastTry.ask, ...readForm(), id, code: null }),
+  filter: (where) => { $("where").value = where; searchAgain(); },
+};

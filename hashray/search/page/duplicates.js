@@ -81,7 +81,7 @@ function drawMember(group, member) {
   return h("li", { cls: "card member" },
     h("label", { cls: "picture" }, picture(member.id), box, h("span", { cls: "goes", "aria-hidden": "true" }, "delete")),
     h("div", { cls: "facts" },
-      h("p", { cls: "distance" }, member.distance === 0 ? "equal" : plural(member.distance, "bit", "bits")),
+      h("p", { cls: "distance" }, member.keep ? "stays" : member.distance === 0 ? "equal code" : plural(member.distance, "bit", "bits")),
       member.keep ? h("span", { cls: "badge best" }, "best") : null),
     h("p", { cls: "id", title: member.id }, member.id),
     h("p", { cls: "links" },

@@ -108,14 +108,14 @@ function ownPicture({ url }, code) {
   return box;
 }
 
-function drawQuery(ask, file) {
+function drawQuery(ask, file, code = ask.code) {
   const some = Boolean(file || hasQuery(ask));
   const known = pictures.get(`${ask.index}:${ask.code}`);
   $("ask").classList.toggle("empty", !some);
   $("clear").hidden = $("copy-link").hidden = !some;
   $("query").replaceChildren(...(!some ? [] : [
     file ? ownPicture({ url: urlOf(file) }, null) :
-    ask.id ? picture(ask.id, { alt: `Query ${ask.id}` }) :
+    ask.id ? picture(ask.id, { code, alt: `Query ${ask.id}` }) :
     known ? ownPicture(known, ask.code) : h("span", { cls: "box" }, codePicture(ask.code))]));
   const name = file?.name ?? (ask.id || known?.file.name || (ask.code && `code ${ask.code}`)) ?? "";
   $("query-name").replaceChildren(...(some ? [h("b", {}, file || known ? "Your image" : ask.id ? "Row of the index" : "A code"), h("span", { title: name }, name)] : []));
@@ -171,7 +171,9 @@ async function search(ask, { file = null, replace = false, y = 0 } = {}) {
     lastTry = { ask, file: null };
     show(ask, sides);
     scrollTo({ top: y, behavior: "instant" });
-    announce(summary(sides));
+    startY = y;
+    announce(spoken(sides));
+    keepEarlier(ask, sides[0].answer.query.code, source?.name);
   } catch (error) {
     if (error.name === "AbortError") return;
     fail(error, () => search(ask, { file, replace: true }));
@@ -184,6 +186,8 @@ function begin(ask, file) {
   controller = new AbortController();
   lastTry = { ask, file };
   $("toast").hidden = true;
+  $("results").classList.remove("idle");
+  $("where").removeAttribute("aria-invalid");
   $("start-rows")?.remove();
   drawQuery(ask, file);
   fillForm(ask);
@@ -222,6 +226,7 @@ function busy(on) {
 
 function showWaiting({ kind, text, seconds, tries }) {
   if (kind === "again") return;
+  $("results").classList.remove("idle");
   const title = kind === "busy" ? TITLES[429] : "Not ready yet";
   const next = `Trying again in ${plural(seconds, "second", "seconds")}${tries > 1 ? ` (${plural(tries, "try", "tries")} so far)` : ""}.`;
   $("note").textContent = kind === "busy" ? "The server is busy" : "Waiting for the server";
@@ -232,6 +237,8 @@ function showWaiting({ kind, text, seconds, tries }) {
 function fail(error, retry) {
   busy(false);
   shown = null;
+  $("results").classList.remove("idle");
+  if (/^where\b/.test(error.message)) $("where").setAttribute("aria-invalid", "true");
   keepingFocus(() => $("answers").replaceChildren());
   $("answers").removeAttribute("aria-hidden");
   $("note").textContent = "";
@@ -244,7 +251,14 @@ function summary(sides) {
     const ids = new Set(other.hits.map((hit) => hit.id));
     return `${number(hits.filter((hit) => ids.has(hit.id)).length)} of ${plural(hits.length, "result", "results")} in both`;
   }
-  return `${plural(hits.length, "result", "results")} of ${plural(answer.rows, "row", "rows")} · ${placeText(sides[0])} · ${answer.took_ms.toFixed(1)} ms`;
+  return `${number(hits.length)} of ${plural(answer.rows, "row", "rows")} · ${placeText(sides[0])} · ${answer.took_ms.toFixed(1)} ms`;
+}
+
+/** The summary for ears. */
+function spoken(sides) {
+  const [{ answer, hits }, other] = sides;
+  if (other) return `${summary(sides)}: ${placeText(sides[0])} and ${placeText(other)}`;
+  return `${plural(hits.length, "result", "results")}${answer.more ? ", more follow" : ""}. Version ${answer.version}.`;
 }
 
 /** Write an answer that is there. */
@@ -254,7 +268,7 @@ function show(ask, sides) {
   remembered.delete(location.search);
   remembered.set(location.search, shown);
   if (remembered.size > REMEMBERED) remembered.delete(remembered.keys().next().value);
-  drawQuery(ask, null);
+  drawQuery(ask, null, sides[0].answer.query.code);
   fillForm(ask);
   $("note").textContent = summary(sides);
   $("answers").removeAttribute("aria-hidden");
@@ -279,7 +293,13 @@ function drawState(ask, sides) {
 
 // ---- more, without end --------------------------------------------------------------------------------------------
 
-const tailSeen = new IntersectionObserver(([entry]) => { if (entry.isIntersecting && !$("more").disabled) more(); }, { rootMargin: "500px" });
+let startY = 0; // where the page stood when the answer was written: more is loaded once it is scrolled on
+let nearTail = false;
+const tailSeen = new IntersectionObserver(([entry]) => { nearTail = entry.isIntersecting; moreIfScrolled(); }, { rootMargin: "500px" });
+
+function moreIfScrolled() {
+  if (nearTail && shown && scrollY > startY && !$("more").hidden && !$("more").disabled) more();
+}
 
 function drawTail() {
   const { sides } = shown;
@@ -290,6 +310,7 @@ function drawTail() {
   $("tail-note").textContent = some && !room ? `The nearest ${number(sides[0].hits.length)} are shown. A radius or a filter narrows the search.`
     : !some && sides[0].hits.length ? "That is all." : "";
   tailSeen.disconnect();
+  nearTail = false;
   if (some && room) tailSeen.observe($("more"));
 }
 
@@ -319,6 +340,7 @@ async function more() {
   } catch (error) {
     if (error.name === "AbortError" || shown !== page) return;
     tailSeen.disconnect();
+    nearTail = false;
     $("more").disabled = false;
     $("tail-note").textContent = `${TITLES[error.status] ?? "The server failed"}: ${error.message}`;
     announce($("tail-note").textContent);
@@ -329,3 +351,27 @@ const actions = {
   search: (id) => search({ ...lastTry.ask, ...readForm(), id, code: null }),
   filter: (where) => { $("where").value = where; searchAgain(); },
 };
+
+// ---- earlier searches of this tab ---------------------------------------------------------------------------------
+
+const EARLIER_KEY = "hashray-earlier";
+const EARLIER = 12;
+const earlier = () => JSON.parse(sessionStorage.getItem(EARLIER_KEY) ?? "[]");
+
+function keepEarlier(ask, code, name) {
+  const entry = { id: ask.id, code, index: ask.index, name: ask.id ?? name ?? "a code", address: location.search };
+  const others = earlier().filter((other) => other.id !== entry.id || (!entry.id && other.code !== code));
+  sessionStorage.setItem(EARLIER_KEY, JSON.stringify([entry, ...others].slice(0, EARLIER)));
+}
+
+function drawEarlier() {
+  const entries = earlier();
+  if (!entries.length) return null;
+  return h("section", { "aria-label": "Earlier searches" },
+    h("p", { cls: "lead" }, "Earlier in this tab"),
+    h("ul", { cls: "grid strip" }, entries.map(({ id, code, index, name, address }) => {
+      const kept = pictures.get(`${index}:${code}`);
+      return h("li", {}, h("a", { cls: "picture", href: address, "data-view": "search", title: name, "aria-label": `Search by ${name} again` },
+        id ? picture(id, { code, size: 128 }) : kept ? ownPicture(kept, code) : h("span", { cls: "box" }, codePicture(code))));
+    })));
+}

@@ -102,7 +102,8 @@ function route(y = 0) {
     lastTry = { ask: before.ask, file: null };
     show(before.ask, before.sides);
     scrollTo({ top: y, behavior: "instant" });
-    announce(summary(before.sides));
+    startY = y;
+    announce(spoken(before.sides));
   } else if (hasQuery(ask)) search(ask, { replace: true, y });
   else blank(ask);
 }
@@ -116,18 +117,20 @@ function blank(ask) {
   for (const id of ["state", "answers"]) $(id).replaceChildren();
   for (const id of ["note", "tail-note"]) $(id).textContent = "";
   $("more").hidden = true;
+  $("results").classList.add("idle");
   drawStart();
 }
 
 async function drawStart() {
   $("start-rows")?.remove();
-  if (!indexes.length) return;
+  const page = h("div", { id: "start-rows" }, drawEarlier());
+  $("answers").before(page);
   const digits = Array.from(crypto.getRandomValues(new Uint8Array(indexes[0].num_bits / 8)), (value) => value.toString(16).padStart(2, "0"));
   const answer = await fetch("search", { method: "POST", body: JSON.stringify({ code: digits.join(""), k: 12 }),
     headers: { "Content-Type": "application/json", ...(token ? { Authorization: `Bearer ${token}` } : {}) } })
     .then((response) => (response.ok ? response.json() : null), () => null);
-  if (!answer?.hits.length || shown || lastTry || $("start-rows")) return;
-  $("answers").before(h("section", { id: "start-rows", "aria-label": "Rows to start from" },
+  if (!answer?.hits.length || !page.isConnected) return;
+  page.append(h("section", { "aria-label": "Rows to start from" },
     h("p", { cls: "lead" }, "Or start from a row of the index"),
     h("ul", { cls: "grid" }, answer.hits.map((hit) => h("li", { cls: "card" },
       h("button", { type: "button", cls: "picture", "aria-label": `Search by ${hit.id}`, onclick: () => search({ ...DEFAULTS, ...readForm(), id: hit.id }) },
@@ -204,6 +207,7 @@ $("copy-link").addEventListener("click", async () => {
   setTimeout(() => { $("copy-link").textContent = "Copy link"; }, 2000);
 });
 $("more").addEventListener("click", more);
+addEventListener("scroll", moreIfScrolled, { passive: true });
 $("answers").addEventListener("keydown", moveInGrid);
 $("kind").addEventListener("change", () => loadGroups(true));
 $("duplicates-tools").addEventListener("submit", (event) => event.preventDefault());
@@ -227,6 +231,7 @@ wide.addEventListener("change", fit);
 fit();
 
 history.scrollRestoration = "manual";
+$("results").classList.toggle("idle", !hasQuery(readAddress()));
 drawQuery(readAddress(), null);
 fillForm(readAddress());
 start();

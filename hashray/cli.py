@@ -141,6 +141,12 @@ COMMANDS: Commands = {
         "Query images -> nearest rows of an index",
         "hashray search runs/index --model runs/model --image query.jpg --k 10",
     ),
+    "serve": Command(
+        "hashray.search.serve:serve",
+        "hashray.search.serve:ServeConfig",
+        "An HTTP service and a page that search an index",
+        "hashray serve runs/index --model runs/model --corpus runs/corpus",
+    ),
     "evaluate": Command(
         "hashray.evaluate.run:evaluate",
         "hashray.evaluate.run:EvaluateConfig",
@@ -178,8 +184,7 @@ COMMANDS: Commands = {
         "hashray verify runs/index",
     ),
 }
-GROUPS = {"index": "Build an index of codes, and change it"}
-GROUPS = {"index": "Build an index of codes, find duplicates in it"}
+GROUPS = {"index": "Build an index of codes, change it, find duplicates in it"}
 ABOUT = (
     "hashray: from an image corpus to a searchable, sharded index of learned binary codes. Every path is a local "
     "folder or s3://bucket/prefix; --endpoint-url URL names a server other than AWS; --verbose says how many requests "

@@ -86,9 +86,16 @@ class Model:
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
                 raise InputError(f"images are {images.dtype} {images.shape}; expected uint8 [n, h, w, 3] or PIL images")
             images = [Image.fromarray(image) for image in images]
-        size, resize = self.backbone.image_size, self.backbone.framing
-        pixels = [to_pixels(to_rgb(image), size, resize) for image in images]
-        array = np.stack(pixels) if pixels else np.zeros((0, 3, size, size), dtype=np.uint8)
+        return self.encode_pixels([self.pixels(image) for image in images])
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """The pixels uint8 [3, s, s] that the trunk sees of an image."""
+        return to_pixels(to_rgb(image), self.backbone.image_size, self.backbone.framing)
+
+    def encode_pixels(self, pixels: Sequence[NDArray[np.uint8]]) -> StampedCodes:
+        """Packed codes uint8 [n, num_bits // 8] of images as `pixels` gives them, each uint8 [3, s, s]."""
+        size = self.backbone.image_size
+        array = np.stack(pixels) if len(pixels) else np.zeros((0, 3, size, size), dtype=np.uint8)
         return StampedCodes.stamp(binarize(self.logits(array)), self.fingerprint)
 
 

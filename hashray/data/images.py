@@ -64,8 +64,11 @@ class AugmentConfig(Config):
     cutout: int = Field(0, ge=0, description="Side of a grey square with its centre anywhere (DeVries, 2017)")
 
 
-def decode(data: bytes | None) -> Image.Image:
+def decode(data: bytes | None, most_pixels: int | None = None) -> Image.Image:
     """Decode the first frame to RGB, turned as its EXIF orientation says.
+
+    Args:
+        most_pixels: an image that claims more is refused before a pixel is decoded; unset: Pillow's own limit.
 
     Raises:
         BadImage: empty, no known format, truncated, or suspiciously large; the reason in one line.
@@ -76,6 +79,8 @@ def decode(data: bytes | None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as opened:
+                if most_pixels is not None and opened.width * opened.height > most_pixels:
+                    raise BadImage(f"{opened.width} x {opened.height} pixels; at most {most_pixels:,} are taken")
                 opened.load()
                 return to_rgb(opened)
     except (BadImage, MemoryError):  # a worker short of memory says nothing about the image

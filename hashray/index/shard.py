@@ -27,6 +27,7 @@ from hashray.errors import ConfigError, CorruptArtifact, InputError, perhaps
 from hashray.index.attributes import attributes_bytes
 from hashray.index.gpu import GpuCodes
 from hashray.index.ids import check_unique, ids_bytes
+from hashray.index.stored import codes_at, stored_codes
 from hashray.index.version import Folder, ShardRecord, write_content
 from hashray.storage import Store
 
@@ -212,16 +213,19 @@ class Shard:
 
     def codes(self) -> Codes:
         """The packed codes uint8 [rows, num_bits // 8] of all rows; of a flat shard a view of its file."""
-        width = self._index.d // 8
-        if self.kind == "flat":
-            whole = _view(self._index.xb.data(), self.rows, width)
-        else:
-            whole, lists = np.empty((self.rows, width), np.uint8), self._index.invlists
-            for number in range(self._index.nlist):
-                if size := lists.list_size(number):
-                    places = faiss.rev_swig_ptr(lists.get_ids(number), size)
-                    whole[places] = _view(lists.get_codes(number), size, width)
-        return whole[:, : self.num_bits // 8]
+        return stored_codes(self._index, self.kind)[:, : self.num_bits // 8]
+
+    def codes_at(self, positions: NDArray[np.int64], near: Codes | None = None) -> Codes:
+        """The packed codes uint8 [n, num_bits // 8] of rows int64 [n].
+
+        Args:
+            near: packed codes uint8 [m, num_bits // 8] of the queries that these rows answer. An ivf shard looks into
+                the lists they probe; unset, into all lists.
+        """
+        lists = None
+        if self.kind == "ivf" and near is not None:
+            lists = np.unique(self._lists.search(self._padded(near), self._index.nprobe)[1])
+        return codes_at(self._index, self.kind, positions, lists)[:, : self.num_bits // 8]
 
     def _padded(self, codes: Codes) -> Codes:
         width = self._index.d // 8
@@ -240,7 +244,7 @@ class Shard:
         """Search the codes of the allowed rows alone, copied out of the shard once."""
         if (kept := self._few.get(allowed)) is None:
             few, places = faiss.IndexBinaryFlat(self._index.d), allowed.positions()
-            few.add(np.ascontiguousarray(_view(self._index.xb.data(), self.rows, self._index.d // 8)[places]))
+            few.add(np.ascontiguousarray(codes_at(self._index, "flat", places)))
             kept = self._few[allowed] = (few, places)
         distances, positions = _nearest(kept[0], queries, k)
         return distances, np.where(positions < 0, -1, kept[1][positions])
@@ -316,11 +320,6 @@ def _nearest(index: Any, queries: Codes, k: int) -> tuple[NDArray[np.int32], NDA
     table = (index.d + 1) * k * 8 * min(QUERIES_AT_ONCE, max(1, len(queries)))
     index.use_heap = table > COUNTING_BYTES
     return index.search(queries, k)
-
-
-def _view(pointer: Any, rows: int, width: int) -> Codes:
-    """Memory of FAISS as codes uint8 [rows, width], without a copy."""
-    return faiss.rev_swig_ptr(pointer, rows * width).reshape(rows, width)
 
 
 def open_shard(

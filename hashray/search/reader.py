@@ -11,9 +11,9 @@ from __future__ import annotations
 import operator
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Index:
         """Take the open shards; `ascending`: every id of each is below every one of the next."""
         self.manifest, self.version, self.threads = manifest, version, threads
         self.pieces = pieces
+        self.schema: pa.Schema | None = None  # of attributes; unset: of the shards that are open here
         self._ascending = ascending
         self._filtered: OrderedDict[str | bytes, list[Bitmap]] = (
             OrderedDict()
@@ -179,7 +180,7 @@ class Index:
         key = where if isinstance(where, str) else pickle.dumps(where)
         if (rows := self._filtered.get(key)) is None:
             chosen = Filter(where)
-            schema = joined_schema([piece.attributes for piece in self.pieces])
+            schema = self.schema or joined_schema([piece.attributes for piece in self.pieces])
             rows = [chosen.rows(completed(piece.attributes, piece.shard.rows, schema)) for piece in self.pieces]
             rows = [r if p.living is None else r & p.living for r, p in zip(rows, self.pieces, strict=True)]
             self._filtered[key] = rows
@@ -274,12 +275,23 @@ def open_index(
 
 
 def open_version(
-    store: Store, version: int | None, cache: Path, threads: int | None = None, gpu: bool = False
+    store: Store,
+    version: int | None,
+    cache: Path,
+    threads: int | None = None,
+    gpu: bool = False,
+    only: Collection[str] | None = None,
 ) -> Index:
-    """Open a version of the index in a store, the newest if None; as `open_index`."""
+    """Open a version of the index in a store, the newest if None; as `open_index`.
+
+    Args:
+        only: names of files of ids: just the shards that have one of them are opened.
+    """
     if threads is not None and threads < 1:
         raise InputError(f"threads = {threads}: a search needs at least 1")
     head = _read_version(store, version)
+    if only is not None:
+        head = replace(head, shards=[shard for shard in head.shards if shard.ids.name in only])
     if gpu:
         require_gpu()
         if head.manifest.info["kind"] != "flat":

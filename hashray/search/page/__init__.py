@@ -21,7 +21,7 @@ def page() -> str:
 
 
 @cache
-def content_security_policy() -> str:
+def content_policy() -> str:
     """The Content-Security-Policy of the page: its own scripts and styles by their hash, this server and nothing else."""
     html = page()
     return "; ".join(

@@ -52,11 +52,11 @@ function codePicture(code) {
 
 const blobs = new Map();
 
-/** The address of a picture as a blob, for servers that want the token with each request. */
+/** The address of a picture as a blob: for servers that want the token, and for pictures that had to wait. */
 function blobOf(id, size) {
   const path = imagePath(id, size);
   if (!blobs.has(path)) {
-    blobs.set(path, request(path, { cache: "default" }).then((answer) => answer.blob()).then(URL.createObjectURL));
+    blobs.set(path, request(path, { cache: "default", mostTries: BUSY_TRIES }).then((answer) => answer.blob()).then(URL.createObjectURL));
     blobs.get(path).catch(() => blobs.delete(path));
     if (blobs.size > KEPT) {
       const [oldest, url] = blobs.entries().next().value;
@@ -85,7 +85,12 @@ function picture(id, { code = null, size = 256, alt = "" } = {}) {
   }
   const image = h("img", { alt, decoding: "async", draggable: "false", width: size, height: size, loading: token ? null : "lazy" });
   image.addEventListener("load", () => image.classList.add("there"));
-  image.addEventListener("error", instead);
+  let again = Boolean(token);
+  image.addEventListener("error", () => {
+    if (again) return instead();
+    again = true; // a busy server refuses pictures too: ask once more, with its waiting
+    return blobOf(id, size).then((url) => { image.src = url; }, instead);
+  });
   if (token) {
     Object.assign(image.dataset, { id, size });
     nearView.observe(image);

@@ -140,7 +140,7 @@ async function askServer(ask, { index, version }, file, offset, options) {
       { method: "POST", body, headers: { "Content-Type": body.type || "application/octet-stream" }, ...options });
     if (file.size > limits.body_bytes) return send(await shrunken(file));
     return send(file).catch(async (error) => {
-      if (error.status !== 413) throw error;
+      if (error.status !== 413 && !/\bpixels\b/.test(error.message)) throw error;
       return send(await shrunken(file).catch(() => { throw error; }));
     });
   }
@@ -227,7 +227,7 @@ function busy(on) {
 function showWaiting({ kind, text, seconds, tries }) {
   if (kind === "again") return;
   $("results").classList.remove("idle");
-  const title = kind === "busy" ? TITLES[429] : "Not ready yet";
+  const title = TITLES[kind === "busy" ? 429 : 503];
   const next = `Trying again in ${plural(seconds, "second", "seconds")}${tries > 1 ? ` (${plural(tries, "try", "tries")} so far)` : ""}.`;
   $("note").textContent = kind === "busy" ? "The server is busy" : "Waiting for the server";
   if (!$("state").firstChild) announce(`${title}. ${text}`);

@@ -41,6 +41,7 @@ const TITLES = {
   415: "Not an image that the server can read",
   422: "This search cannot be done",
   429: "The server is busy",
+  503: "The server cannot answer yet",
   504: "The search took too long",
 };
 
@@ -98,9 +99,9 @@ async function problem(response) {
 
 /**
  * The response of the server. It asks for the token, and waits where the server is busy or not ready.
- * `waiting` is called with {kind: "busy" | "not-ready", text, seconds, tries} before each wait.
+ * After `mostTries` it does not wait again. `waiting` is called with {kind: "busy" | "not-ready", text, seconds, tries} before each wait.
  */
-async function request(path, { waiting = () => {}, signal, headers = {}, ...rest } = {}) {
+async function request(path, { waiting = () => {}, mostTries = Infinity, signal, headers = {}, ...rest } = {}) {
   for (let tries = 1; ; tries += 1) {
     const sent = token;
     const all = sent ? { ...headers, Authorization: `Bearer ${sent}` } : headers;
@@ -119,7 +120,7 @@ async function request(path, { waiting = () => {}, signal, headers = {}, ...rest
     const error = await problem(response);
     const seconds = Number(response.headers.get("Retry-After")) || 1;
     if (response.status === 429 && tries < BUSY_TRIES) waiting({ kind: "busy", text: error.message, seconds, tries });
-    else if (response.status === 503) waiting({ kind: "not-ready", text: error.message, seconds, tries });
+    else if (response.status === 503 && tries < mostTries) waiting({ kind: "not-ready", text: error.message, seconds, tries });
     else throw error;
     await pause(seconds, signal);
     waiting({ kind: "again", seconds: 0, tries });

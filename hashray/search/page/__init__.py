@@ -22,7 +22,7 @@ def page() -> str:
 
 @cache
 def content_policy() -> str:
-    """The Content-Security-Policy of the page: its own scripts and styles by their hash, this server and nothing else."""
+    """The page's Content-Security-Policy: its own scripts and styles by their hash, this server, nothing else."""
     html = page()
     return "; ".join(
         (

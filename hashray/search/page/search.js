@@ -138,10 +138,10 @@ async function askServer(ask, { index, version }, file, offset, options) {
   if (file) {
     const send = (body) => requestJson(`search?${new URLSearchParams(wanted)}`,
       { method: "POST", body, headers: { "Content-Type": body.type || "application/octet-stream" }, ...options });
-    if (file.size > limits.body_bytes) return send(await shrunken(file));
+    if (file.size > limits.body_bytes) return send(await shrunken(file, limits.body_bytes));
     return send(file).catch(async (error) => {
       if (error.status !== 413 && !/\bpixels\b/.test(error.message)) throw error;
-      return send(await shrunken(file).catch(() => { throw error; }));
+      return send(await shrunken(file, limits.body_bytes).catch(() => { throw error; }));
     });
   }
   if (ask.code && index !== ask.index && !sameModel(index, ask.index)) {
@@ -269,7 +269,6 @@ function show(ask, sides) {
   remembered.set(location.search, shown);
   if (remembered.size > REMEMBERED) remembered.delete(remembered.keys().next().value);
   drawQuery(ask, null, sides[0].answer.query.code);
-  fillForm(ask);
   $("note").textContent = summary(sides);
   $("answers").removeAttribute("aria-hidden");
   keepingFocus(() => drawAnswers(sides));

@@ -100,6 +100,7 @@ function route(y = 0) {
   controller?.abort();
   if (before) {
     lastTry = { ask: before.ask, file: null };
+    fillForm(before.ask);
     show(before.ask, before.sides);
     scrollTo({ top: y, behavior: "instant" });
     startY = y;

@@ -79,3 +79,13 @@ def ray_session(s3_server: str) -> Iterator[Any]:
     start_local(num_cpus=4, object_store_memory=600 * 1024**2)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of the loopback at which nothing listens."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

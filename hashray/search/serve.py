@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from typing import Any
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 from ray import serve as ray_serve
 
 from hashray.artifact import canonical, sha256_hex
+from hashray.config import validate
 from hashray.engine.session import connect, runs_here
 from hashray.index.log import newest, read_version
 from hashray.search.app import create_app
@@ -51,8 +53,16 @@ def fits(config: ServeConfig) -> bool:
     return size_bytes <= config.fleet.memory_gib * GIB
 
 
-def application(config: ServeConfig) -> Any:
-    """The Ray Serve application of a service; every process of it asks the same actors."""
+def application(args: ServeConfig | dict[str, Any]) -> Any:
+    """The Ray Serve application of a service; every process of it asks the same actors.
+
+    Args:
+        args: the config, or its fields, as a RayService's YAML has them.
+
+    Raises:
+        ConfigError: a field does not validate.
+    """
+    config = args if isinstance(args, ServeConfig) else validate(ServeConfig, args, "the application's args")
     fleet = _fleet(config)
 
     def build() -> FastAPI:
@@ -90,6 +100,7 @@ def _serve_on_ray(config: ServeConfig) -> int:
     with listen(config) as probe:
         config = config.model_copy(update={"port": probe.getsockname()[1]})
     connect()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     options = {"host": config.host, "port": config.port, "location": "EveryNode", "request_timeout_s": None}
     ended, before = threading.Event(), {}
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -27,8 +27,6 @@ from hashray.search.pictures import Pictures
 from hashray.search.served import Served
 
 DECODE_THREADS = 2
-ENCODE_BATCH = 32
-SEARCH_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,11 @@ class Service:
         self.admission, self.draining = Admission(limits), False
         self.decoders = ThreadPoolExecutor(DECODE_THREADS, "hashray-decode")
         self._encoders: dict[str, Batcher[NDArray[np.uint8], Codes]] = {
-            name: Batcher(f"hashray-encode-{name}", self._encode_with(model), ENCODE_BATCH, lambda _: None)
+            name: Batcher(f"hashray-encode-{name}", self._encode_with(model), limits.together, lambda _: None)
             for name, model in models.items()
         }
         self._searcher: Batcher[Wanted, Neighbours] = Batcher(
-            "hashray-search", self._search, SEARCH_BATCH, metrics.batch.observe, lanes
+            "hashray-search", self._search, limits.together, metrics.batch.observe, lanes
         )
         metrics.queued.set_function(lambda: self.admission.queries)
         metrics.ready.set_function(lambda: not self.draining)

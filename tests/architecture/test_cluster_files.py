@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -13,7 +14,8 @@ import pytest
 import yaml
 
 from hashray.cli import COMMANDS, Command
-from hashray.config import parse
+from hashray.config import parse, validate
+from hashray.search.opening import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,8 +25,6 @@ def load(name: str) -> Any:
 
 
 def test_the_rayjob_runs_a_job_that_exists_with_arguments_that_parse() -> None:
-    import importlib
-
     spec = load("rayjob.yaml")["spec"]
     words = spec["entrypoint"].split()
     job = Path(words[1]).relative_to("/app")
@@ -38,6 +38,22 @@ def test_the_rayjob_runs_a_job_that_exists_with_arguments_that_parse() -> None:
     assert f"ray=={spec['rayClusterSpec']['rayVersion']}" in pins
     for group in [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]:
         assert group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_the_rayservice_imports_an_application_whose_arguments_validate() -> None:
+    documents = list(yaml.safe_load_all((ROOT / "cluster/rayservice.yaml").read_text()))
+    spec = documents[0]["spec"]
+    serve = yaml.safe_load(spec["serveConfigV2"])
+    (app,) = serve["applications"]
+    module, _, name = app["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    config = validate(ServeConfig, app["args"], "rayservice")
+    assert config.host == serve["http_options"]["host"] and config.port == serve["http_options"]["port"]
+    cluster = spec["rayClusterConfig"]
+    assert f"ray=={cluster['rayVersion']}" in (ROOT / "constraints.txt").read_text()
+    redis = next(one for one in documents if one["kind"] == "Service")
+    place = f"{redis['metadata']['name']}:{redis['spec']['ports'][0]['port']}"
+    assert cluster["gcsFaultToleranceOptions"]["redisAddress"] == place
 
 
 def test_the_ray_up_file_is_one_cluster_of_known_node_types() -> None:

@@ -13,6 +13,8 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from serving import ROWS, behind_socket, config_of, write_all
+from tiny import CLASSES, png, write_tiny_model
 
 import hashray
 from hashray.codes import hamming
@@ -22,8 +24,6 @@ from hashray.search.guard import SafetyConfig
 from hashray.search.limits import LimitsConfig
 from hashray.search.local import listen
 from hashray.search.opening import ServeConfig, open_service
-from tests.serving import ROWS, behind_socket, config_of, write_all
-from tests.tiny import CLASSES, png, write_tiny_model
 
 JSON = {"content-type": "application/json"}
 
@@ -222,7 +222,7 @@ def test_images_and_thumbnails_come_from_the_corpus_alone(client):
 
 
 def test_images_by_reference(tmp_path):
-    from tests.tiny import write_corpus
+    from tiny import write_corpus
 
     at = write_all(tmp_path)
     write_corpus(tmp_path / "referring", ROWS, 25, reference=tmp_path / "pictures")

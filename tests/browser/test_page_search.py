@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
+import pyarrow as pa
 import pytest
 from conftest import answer_pairs, drop
 from playwright.sync_api import expect
 
 import hashray
 from hashray.cli import main
+from hashray.data.images import decode
 from hashray.duplicates import duplicates
 from hashray.index.duplicates import DuplicatesConfig
 from hashray.search.opening import open_service
@@ -128,8 +130,6 @@ def test_two_models_beside_each_other(open_page, tmp_path):
     other = {"model": str(tmp_path / "model"), "index": str(tmp_path / "index")}
     write_tiny_model(other["model"], seed=1)
     model = hashray.load_model(other["model"])
-    from hashray.data.images import decode
-
     catalog = hashray.create_index(other["index"], num_bits=model.num_bits, fingerprint=model.fingerprint)
     catalog.append([f"{i:04d}" for i in range(40)], model.encode([decode(png(i)) for i in range(40)]))
     config = config_of(at, compare=other["index"], compare_model=other["model"])
@@ -156,6 +156,13 @@ def test_two_models_beside_each_other(open_page, tmp_path):
         expect(alone.get_by_role("alert")).to_contain_text("A code belongs to one model")
         alone.get_by_label("Side by side with").select_option("main@3")
         expect(alone.locator(".column h3")).to_have_text(["main, version 4", "main, version 3"])
+
+
+def test_two_versions_beside_each_other_by_a_row_that_only_one_has(open_page, url, nearest):
+    page = open_page(f"{url}/?id=0059&against=main@3")  # version 3 ends at row 0039
+    expect(page.locator(".column h3")).to_have_text(["main, version 4", "main, version 3"])
+    assert answer_pairs(page, ".column:nth-child(1)") == nearest(59)[:10]
+    assert answer_pairs(page, ".column:nth-child(2)") == nearest(59, lambda i: i < 40)[:10]
 
 
 def test_duplicates_are_ticked_exported_and_deleted(open_page, tmp_path, ray_session):
@@ -243,6 +250,41 @@ def test_the_keyboard_is_enough(open_page, url, nearest):
     expect(page.locator("#query-name")).to_contain_text(rows[1])
     expect(page.locator("#results-title")).to_be_focused()
     assert answer_pairs(page) == nearest(int(rows[1]))[:10]
+
+
+def test_a_reload_keeps_the_look_of_an_image(open_page, url, nearest):
+    page = open_page(url, bypass_csp=True)  # which forbids to evaluate text, as wait_for_function does
+    drop(page, "eight.png", png(8))
+    expect(page).to_have_url(re.compile("code="))
+    page.wait_for_function("sessionStorage.getItem('hashray-earlier')?.includes('eight.png')")
+    page.reload()
+    expect(page.locator("#query-name")).to_contain_text("eight.png")
+    expect(page.get_by_role("img", name="Your image")).to_have_attribute("src", re.compile("^data:image/jpeg"))
+    expect(page.locator(".card:not(.skeleton)")).to_have_count(10)
+    assert answer_pairs(page) == nearest(8)[:10]
+
+
+ODD = ["<img src=x onerror=alert(1)>", "a/b?c=d&e#f.jpg", "100%25 'q\" \\", "グラス/å.jpg", " two  spaces "]
+
+
+def test_odd_ids_are_text_and_can_be_searched(open_page, at, tmp_path):
+    model = hashray.load_model(at["model"])
+    index = str(tmp_path / "index")
+    catalog = hashray.create_index(index, num_bits=model.num_bits, fingerprint=model.fingerprint)
+    codes = model.encode([decode(png(i)) for i in range(len(ODD))])
+    catalog.append(ODD, codes, pa.table({"class": ["it's"] * len(ODD)}))
+    with behind_socket(config_of({**at, "index": index})) as (url, _):
+        page = open_page(url)
+        for name in ODD:
+            page.get_by_label("or by the id of a row").fill(name)
+            page.get_by_label("or by the id of a row").press("Enter")
+            expect(page.locator("#results")).to_have_attribute("aria-busy", "false")
+            expect(page.locator("#query-name span")).to_have_text(name)
+            expect(page.locator(".card .distance").first).to_have_text("0 bits")
+            assert {one.text_content() for one in page.locator(".card .id").all()} == set(ODD)
+        page.locator(".card .badge").first.click()
+        expect(page.get_by_label("Filter")).to_have_value("class == 'it\\'s'")
+        expect(page.locator("#note")).to_contain_text("5 of 5 rows")
 
 
 def test_which_bits_differ_is_said(open_page, url, nearest):

@@ -130,15 +130,24 @@ function saveAs(url, name) {
   setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
 
+function drawn(bitmap, side) {
+  const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
+  const canvas = h("canvas", { width: Math.max(1, Math.round(bitmap.width * scale)), height: Math.max(1, Math.round(bitmap.height * scale)) });
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas;
+}
+
+/** A thumbnail of an image file as a data: address. */
+async function thumbOf(file) {
+  return drawn(await createImageBitmap(file), 160).toDataURL("image/jpeg", 0.8);
+}
+
 /** A smaller JPEG of an image file, of at most `most` bytes where that can be. */
 async function shrunken(file, most) {
   const bitmap = await createImageBitmap(file);
   let blob = file;
   for (const side of [1600, 1024, 512]) {
-    const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
-    const canvas = h("canvas", { width: Math.round(bitmap.width * scale), height: Math.round(bitmap.height * scale) });
-    canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-    blob = await new Promise((resolve) => { canvas.toBlob(resolve, "image/jpeg", 0.92); });
+    blob = await new Promise((resolve) => { drawn(bitmap, side).toBlob(resolve, "image/jpeg", 0.92); });
     if (blob.size <= most) break;
   }
   return blob;

@@ -89,7 +89,7 @@ function searchAgain() {
 
 function queryPicture(side, size = 256) {
   const { id, code } = side.answer.query;
-  const own = pictures.get(`${side.answer.index}:${code}`);
+  const own = pictureOf(side.answer.index, code);
   if (id || !own) return id ? picture(id, { code, size, alt: `Query ${id}` }) : h("span", { cls: "box" }, codePicture(code));
   return ownPicture(own, code);
 }
@@ -110,14 +110,14 @@ function ownPicture({ url }, code) {
 
 function drawQuery(ask, file, code = ask.code) {
   const some = Boolean(file || hasQuery(ask));
-  const known = pictures.get(`${ask.index}:${ask.code}`);
+  const known = pictureOf(ask.index, ask.code);
   $("ask").classList.toggle("empty", !some);
   $("clear").hidden = $("copy-link").hidden = !some;
   $("query").replaceChildren(...(!some ? [] : [
     file ? ownPicture({ url: urlOf(file) }, null) :
     ask.id ? picture(ask.id, { code, alt: `Query ${ask.id}` }) :
     known ? ownPicture(known, ask.code) : h("span", { cls: "box" }, codePicture(ask.code))]));
-  const name = file?.name ?? (ask.id || known?.file.name || (ask.code && `code ${ask.code}`)) ?? "";
+  const name = file?.name ?? (ask.id || known?.name || (ask.code && `code ${ask.code}`)) ?? "";
   $("query-name").replaceChildren(...(some ? [h("b", {}, file || known ? "Your image" : ask.id ? "Row of the index" : "A code"), h("span", { title: name }, name)] : []));
   document.title = some && name ? `${name} · hashray` : "hashray";
 }
@@ -154,14 +154,22 @@ async function askServer(ask, { index, version }, file, offset, options) {
 const otherModel = (index) => `A code belongs to one model. Give the image again to search ${index} with it.`;
 const sameModel = (one, other) => indexNamed(one)?.model === indexNamed(other)?.model && indexNamed(one)?.num_bits === indexNamed(other)?.num_bits;
 
+/** The answer of each side. One of the same model takes the code of the first: the row may be new there. */
+async function askSides(ask, file, source, options) {
+  const [place, other] = sidesOf(ask);
+  const first = await askServer(ask, place, file, 0, options);
+  if (!other) return [first];
+  if (!sameModel(place.index, other.index)) return [first, await askServer(ask, other, file ?? source, 0, options)];
+  return [first, await askServer({ ...ask, id: null, code: first.query.code }, other, null, 0, options)];
+}
+
 /** Search: `file` or the id or code of `ask`. The address and the page follow the answer. */
 async function search(ask, { file = null, replace = false, y = 0 } = {}) {
   const signal = begin(ask, file);
   if (!file) push(addressOf(ask), replace);
   try {
     const source = file ?? pictures.get(`${ask.index}:${ask.code}`)?.file;
-    const answers = await Promise.all(sidesOf(ask).map((place) => askServer(
-      ask, place, file ?? (ask.code && place.index !== ask.index ? source : null), 0, { signal, waiting: showWaiting })));
+    const answers = await askSides(ask, file, source, { signal, waiting: showWaiting });
     const sides = answers.map((answer) => ({ answer, hits: answer.hits, actions }));
     if (source) for (const { query, index } of answers) pictures.set(`${index}:${query.code}`, { file: source, url: urlOf(source) });
     if (file) {
@@ -173,7 +181,7 @@ async function search(ask, { file = null, replace = false, y = 0 } = {}) {
     scrollTo({ top: y, behavior: "instant" });
     startY = y;
     announce(spoken(sides));
-    keepEarlier(ask, sides[0].answer.query.code, source?.name);
+    keepEarlier(ask, sides[0].answer.query.code, ask.id ? null : source);
   } catch (error) {
     if (error.name === "AbortError") return;
     fail(error, () => search(ask, { file, replace: true }));
@@ -357,8 +365,18 @@ const EARLIER_KEY = "hashray-earlier";
 const EARLIER = 12;
 const earlier = () => JSON.parse(sessionStorage.getItem(EARLIER_KEY) ?? "[]");
 
-function keepEarlier(ask, code, name) {
-  const entry = { id: ask.id, code, index: ask.index, name: ask.id ?? name ?? "a code", address: location.search };
+/** The image of this tab that has a code: the file itself, or what a reload has left of it. */
+function pictureOf(index, code) {
+  const kept = pictures.get(`${index}:${code}`);
+  if (kept) return { url: kept.url, name: kept.file.name };
+  const entry = earlier().find((other) => other.thumb && other.index === index && other.code === code);
+  return entry ? { url: entry.thumb, name: entry.name } : null;
+}
+
+async function keepEarlier(ask, code, file) {
+  const entry = { id: ask.id, code, index: ask.index, address: location.search };
+  entry.thumb = file ? await thumbOf(file).catch(() => null) : pictureOf(ask.index, code)?.url.replace(/^blob:.*/, "");
+  entry.name = ask.id ?? file?.name ?? pictureOf(ask.index, code)?.name ?? "a code";
   const others = earlier().filter((other) => other.id !== entry.id || (!entry.id && other.code !== code));
   sessionStorage.setItem(EARLIER_KEY, JSON.stringify([entry, ...others].slice(0, EARLIER)));
 }
@@ -369,7 +387,7 @@ function drawEarlier() {
   return h("section", { "aria-label": "Earlier searches" },
     h("p", { cls: "lead" }, "Earlier in this tab"),
     h("ul", { cls: "grid strip" }, entries.map(({ id, code, index, name, address }) => {
-      const kept = pictures.get(`${index}:${code}`);
+      const kept = pictureOf(index, code);
       return h("li", {}, h("a", { cls: "picture", href: address, "data-view": "search", title: name, "aria-label": `Search by ${name} again` },
         id ? picture(id, { code, size: 128 }) : kept ? ownPicture(kept, code) : h("span", { cls: "box" }, codePicture(code))));
     })));

@@ -189,7 +189,7 @@ for (const id of ["pick", "photograph"]) {
 
 $("by-id").addEventListener("submit", (event) => {
   event.preventDefault();
-  search({ ...DEFAULTS, ...readForm(), id: $("id-field").value.trim() });
+  search({ ...DEFAULTS, ...readForm(), id: $("id-field").value });
 });
 $("options").addEventListener("submit", (event) => { event.preventDefault(); searchAgain(); });
 $("options").addEventListener("change", () => { if (lastTry && $("options").checkValidity()) searchAgain(); });

@@ -1,128 +1,5 @@
 "use strict";
-// The search: what is asked, its address, its states.
-
-const DEFAULTS = { id: null, code: null, k: "10", within: "", where: "", version: "", index: "main", against: "" };
-const REMEMBERED = 20;
-const LAST = 10000;
-const limits = { k: 1000, offset: LAST, body_bytes: Infinity };
-let indexes = [];
-let shown = null; // {ask, sides} on the page
-let lastTry = null; // {ask, file}
-let controller = null;
-const remembered = new Map(); // address -> {ask, sides}
-const pictures = new Map(); // index:code -> {file, url} of images of this visit
-
-// ---- addresses ----------------------------------------------------------------------------------------------------
-
-function readAddress() {
-  const parameters = new URLSearchParams(location.search);
-  return Object.fromEntries(Object.entries(DEFAULTS).map(([name, value]) => [name, parameters.get(name) ?? value]));
-}
-
-function addressOf(ask) {
-  const parameters = new URLSearchParams();
-  for (const [name, value] of Object.entries(ask)) if (value && value !== DEFAULTS[name]) parameters.set(name, value);
-  const text = parameters.toString();
-  return text ? `?${text}` : location.pathname;
-}
-
-function push(address, replace = false) {
-  if (replace || address === location.search) history.replaceState({ y: scrollY }, "", address);
-  else {
-    history.replaceState({ y: scrollY }, "");
-    history.pushState({ y: 0 }, "", address);
-  }
-}
-
-/** index@version as the selects write it. */
-const placeOf = (ask) => `${ask.index}@${ask.version}`;
-const asPlace = (text) => { const [index, version] = text.split("@"); return { index, version: version ?? "" }; };
-const indexNamed = (name) => indexes.find((index) => index.name === name);
-const hasQuery = (ask) => Boolean(ask.id || ask.code);
-
-// ---- the form -----------------------------------------------------------------------------------------------------
-
-function placeOptions(select, chosen, first) {
-  const options = first ? [["", first]] : [];
-  for (const { name, version, versions } of indexes) {
-    options.push([`${name}@`, `${name}, newest (${version})`]);
-    for (const old of [...(versions ?? [])].sort((a, b) => b - a).slice(0, 30)) options.push([`${name}@${old}`, `${name}, version ${old}`]);
-  }
-  if (chosen && !options.some(([value]) => value === chosen)) options.push([chosen, chosen.replace("@", ", version ")]);
-  select.replaceChildren(...options.map(([value, text]) => h("option", { value }, text)));
-  select.value = chosen;
-}
-
-function fillForm(ask) {
-  for (const name of ["k", "within", "where"]) $(name).value = ask[name];
-  placeOptions($("place"), placeOf(ask), null);
-  placeOptions($("against"), ask.against, "nothing");
-  const changed = [ask.within && `radius ${ask.within}`, ask.where, ask.version && `version ${ask.version}`, ask.against && "side by side"];
-  $("options-summary").textContent = changed.filter(Boolean).join(" · ");
-}
-
-function readForm() {
-  return { k: $("k").value, within: $("within").value, where: $("where").value.trim(), ...asPlace($("place").value), against: $("against").value };
-}
-
-/** Search again with what the form says, if there is a query. */
-function searchAgain() {
-  if (!$("options").reportValidity()) return;
-  const base = lastTry ?? { ask: { ...DEFAULTS } };
-  const ask = { ...base.ask, ...readForm() };
-  if (!hasQuery(ask) && !base.file) {
-    announce("Choose an image first.");
-    $("pick").focus();
-    return;
-  }
-  const moved = ask.code && ask.index !== base.ask.index;
-  const file = base.file ?? (moved ? pictures.get(`${base.ask.index}:${ask.code}`)?.file : null);
-  if (moved && file) ask.code = null;
-  else if (moved && !sameModel(ask.index, base.ask.index)) {
-    fail(new ServerError(400, otherModel(ask.index)), null);
-    return;
-  }
-  search(ask, { file });
-}
-
-// ---- the query ----------------------------------------------------------------------------------------------------
-
-function queryPicture(side, size = 256) {
-  const { id, code } = side.answer.query;
-  const own = pictureOf(side.answer.index, code);
-  if (id || !own) return id ? picture(id, { code, size, alt: `Query ${id}` }) : h("span", { cls: "box" }, codePicture(code));
-  return ownPicture(own, code);
-}
-
-const urls = new WeakMap();
-
-function urlOf(file) {
-  if (!urls.has(file)) urls.set(file, URL.createObjectURL(file));
-  return urls.get(file);
-}
-
-function ownPicture({ url }, code) {
-  const image = h("img", { src: url, alt: "Your image", cls: "there" });
-  const box = h("span", { cls: "box" }, image);
-  image.addEventListener("error", () => box.replaceChildren(code ? codePicture(code) : h("span", { cls: "no-picture" }, "no preview")));
-  return box;
-}
-
-function drawQuery(ask, file, code = ask.code) {
-  const some = Boolean(file || hasQuery(ask));
-  const known = pictureOf(ask.index, ask.code);
-  $("ask").classList.toggle("empty", !some);
-  $("clear").hidden = $("copy-link").hidden = !some;
-  $("query").replaceChildren(...(!some ? [] : [
-    file ? ownPicture({ url: urlOf(file) }, null) :
-    ask.id ? picture(ask.id, { code, alt: `Query ${ask.id}` }) :
-    known ? ownPicture(known, ask.code) : h("span", { cls: "box" }, codePicture(ask.code))]));
-  const name = file?.name ?? (ask.id || known?.name || (ask.code && `code ${ask.code}`)) ?? "";
-  $("query-name").replaceChildren(...(some ? [h("b", {}, file || known ? "Your image" : ask.id ? "Row of the index" : "A code"), h("span", { title: name }, name)] : []));
-  document.title = some && name ? `${name} · hashray` : "hashray";
-}
-
-// ---- asking the server --------------------------------------------------------------------------------------------
+// The search: what the server is asked, and the states of its answer.
 
 function sidesOf(ask) {
   const sides = [{ index: ask.index, version: ask.version }];
@@ -337,9 +214,12 @@ async function more() {
     if (shown !== page) return;
     wanted.forEach((side, position) => {
       side.hits = [...side.hits, ...answers[position].hits];
-      side.answer = { ...side.answer, more: answers[position].more };
+      const { more: rest, degraded, missing_shards: missing } = answers[position];
+      const before = side.answer;
+      side.answer = { ...before, more: rest, degraded: degraded || before.degraded, missing_shards: Math.max(missing, before.missing_shards) };
     });
     drawAnswers(sides, from);
+    drawState(ask, sides);
     $("note").textContent = summary(sides);
     announce(`${plural(sides[0].hits.length, "result", "results")} shown`);
     drawTail();
@@ -358,37 +238,3 @@ const actions = {
   search: (id) => search({ ...lastTry.ask, ...readForm(), id, code: null }),
   filter: (where) => { $("where").value = where; searchAgain(); },
 };
-
-// ---- earlier searches of this tab ---------------------------------------------------------------------------------
-
-const EARLIER_KEY = "hashray-earlier";
-const EARLIER = 12;
-const earlier = () => JSON.parse(sessionStorage.getItem(EARLIER_KEY) ?? "[]");
-
-/** The image of this tab that has a code: the file itself, or what a reload has left of it. */
-function pictureOf(index, code) {
-  const kept = pictures.get(`${index}:${code}`);
-  if (kept) return { url: kept.url, name: kept.file.name };
-  const entry = earlier().find((other) => other.thumb && other.index === index && other.code === code);
-  return entry ? { url: entry.thumb, name: entry.name } : null;
-}
-
-async function keepEarlier(ask, code, file) {
-  const entry = { id: ask.id, code, index: ask.index, address: location.search };
-  entry.thumb = file ? await thumbOf(file).catch(() => null) : pictureOf(ask.index, code)?.url.replace(/^blob:.*/, "");
-  entry.name = ask.id ?? file?.name ?? pictureOf(ask.index, code)?.name ?? "a code";
-  const others = earlier().filter((other) => other.id !== entry.id || (!entry.id && other.code !== code));
-  sessionStorage.setItem(EARLIER_KEY, JSON.stringify([entry, ...others].slice(0, EARLIER)));
-}
-
-function drawEarlier() {
-  const entries = earlier();
-  if (!entries.length) return null;
-  return h("section", { "aria-label": "Earlier searches" },
-    h("p", { cls: "lead" }, "Earlier in this tab"),
-    h("ul", { cls: "grid strip" }, entries.map(({ id, code, index, name, address }) => {
-      const kept = pictureOf(index, code);
-      return h("li", {}, h("a", { cls: "picture", href: address, "data-view": "search", title: name, "aria-label": `Search by ${name} again` },
-        id ? picture(id, { code, size: 128 }) : kept ? ownPicture(kept, code) : h("span", { cls: "box" }, codePicture(code))));
-    })));
-}

@@ -99,9 +99,9 @@ async function problem(response) {
 
 /**
  * The response of the server. It asks for the token, and waits where the server is busy or not ready.
- * After `mostTries` it does not wait again. `waiting` is called with {kind: "busy" | "not-ready", text, seconds, tries} before each wait.
+ * After `mostTries` it does not wait again; where it is `quiet` it does not ask for the token. `waiting` is called with {kind: "busy" | "not-ready", text, seconds, tries} before each wait.
  */
-async function request(path, { waiting = () => {}, mostTries = Infinity, signal, headers = {}, ...rest } = {}) {
+async function request(path, { waiting = () => {}, mostTries = Infinity, quiet = false, signal, headers = {}, ...rest } = {}) {
   for (let tries = 1; ; tries += 1) {
     const sent = token;
     const all = sent ? { ...headers, Authorization: `Bearer ${sent}` } : headers;
@@ -113,7 +113,7 @@ async function request(path, { waiting = () => {}, mostTries = Infinity, signal,
       throw new ServerError(0, "Check that hashray serve runs and that this device reaches it.");
     }
     if (response.ok) return response;
-    if (response.status === 401) {
+    if (response.status === 401 && !quiet) {
       if (sent === token) await askToken(Boolean(sent));
       continue;
     }

@@ -48,7 +48,7 @@ async function poll() {
   if (polling || document.visibilityState !== "visible") return;
   polling = true;
   try {
-    takeVersion(await requestJson("version", { waiting: ({ kind }) => { if (kind === "not-ready") sayAway("The server is not ready"); } }));
+    takeVersion(await requestJson("version", { quiet: true, waiting: ({ kind }) => { if (kind === "not-ready") sayAway("The server is not ready"); } }));
     misses = 0;
   } catch (error) {
     misses += 1;

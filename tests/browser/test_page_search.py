@@ -220,6 +220,7 @@ def tab_to(page, name: str) -> None:
 
 def test_the_keyboard_is_enough(open_page, url, nearest):
     page = open_page(url)
+    page.on("filechooser", lambda chooser: None)  # from now on the dialog is the test's, not only while one is awaited
     expect(page.locator("#start-rows .card")).to_have_count(12)
     tab_to(page, "pick")
     with page.expect_file_chooser() as chooser:

@@ -195,7 +195,7 @@ def _add_looks(app: FastAPI, service: Service) -> None:
 
     refused: dict[int | str, dict[str, Any]] = {code: ERRORS[code] for code in (401, 404, 422, 429, 503, 504)}
 
-    seen = {200: {"content": {"image/*": BYTES}}, 304: {"description": "Not changed"}}
+    seen: dict[int | str, dict[str, Any]] = {200: {"content": {"image/*": BYTES}}, 304: {"description": "Not changed"}}
 
     @app.get("/image/{row_id:path}", responses={**refused, **seen}, response_class=Response)
     async def image(row_id: str, request: Request, size: Annotated[int, Query(ge=0, le=1024)] = 256) -> Response:

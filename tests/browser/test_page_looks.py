@@ -6,8 +6,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
+import hashray
 from hashray.duplicates import duplicates
 from hashray.index.duplicates import DuplicatesConfig
+from hashray.search.guard import SafetyConfig
 from tests.serving import behind_socket, config_of, write_all
 
 pytestmark = pytest.mark.browser
@@ -50,6 +52,23 @@ def test_axe_finds_nothing_serious_and_the_page_fits(open_page, whole, view, sch
         check(page, width)
         page.get_by_role("button", name="Details").first.click()
     check(page, width)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_the_dialog_and_the_notice(open_page, tmp_path, scheme):
+    at = write_all(tmp_path)
+    (tmp_path / "token").write_text("s3cret")
+    with behind_socket(config_of(at, safety=SafetyConfig(token_file=str(tmp_path / "token")))) as (url, service):
+        page = open_page(f"{url}/?id=0001", 390, color_scheme=scheme, reduced_motion="reduce")
+        dialog = page.get_by_role("dialog", name="This service asks for a token")
+        expect(dialog).to_be_visible()
+        check(page, 390)
+        dialog.get_by_label("Token").fill("s3cret")
+        dialog.get_by_role("button", name="Continue").click()
+        expect(page.locator("#answers img.there").first).to_be_visible()
+        assert hashray.open_catalog(at["index"]).delete(["0002"]) == 5 and service.indexes["main"].refresh()
+        expect(page.locator("#toast")).to_contain_text("Version 5 is now served")
+        check(page, 390)
 
 
 def check(page, width):

@@ -83,8 +83,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     _search_one(out, metrics)
     if config.unlabelled:
         say("No label was used but for the scores: queries were drawn at random, and ITQ reads the features alone.")
-    say("Search with an image of your own:")
-    say(f"  hashray search {out / 'index'} --model {out / 'model'} --image IMAGE.png --k 5")
+    say("Search in the browser, with an image of your own:")
+    say(f"  hashray serve {out / 'index'} --model {out / 'model'} --corpus {out / 'corpus'}")
     say(f"{time.monotonic() - start_s:,.0f} s in all. The page: {(out / 'report.html').absolute()}")
     return metrics
 

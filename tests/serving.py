@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import hashray
 from hashray.data.corpus import open_corpus
 from hashray.data.images import decode
 from hashray.search.app import create_app
+from hashray.search.local import listen
 from hashray.search.opening import ServeConfig, open_service
 from hashray.search.service import Service
 
@@ -49,8 +49,8 @@ def config_of(at: dict[str, str], **more: Any) -> ServeConfig:
 def behind_socket(config: ServeConfig, service: Service | None = None) -> Iterator[tuple[str, Service]]:
     """The service at a port of the loopback, in a thread of this process; its url, and itself."""
     service = service or open_service(config)
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener = listen(config)
+    listener.listen(128)
     settings = uvicorn.Config(create_app(service, config.hosts), log_config=None, access_log=False, lifespan="on")
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, args=([listener],))

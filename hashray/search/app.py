@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -173,7 +173,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             },
         }  # fmt: skip
 
-    @app.get("/metrics", responses={401: ERRORS[401]})
+    @app.get("/metrics", responses={401: ERRORS[401]}, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus's text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -195,7 +195,9 @@ def _add_looks(app: FastAPI, service: Service) -> None:
 
     refused: dict[int | str, dict[str, Any]] = {code: ERRORS[code] for code in (401, 404, 422, 429, 503, 504)}
 
-    @app.get("/image/{row_id:path}", responses=refused, response_class=Response)
+    seen: dict[int | str, dict[str, Any]] = {200: {"content": {"image/*": BYTES}}, 304: {"description": "Not changed"}}
+
+    @app.get("/image/{row_id:path}", responses={**refused, **seen}, response_class=Response)
     async def image(row_id: str, request: Request, size: Annotated[int, Query(ge=0, le=1024)] = 256) -> Response:
         """A row's image with its longer side at `size` pixels; with size=0 its bytes as they were ingested."""
         if service.pictures is None:

@@ -1,7 +1,7 @@
 """[Ray] An index in Ray actors: each holds some shards, the answers are merged as those of one process.
 
 A call that an actor does not answer goes to another that holds the same shards; if there is none, to the same one
-again, which Ray starts anew and which opens its shards from storage. What does not answer in time is counted as
+again, which Ray starts again and which opens its shards from storage. What does not answer in time is counted as
 missing: the service refuses the query then, or says that its answer is not whole.
 
 Actors keep the last versions that were asked for, so that a new version is opened beside the one that is served.
@@ -169,7 +169,7 @@ class Fleet:
     ) -> Any | None:
         pending, asked, broken = {first: actors[0]}, 1, 0
         while (left_s := deadline_s - time.monotonic()) > 0 and broken < len(actors):
-            if not pending:  # every actor was lost: Ray starts them anew
+            if not pending:  # every actor was lost: Ray starts them again
                 time.sleep(min(0.05, left_s))
                 pending[call(group, actors[asked % len(actors)])] = actors[asked % len(actors)]
                 asked += 1

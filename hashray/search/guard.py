@@ -81,6 +81,8 @@ class Guard:
                 try:
                     async with asyncio.timeout(self.service.limits.timeout_s):
                         self._require_token(scope["path"], headers)
+                        if scope["path"].startswith("/search"):
+                            self.service.admission.check()
                         state["body"] = await self._read(headers, receive, held)
                         await self.app(scope, _again(state["body"], receive), sent)
                 except Refused as refused:

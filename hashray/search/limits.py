@@ -19,10 +19,11 @@ class LimitsConfig(Config):
     k: int = Field(1000, ge=1, description="Most neighbours of one answer")
     offset: int = Field(10_000, ge=1, description="Deepest neighbour of a query: offset + k")
     batch: int = Field(256, ge=1, description="Most queries of one request")
+    together: int = Field(64, ge=1, description="Most queries that are searched or encoded together")
     body_mib: int = Field(32, ge=1, description="Largest body of a request in MiB")
     pixels: int = Field(50_000_000, ge=1, description="Most pixels of an image")
     timeout_s: float = Field(10.0, gt=0, description="Longest time of a request in seconds")
-    queries: int = Field(512, ge=1, description="Most queries at work or waiting at a time; above: 429")
+    queries: int = Field(256, ge=1, description="Most queries at work or waiting at a time; above: 429")
     bodies_mib: int = Field(256, ge=1, description="Most bytes of bodies in memory at a time in MiB; above: 429")
 
 
@@ -42,6 +43,15 @@ class Admission:
 
     def __init__(self, limits: LimitsConfig) -> None:
         self.limits, self.queries, self.bytes = limits, 0, 0
+
+    def check(self) -> None:
+        """Refuse a query whose body has not been read yet: what is refused must cost little.
+
+        Raises:
+            Refused: 429 where no place is left.
+        """
+        if self.queries >= self.limits.queries:
+            raise _overloaded(f"{self.queries:,} queries are at work or waiting")
 
     @contextmanager
     def body(self, size_bytes: int) -> Iterator[None]:

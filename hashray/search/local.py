@@ -31,8 +31,7 @@ def serve_here(config: ServeConfig) -> int:
         http="httptools", loop="uvloop", timeout_keep_alive=30, h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
     with listener, Follower(service, config.poll_s):
-        announce(config, listener.getsockname()[1])
-        asyncio.run(_Server(settings, service, config.drain_s).serve([listener]))
+        asyncio.run(_Server(settings, service, config).serve([listener]))
     return 0
 
 
@@ -46,6 +45,8 @@ def listen(config: ServeConfig) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. Without, head and body of an answer wait for each other: 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.bind(address)
     except OSError as error:
         raise ConfigError(f"cannot listen at {config.host}:{config.port}: {error}. Choose another --port") from error
@@ -64,9 +65,15 @@ def announce(config: ServeConfig, port: int) -> None:
 class _Server(uvicorn.Server):
     """uvicorn's server, which says that it ends before it stops to listen, and does not raise the signal again."""
 
-    def __init__(self, settings: uvicorn.Config, service: Service, drain_s: float) -> None:
+    def __init__(self, settings: uvicorn.Config, service: Service, config: ServeConfig) -> None:
         super().__init__(settings)
-        self._service, self._drain_s = service, drain_s
+        self._service, self._options = service, config
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and only then say so: from here on a signal is handled, and a connection is taken."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            announce(self._options, listener.getsockname()[1])
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -80,10 +87,10 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain: /ready says 503 for `drain_s`, then requests at work are answered, then the server ends."""
-        if self._service.draining or not self._drain_s or sig == signal.SIGINT:
+        if self._service.draining or not self._options.drain_s or sig == signal.SIGINT:
             super().handle_exit(sig, frame)
         else:
-            asyncio.get_running_loop().call_later(self._drain_s, super().handle_exit, sig, frame)
+            asyncio.get_running_loop().call_later(self._options.drain_s, super().handle_exit, sig, frame)
         if not self._service.draining:
             self._service.draining = True
             log("draining", signal=signal.Signals(sig).name)

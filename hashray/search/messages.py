@@ -13,6 +13,7 @@ from hashray.errors import InputError
 
 LONGEST_WHERE = 4096
 Name = Literal["main", "compare"]
+ONE_OF: dict[str, Any] = {"oneOf": [{"required": [name]} for name in ("code", "id", "image")]}
 MISSING_CODE = "expected exactly one of code, id and image"
 
 
@@ -34,7 +35,7 @@ class Ask(BaseModel):
 class One(BaseModel):
     """One query: exactly one of these."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=ONE_OF)
 
     code: str | None = Field(None, description="Packed code in hexadecimal, num_bits / 4 digits")
     id: str | None = Field(None, description="An id in the index: its neighbours are wanted")
@@ -49,6 +50,8 @@ class One(BaseModel):
 
 class SearchRequest(Ask):
     """A query and what is wanted of its neighbours."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=ONE_OF)
 
     code: str | None = Field(None, description="Packed code in hexadecimal, num_bits / 4 digits")
     id: str | None = Field(None, description="An id in the index: its neighbours are wanted")

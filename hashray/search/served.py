@@ -24,7 +24,7 @@ class Served:
     Args:
         name: "main" or "compare".
         opens: opens a version by its number; raises a HashrayError where it cannot.
-        follow: whether newer versions are taken; false where the user named one.
+        version: the one that is served, whatever comes after it; unset: always the newest.
     """
 
     def __init__(

@@ -27,8 +27,6 @@ from hashray.search.pictures import Pictures
 from hashray.search.served import Served
 
 DECODE_THREADS = 2
-ENCODE_BATCH = 32
-SEARCH_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,11 @@ class Service:
         self.admission, self.draining = Admission(limits), False
         self.decoders = ThreadPoolExecutor(DECODE_THREADS, "hashray-decode")
         self._encoders: dict[str, Batcher[NDArray[np.uint8], Codes]] = {
-            name: Batcher(f"hashray-encode-{name}", self._encode_with(model), ENCODE_BATCH, lambda _: None)
+            name: Batcher(f"hashray-encode-{name}", self._encode_with(model), limits.together, lambda _: None)
             for name, model in models.items()
         }
         self._searcher: Batcher[Wanted, Neighbours] = Batcher(
-            "hashray-search", self._search, SEARCH_BATCH, metrics.batch.observe, lanes
+            "hashray-search", self._search, limits.together, metrics.batch.observe, lanes
         )
         metrics.queued.set_function(lambda: self.admission.queries)
         metrics.ready.set_function(lambda: not self.draining)
@@ -111,8 +109,8 @@ class Service:
             self.metrics.degraded.inc()
         took_ms = round((perf_counter() - start_s) * 1e3, 2)
         return [
-            _answer(query, code, found, ask, opened, took_ms)
-            for query, code, found in zip(queries, codes, nearest, strict=True)
+            _answer(query, code, neighbours, ask, opened, took_ms)
+            for query, code, neighbours in zip(queries, codes, nearest, strict=True)
         ]
 
     def _check(self, ask: Ask, count: int) -> None:
@@ -208,18 +206,18 @@ def _unknown(row_id: str, opened: Searchable, missing: int) -> Refused:
 
 
 def _answer(
-    query: Query, code: Codes, found: Neighbours, ask: Ask, opened: Searchable, took_ms: float
+    query: Query, code: Codes, neighbours: Neighbours, ask: Ask, opened: Searchable, took_ms: float
 ) -> dict[str, Any]:
     facts = opened.facts
-    ids, distances = found.ids, found.distances
+    ids, distances = neighbours.ids, neighbours.distances
     if ask.within is not None:
         ids = ids[: int(np.searchsorted(distances, ask.within, side="right"))]
     hits = [
         {
             "id": row_id,
             "distance": int(distance),
-            "code": found.rows[row_id].code.tobytes().hex() if row_id in found.rows else "",
-            "attributes": found.rows[row_id].attributes if row_id in found.rows else {},
+            "code": neighbours.rows[row_id].code.tobytes().hex() if row_id in neighbours.rows else "",
+            "attributes": neighbours.rows[row_id].attributes if row_id in neighbours.rows else {},
         }
         for row_id, distance in zip(ids, distances, strict=False)
     ][ask.offset : ask.offset + ask.k]
@@ -231,7 +229,7 @@ def _answer(
         "query": {"id": query.id, "code": code.tobytes().hex()},
         "hits": hits,
         "more": len(ids) > ask.offset + ask.k,
-        "degraded": found.missing > 0,
-        "missing_shards": found.missing,
+        "degraded": neighbours.missing > 0,
+        "missing_shards": neighbours.missing,
         "took_ms": took_ms,
     }

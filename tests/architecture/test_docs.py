@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,22 @@ def masked(line: str) -> str:
     return re.sub(r"[-\d.,]*\d", "0", re.sub(r"\s+", " ", text)).strip()
 
 
+def served_until_ready(words: list[str]) -> str:
+    """What a service prints in a process of its own, which is ended by SIGTERM once it is ready."""
+    command = [sys.executable, "-m", "hashray", *words, "--port", "0"]
+    lines = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if '"event": "ready"' in line:
+                break
+        process.terminate()
+        lines += process.stderr.readlines()
+    assert process.returncode == 0, lines
+    return "".join(lines)
+
+
 def test_the_front_page_commands_run_and_print_what_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,9 +123,13 @@ def test_the_front_page_commands_run_and_print_what_it_shows(
         line, *shown = part.splitlines()
         words = shlex.split(line)
         words = [smaller.get(words[i - 1], word) for i, word in enumerate(words)]
-        with contextlib.redirect_stdout(sys.stderr):  # one text, in the order of printing
-            assert main([*words, *extra.get(words[0], [])]) == 0, words
-        lines = [masked(text.replace(str(tmp_path), "…")) for text in capsys.readouterr().err.splitlines()]
+        if words[0] == "serve":
+            text = served_until_ready(words)
+        else:
+            with contextlib.redirect_stdout(sys.stderr):  # one text, in the order of printing
+                assert main([*words, *extra.get(words[0], [])]) == 0, words
+            text = capsys.readouterr().err
+        lines = [masked(line.replace(str(tmp_path), "…")) for line in text.splitlines()]
         printed = iter(lines)
         missing = [text for text in shown if text.strip() and masked(text) not in printed]  # in this order
         assert not missing, (words, missing, lines)

@@ -78,7 +78,7 @@ def test_actors_that_are_killed_cost_no_query(at, fleet):
     ray.kill(actors_of(fleet)[0], no_restart=False)
     answer = many.search(codes, 9, None)
     assert answer.missing == 0 and equal(answer, expected)
-    for actor in actors_of(fleet):  # all at once: Ray starts them anew, they open their shards from storage
+    for actor in actors_of(fleet):  # all at once: Ray starts them again, they open their shards from storage
         ray.kill(actor, no_restart=False)
     answer = many.search(codes, 9, None)
     assert answer.missing == 0 and equal(answer, expected)

@@ -1,4 +1,4 @@
-"""The batcher: every item answered once, in batches that fill by themselves, whoever gives up meanwhile."""
+"""The batcher: every item is answered once; a request that gives up leaves the others alone."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 S3 ?= http://127.0.0.1:18336
 
-.PHONY: help install demo test test-all test-chaos test-s3-real check bench pin results clean
+.PHONY: help install demo test test-all test-browser test-chaos test-s3-real check bench pin results clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,11 +22,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## the whole pipeline on handwritten digits, about a minute, ends with a page
 	$(BIN)/hashray demo --out demo-out
 
-test: install  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+test: install  ## all tests but the slow ones and those of the search page
+	$(BIN)/python -m pytest -m "not slow and not browser"
 
 test-all: install  ## all tests
 	$(BIN)/python -m pytest
+
+test-browser: install  ## the search page in headless Chromium, which must be installed
+	$(BIN)/python -m pytest tests/browser
 
 test-chaos: install  ## every stage while nodes of a cluster on this machine come, go and die
 	$(BIN)/python -m pytest -s tests/chaos

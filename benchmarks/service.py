@@ -43,6 +43,7 @@ from hashray.index.version import index_manifest, write_tables
 from hashray.storage import open_store
 
 NUM_BITS, CLUSTERS, SEED, QUERIES, K = 64, 1000, 0, 512, 10
+OVERLOAD = 5
 BATCH, TOGETHER = "batch", 64  # requests of 64 queries to /search/batch
 
 
@@ -67,7 +68,8 @@ def write_model(folder: str) -> None:
 def service(index: str, model: str, *flags: str) -> Iterator[int]:
     """`hashray serve` at a free port, which is yielded once it is ready."""
     words = [sys.executable, "-m", "hashray", "serve", index, "--model", model, "--port", "0", "--ray", "never", *flags]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    with subprocess.Popen(words, stderr=subprocess.PIPE, env=environment, text=True) as process:
         assert process.stderr is not None
         try:
             for line in process.stderr:
@@ -80,11 +82,18 @@ def service(index: str, model: str, *flags: str) -> Iterator[int]:
             process.terminate()
 
 
-def _client(port: int, bodies: Sequence[bytes], kind: str, seconds: float, first: int, seen: list[Any]) -> None:
-    """One client after another's answer; `kind` is the content type, or the path of a batch."""
+def _client(
+    port: int, bodies: Sequence[bytes], kind: str, seconds: float, every_s: float, first: int, seen: list[Any]
+) -> None:
+    """Ask again after each answer, or every `every_s` seconds if that is not 0."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     end_s, number = time.perf_counter() + seconds, first
+    due_s = time.perf_counter() + every_s * (first % 97) / 97
     while (start_s := time.perf_counter()) < end_s:
+        if every_s and due_s > start_s:
+            time.sleep(due_s - start_s)
+            start_s = time.perf_counter()
+        due_s += every_s
         path = "/search/batch" if kind == BATCH else f"/search?k={K}"
         content = kind if kind.startswith("image/") else "application/json"
         connection.request("POST", path, bodies[number % len(bodies)], {"Content-Type": content})
@@ -94,10 +103,13 @@ def _client(port: int, bodies: Sequence[bytes], kind: str, seconds: float, first
         number += 1
 
 
-def _load(port: int, bodies: Sequence[bytes], kind: str, clients: int, seconds: float, sink: Any) -> None:
+def _load(
+    port: int, bodies: Sequence[bytes], kind: str, clients: int, seconds: float, every_s: float, sink: Any
+) -> None:
     seen: list[tuple[int, float]] = []
     threads = [
-        threading.Thread(target=_client, args=(port, bodies, kind, seconds, n * 37, seen)) for n in range(clients)
+        threading.Thread(target=_client, args=(port, bodies, kind, seconds, every_s, n * 37, seen))
+        for n in range(clients)
     ]
     start_s = time.perf_counter()
     for thread in threads:
@@ -108,12 +120,23 @@ def _load(port: int, bodies: Sequence[bytes], kind: str, clients: int, seconds: 
 
 
 def load(
-    port: int, bodies: Sequence[bytes], clients: int, seconds: float, kind: str = "application/json"
+    port: int,
+    bodies: Sequence[bytes],
+    clients: int,
+    seconds: float,
+    kind: str = "application/json",
+    per_s: float | None = None,
 ) -> dict[str, Any]:
-    """What `clients` closed-loop clients in another process see in some seconds."""
+    """What `clients` in another process see in some seconds.
+
+    Args:
+        kind: content type of the bodies; BATCH: of requests for several queries.
+        per_s: requests a second that they send in all, whatever the answers; unset: each asks again after an answer.
+    """
+    every_s = clients / per_s if per_s else 0.0
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(
-        target=_load, args=(port, bodies, kind, clients, seconds, there)
+        target=_load, args=(port, bodies, kind, clients, seconds, every_s, there)
     )
     process.start()
     seen, took_s = here.recv()
@@ -159,8 +182,15 @@ def fan_out(one: str, eight: str, queries: Codes) -> dict[str, Any]:
 def image_queries(model: str, images: str, index: str, seconds: float) -> dict[str, Any]:
     """Queries by image, with a trained model and its index."""
     bodies = [path.read_bytes() for path in sorted(Path(images).rglob("*.jpg"))[:64]]
-    with service(index, model) as port:
-        return {str(n): load(port, bodies, n, seconds, "image/jpeg") for n in (1, 16)}
+    result: dict[str, Any] = {}
+    for name, flags in (("batched", ()), ("one_at_a_time", ("--limits.together", "1"))):
+        with service(index, model, *flags) as port:
+            load(port, bodies, 16, 2.0, "image/jpeg")
+            result[name] = load(port, bodies, 16, seconds, "image/jpeg")
+            if name == "batched":
+                result["one_client"] = load(port, bodies, 1, seconds, "image/jpeg")
+    result["batching_ratio"] = round(result["batched"]["per_s"] / result["one_at_a_time"]["per_s"], 2)
+    return result
 
 
 def main() -> None:
@@ -196,7 +226,8 @@ def main() -> None:
             result["one_at_a_time"] = load(port, bodies, 32, options.seconds)
         with service(one, model, "--limits.queries", "32") as port:
             load(port, bodies, 1, 1.0)
-            result["overload"] = load(port, bodies, 160, options.seconds)
+            offered = OVERLOAD * result["batched"]["per_s"]
+            result["overload"] = load(port, bodies, 200, options.seconds, per_s=offered) | {"offered_per_s": offered}
     result["raw_faiss_after"] = raw(codes, queries, K)
     result["added_ms_at_p50"] = round(result["one_client"]["p50_ms"] - result["raw_faiss"]["p50_ms"], 2)
     alone = result["one_at_a_time"]["per_s"]

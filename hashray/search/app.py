@@ -29,7 +29,7 @@ from hashray.search.guard import Guard, SafetyConfig, error_answer
 from hashray.search.limits import MIB, Refused
 from hashray.search.messages import Ask, BatchRequest, One, SearchRequest, parse_query
 from hashray.search.metrics import log
-from hashray.search.page import CONTENT_POLICY, page
+from hashray.search.page import content_policy, page
 from hashray.search.service import Service
 
 PARAMETERS = tuple(Ask.model_fields)
@@ -186,12 +186,12 @@ def _facts(name: str, served: Any) -> dict[str, Any]:
 
 
 def _add_looks(app: FastAPI, service: Service) -> None:
-    html = page()
+    html, front_headers = page(), {"Content-Security-Policy": content_policy(), "Cache-Control": "no-cache"}
 
     @app.get("/", response_class=HTMLResponse)
     async def front() -> HTMLResponse:
         """The search page."""
-        return HTMLResponse(html, headers={"Content-Security-Policy": CONTENT_POLICY, "Cache-Control": "no-cache"})
+        return HTMLResponse(html, headers=front_headers)
 
     refused: dict[int | str, dict[str, Any]] = {code: ERRORS[code] for code in (401, 404, 422, 429, 503, 504)}
 

@@ -41,6 +41,7 @@ class FleetConfig(Config):
     replicas: int = Field(1, ge=1, description="Actors that hold each shard; 2 or more always take a fleet")
     cpus_per_holder: float = Field(1.0, gt=0, description="Logical CPUs of each actor; it searches with one thread")
     proxies: int = Field(1, ge=1, description="Processes that take requests, encode images and ask the actors")
+    listen_at: Literal["head", "every-node"] = Field("every-node", description="Nodes that listen at the port")
     partial: bool = Field(False, description="Answer without shards that do not answer, and say so; unset: 503")
 
 

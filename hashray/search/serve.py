@@ -101,7 +101,8 @@ def _serve_on_ray(config: ServeConfig) -> int:
         config = config.model_copy(update={"port": probe.getsockname()[1]})
     connect()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    options = {"host": config.host, "port": config.port, "location": "EveryNode", "request_timeout_s": None}
+    location = "HeadOnly" if config.fleet.listen_at == "head" else "EveryNode"
+    options = {"host": config.host, "port": config.port, "location": location, "request_timeout_s": None}
     ended, before = threading.Event(), {}
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, lambda *_: ended.set())

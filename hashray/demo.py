@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from hashray import artifact
 from hashray.config import Config, validate
 from hashray.errors import InputError
 from hashray.model import load_model
@@ -75,6 +76,10 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     metrics = run_stages(stages, validate(TrainConfig, training, "the demo's config"))
     for name in ("metrics.json", "report.html"):
         shutil.copyfile(out / "evaluation" / name, out / name)
+    (out / "figures").mkdir(exist_ok=True)  # the page links them
+    for record in artifact.load_manifest(open_store(str(out / "evaluation")), "evaluation").files:
+        if (name := artifact.plain_name(record.name)).startswith("figures/"):
+            shutil.copyfile(out / "evaluation" / name, out / name)
     _search_one(out, metrics)
     if config.unlabelled:
         say("No label was used but for the scores: queries were drawn at random, and ITQ reads the features alone.")

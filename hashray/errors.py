@@ -11,6 +11,7 @@ HashrayError
     ├── CorruptArtifact     a file differs from its manifest, or the manifest is missing
     ├── AlreadyExists       somebody published this name first
     ├── StoreUnavailable    the object store stopped answering
+    ├── ServiceUnavailable  a running hashray serve does not answer a client
     ├── Diverged            the loss of a training is not finite
     ├── WorkersLost         a training lost its workers more often than max_failures
     └── AuditError          rows in are not rows out plus rows quarantined
@@ -70,6 +71,10 @@ class AlreadyExists(RunError):
 
 class StoreUnavailable(RunError):
     """The object store stopped answering, after all retries."""
+
+
+class ServiceUnavailable(RunError):
+    """A running `hashray serve` does not answer, after all retries."""
 
 
 class Diverged(RunError):

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 JSON_INTERVAL_S = 2.0
 WAITING_INTERVAL_S = 10.0
@@ -124,10 +125,15 @@ def say(text: str) -> None:
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A closing table on standard output."""
-    table = Table(title=title)
+    """A closing table on standard output. Cells are shown as they are: no markup, and no control characters."""
+    table = Table(title=_plain(title))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(_plain(column), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_plain, row))
     Console().print(table)
+
+
+def _plain(text: str) -> Text:
+    """Text that commands no terminal: a control character of an id becomes its escape."""
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))

@@ -1,6 +1,6 @@
 """[Ray] `hashray evaluate`: a whole evaluation -> metrics.json, figures and one self-contained page.
 
-DIR/  metrics.json · report.html · figures/*.png · codes/query, codes/database (artifacts) · manifest.json
+DIR/  metrics.json · report.html · figures/*.png and *.svg · codes/query, codes/database (artifacts) · manifest.json
 
 The queries and the database are encoded (rerun = resume), scored, and put beside the baselines on the
 same features of the same rows.
@@ -24,6 +24,7 @@ from hashray.encode.features import BATCH_ROWS, features_of_model, trunk_fingerp
 from hashray.engine.session import WorkersConfig
 from hashray.engine.stage import require_free, run_stage
 from hashray.errors import InputError, MismatchError, perhaps
+from hashray.evaluate.confusion import confusions
 from hashray.evaluate.counts import Scan, Scanner, Target, sample_places, scanner
 from hashray.evaluate.environment import environment
 from hashray.evaluate.features import BaselineFeatures
@@ -79,7 +80,7 @@ class EvaluateConfig(Config):
         description="Rows drawn of a larger database for baselines and code health, within 512 MiB of features",
     )
     baseline_train_rows: int = Field(50_000, ge=1, description="Most train rows that baselines are fitted on")
-    gallery: int = Field(12, ge=0, description="Queries shown on the page, a quarter of them the hardest")
+    gallery: int = Field(12, ge=0, description="Queries shown on the page: a quarter the best, a quarter the worst")
     seed: int = Field(0, ge=0, description="Seed of the baselines, the gallery and the sample of codes")
     max_bad: float = Field(0.05, ge=0, le=1, description="Share of rows that may go to quarantine")
     pool: Annotated[WorkersConfig, tyro.conf.arg(name="")] = WorkersConfig()
@@ -188,6 +189,9 @@ def _measured(
         "gallery": entries,
         "training": _training(model),
     }
+    sides = query.among(scenarios[0].query_split), sample.among(scenarios[0].database_split)
+    if mixed := confusions(*sides, name, corpus.classes, config.seed):
+        metrics["confusions"] = mixed
     means = harmonic_means(results)
     metrics |= {"harmonic_mean": means} if means else {}
     taught, parts = queries.taught | counted.taught, queries.parts | counted.parts
@@ -201,7 +205,8 @@ def _gallery(
     """The gallery, and the images it shows; `database` is the whole database split, where it was kept."""
     side, name = query.among(scenario.query_split), codes.split.method
     scores = ranking.average_precisions().values
-    rows, hardest = gallery_queries(side, scores, config.gallery, config.seed)
+    kinds = gallery_queries(side, scores, config.gallery, config.seed)
+    rows = list(kinds)
     wanted = side.values[name][rows]
     if not rows:
         near: list[list[Near]] = []
@@ -209,7 +214,7 @@ def _gallery(
         near = codes.nearest(wanted, scenario.database_split, GALLERY_NEIGHBOURS)
     else:
         near = nearest(wanted, database.among(scenario.database_split), name, GALLERY_NEIGHBOURS)
-    entries = gallery(side, rows, hardest, near, scores, corpus.classes)
+    entries = gallery(side, kinds, near, scores, corpus.classes)
     queries = {side.ids[row]: int(side.parts[row]) for row in rows}
     return entries, Shown(queries, {hit.id: hit.part for hits in near for hit in hits})
 
@@ -337,17 +342,17 @@ def _protocol(
 def _write(
     config: EvaluateConfig, plan: str, corpus: Corpus, model: Model, metrics: dict[str, Any], shown: Shown
 ) -> Manifest:
-    from hashray.report import figures  # half a second of matplotlib's imports
+    from hashray.report import drawn  # half a second of matplotlib's imports
     from hashray.report import page as report_page
 
     store = open_store(config.out)
-    pictures = figures.draw_all(metrics)
+    pictures = drawn.draw_all(metrics)
     images: dict[str, bytes] = {}
     for split, parts in ((config.query_split, shown.queries), (config.database_split, shown.neighbours)):
         images |= corpus.images(split, list(parts), [corpus.parts[i] for i in sorted(set(parts.values()))])
     page = report_page.page(metrics, pictures, images)
     require_free(store, plan)
-    files = [artifact.write_named(store, f"figures/{name}.png", data) for name, data in pictures.items()]
+    files = [artifact.write_named(store, name, data) for name, data in drawn.files(pictures).items()]
     files.append(artifact.write_named(store, "report.html", page.encode()))
     files.append(artifact.write_named(store, "metrics.json", canonical(metrics)))
     parents = {"model": metrics["protocol"]["model"], "corpus": metrics["protocol"]["corpus"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,23 +120,29 @@ def code_sample(query: Side, name: str, seed: int) -> dict[str, Any]:
     return {"codes": [code.tobytes().hex() for code in codes], "labels": first.tolist()}
 
 
-def gallery_queries(query: Side, scores: NDArray[np.float64], count: int, seed: int) -> tuple[list[int], set[int]]:
-    """Some queries spread over the classes, then those of the lowest AP [q]; and which of them are the latter."""
+def gallery_queries(query: Side, scores: NDArray[np.float64], count: int, seed: int) -> dict[int, str]:
+    """Places of some queries, in the order in which they are shown, each with its kind.
+
+    A quarter have the lowest AP [q] ("worst"), a quarter the highest ("best"), the others are spread over the classes
+    ("spread"). Queries without anything relevant have no AP (NaN) and are neither.
+    """
     first = query.labels.rows.argmax(1)[query.labels.ids]
     order = np.lexsort((np.random.default_rng(seed).permutation(len(query.ids)), first))
-    hard = count // 4
-    places = np.linspace(0, len(order) - 1, min(count - hard, len(order))).round().astype(int)
-    hardest = np.argsort(scores, kind="stable")[:hard].tolist()
-    return list(dict.fromkeys([*order[places].tolist(), *hardest])), set(hardest)
+    quarter = count // 4
+    places = np.linspace(0, len(order) - 1, min(count - 2 * quarter, len(order))).round().astype(int)
+    known = np.argsort(scores, kind="stable")[: int((~np.isnan(scores)).sum())]
+    best = sorted(known[max(0, len(known) - quarter) :].tolist(), key=lambda row: (-scores[row], row))
+    kinds = dict.fromkeys(order[places].tolist(), "spread")
+    return kinds | dict.fromkeys(best, "best") | dict.fromkeys(known[:quarter].tolist(), "worst")
 
 
 def gallery(
-    query: Side, rows: Sequence[int], hardest: Set[int], near: Sequence[Sequence[Near]],
-    scores: NDArray[np.float64], classes: Sequence[str],
+    query: Side, kinds: Mapping[int, str], near: Sequence[Sequence[Near]], scores: NDArray[np.float64],
+    classes: Sequence[str],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The queries at `rows` with their AP and their nearest rows, JSON-able."""
+    """The queries at these places with their kind, their AP and their nearest rows, JSON-able."""
     entries = []
-    for row, neighbours in zip(rows, near, strict=True):
+    for (row, kind), neighbours in zip(kinds.items(), near, strict=True):
         labels = query.classes_of(row)
         entries.append(
             {
@@ -152,7 +158,8 @@ def gallery(
                     }
                     for hit in neighbours
                 ],
-                "hardest": row in hardest,
+                "kind": kind,
+                "hardest": kind == "worst",
             }
         )
     return entries

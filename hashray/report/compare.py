@@ -1,7 +1,7 @@
 """`hashray figures` draws several evaluations beside each other, from their metrics.json alone. No Ray.
 
 DIR/  precision_recall.png · precision_at.png · scores.png · and for each evaluation codes_NAME.png (t-SNE),
-      codeword_distances_NAME.png, codeword_graph_NAME.png
+      codeword_distances_NAME.png, codeword_graph_NAME.png; each also as .svg
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
-from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.manifold import TSNE
 
 from hashray import artifact
-from hashray.codes import unpack
 from hashray.config import Config
 from hashray.engine.stage import require_no_artifact
 from hashray.errors import InputError, MismatchError
 from hashray.progress import Bar, say
 from hashray.report import figures
+from hashray.report.bits import embed
+from hashray.report.drawn import Drawn, draw
 from hashray.storage import join, open_store
 
 
@@ -76,7 +74,8 @@ def compare(config: FiguresConfig) -> dict[str, str]:
             bar.add(1)
     store = open_store(config.out)
     for name, figure in pictures.items():
-        store.write(f"{name}.png", figures.png(figure))
+        for kind, data in zip(Drawn._fields, draw(figure), strict=True):
+            store.write(f"{name}.{kind}", data)
     say(f"{len(pictures)} pictures in {config.out}")
     return {name: join(config.out, f"{name}.png") for name in pictures}
 
@@ -130,14 +129,3 @@ def comparable(runs: Mapping[str, Mapping[str, Any]], scenario: str | None) -> l
         learned.append({**rows[0], "run": number, "label": label + bits})
         baselines = baselines or [{**row, "label": row["name"] + (bits if row["num_bits"] else "")} for row in rows[1:]]
     return learned + baselines
-
-
-def embed(codes: Sequence[str], seed: int) -> NDArray[np.floating]:
-    """t-SNE map, float [n, 2], of codes written in hexadecimal; it follows the distances between their bits."""
-    bits = unpack(np.stack([np.frombuffer(bytes.fromhex(code), dtype=np.uint8) for code in codes])).astype(np.float32)
-    if len(bits) < 3:
-        return np.zeros((len(bits), 2))
-    # Squared Euclidean distance of bits in {-1, +1} is four times Hamming distance. Noise separates equal codes.
-    bits += np.random.default_rng(seed).normal(0, 1e-3, bits.shape).astype(np.float32)
-    perplexity = min(30.0, (len(bits) - 1) / 3)
-    return TSNE(init="random", perplexity=perplexity, random_state=seed).fit_transform(bits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -208,7 +207,7 @@ def code_map(points: NDArray[np.floating], labels: Sequence[int], classes: Seque
         rows = np.array(labels) == index
         shade = shades(number / max(1, len(present) - 1)) if len(present) > 20 else shades(number % 20)
         name = "no class" if index < 0 else classes[index]
-        axes.scatter(points[rows, 0], points[rows, 1], s=9, color=[shade], label=name, linewidths=0)
+        axes.scatter(points[rows, 0], points[rows, 1], s=14, color=[shade], label=name, linewidths=0)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
@@ -217,24 +216,19 @@ def code_map(points: NDArray[np.floating], labels: Sequence[int], classes: Seque
     return figure
 
 
-def draw_all(metrics: Mapping[str, Any]) -> dict[str, bytes]:
-    """Draw every figure of an evaluation; PNG bytes by file stem."""
-    first = metrics["results"][0].get("scenario")
-    results = [result for result in metrics["results"] if result.get("scenario") == first]
-    figures = {
-        "scores": scores(results),
-        "precision_recall": precision_recall(results),
-        "precision_at": precision_at(results),
-        "distances": distances(metrics["distances"], results[0]["name"]),
-    }
-    if "codewords" in metrics:
-        figures["codeword_distances"] = codeword_distances(metrics["codewords"])
-        figures["codeword_graph"] = codeword_graph(metrics["codewords"])
-    return {name: png(figure) for name, figure in figures.items()}
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG bytes. Without date and version, equal data give equal bytes."""
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", metadata={"Software": None})
-    return sink.getvalue()
+def confusions(counted: Mapping[str, Any]) -> Figure:
+    """Matrix of classes: the share of each class (column) among the nearest rows of a class's queries (row)."""
+    names, shares = counted["classes"], np.array(counted["shares"])
+    title = f"Classes of the {counted['neighbours']} nearest rows of {counted['queries']:,} queries"
+    figure, axes = new_axes(title, "class of the neighbours", "class of the query", tall=True)
+    picture = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    few = len(names) <= 40
+    axes.set_xticks(range(len(names)) if few else [], names if few else [], rotation=90)
+    axes.set_yticks(range(len(names)) if few else [], names if few else [])
+    if len(names) <= 12:
+        for i, j in np.ndindex(shares.shape):
+            text = f"{shares[i, j]:.2f}".replace("0.", ".", 1) if shares[i, j] >= 0.005 else ""
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, color=PAPER if shares[i, j] < 0.5 else INK)
+    axes.grid(visible=False)
+    figure.colorbar(picture, ax=axes, shrink=0.8).set_label("share", color=INK, fontsize=9)
+    return figure

@@ -1,4 +1,4 @@
-"""The page of an evaluation: one HTML file with everything inside, no script, no network.
+"""The page of an evaluation: one HTML file with everything inside, no network; its one script sorts tables.
 
 This file turns metrics into plain data; all HTML is in templates/.
 """
@@ -15,6 +15,7 @@ from PIL import Image
 
 from hashray.data.images import BadImage, decode
 from hashray.report.calibration import baselines_not_beaten
+from hashray.report.drawn import Drawn
 
 THUMB_PIXELS = 72
 
@@ -42,12 +43,12 @@ def score_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def page(metrics: Mapping[str, Any], figures: Mapping[str, bytes], images: Mapping[str, bytes]) -> str:
+def page(metrics: Mapping[str, Any], figures: Mapping[str, Drawn], images: Mapping[str, bytes]) -> str:
     """The page of an evaluation.
 
     Args:
         metrics: the content of metrics.json.
-        figures: PNG bytes by name.
+        figures: by name; the page shows them and links their files, figures/NAME.png and figures/NAME.svg.
         images: encoded image bytes by row id, for the gallery. A missing image becomes an empty square.
     """
     ours, protocol, training = metrics["results"][0], metrics["protocol"], metrics.get("training", {})
@@ -60,7 +61,7 @@ def page(metrics: Mapping[str, Any], figures: Mapping[str, bytes], images: Mappi
         tiles=list(_tiles(metrics["results"], depth)), results=list(_results(metrics["results"], depth)),
         means=_means(metrics), figures=figures, gallery=metrics["gallery"],
         thumbnails={row_id: thumbnail(images.get(row_id)) for row_id in shown},
-        rounds=_rounds(training), best_round=training.get("best_round", 0),
+        rounds=_rounds(training), best_round=training.get("best_round", 0), confusions=_confusions(metrics),
     )  # fmt: skip
 
 
@@ -103,6 +104,14 @@ def _means(metrics: Mapping[str, Any]) -> Table | None:
     means = sorted(metrics.get("harmonic_mean", {}).items(), key=lambda pair: -pair[1])
     ours = [name for name, _ in means].index(metrics["results"][0]["name"])
     return Table(("method", "2WC / (W + C)"), [[name, score_text(value)] for name, value in means], ours)
+
+
+def _confusions(metrics: Mapping[str, Any]) -> Table | None:
+    """The pairs of classes that are mixed most; None where all neighbours share the query's class."""
+    pairs = metrics.get("confusions", {}).get("pairs")
+    if not pairs:
+        return None
+    return Table(("class of the query", "class of the neighbours", "share"), [[a, b, f"{c:.1%}"] for a, b, c in pairs])
 
 
 def _rounds(training: Mapping[str, Any]) -> Table | None:

@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from hashray.report.drawn import Drawn
 from hashray.report.figures import INK, OURS, new_axes
 from hashray.report.page import Table, render, score_text
 from hashray.tune.leaderboard import Trial, ranked
@@ -109,7 +110,7 @@ def importance_bars(by_method: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
+def sweep_page(trials: Sequence[Trial], summary: Mapping[str, Any], figures: Mapping[str, Drawn]) -> str:
     """The page of a sweep, one HTML file with everything inside."""
     order = ranked(trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.point))

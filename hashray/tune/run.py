@@ -24,7 +24,7 @@ from hashray.evaluate.environment import environment
 from hashray.evaluate.run import EvaluateConfig, evaluate
 from hashray.methods.trunks import source_of
 from hashray.progress import say
-from hashray.report.figures import png
+from hashray.report import drawn
 from hashray.storage import Store, join, open_store
 from hashray.train.job import require_rows, require_validation, run_of, with_epochs_for
 from hashray.train.precision import with_precision
@@ -213,11 +213,11 @@ def spread(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _write(store: Store, trials: list[Trial], best: Trial, summary: dict[str, Any]) -> tuple[artifact.FileRecord, ...]:
-    figures = {name: png(figure) for name, figure in draw(trials, summary).items()}
+    figures = {name: drawn.draw(figure) for name, figure in draw(trials, summary).items()}
     tables = {"leaderboard.parquet": leaderboard(trials), "epochs.parquet": epochs_table(trials)}
     files = [artifact.write_named(store, name, table_bytes(table), len(table)) for name, table in tables.items()]
     files.append(artifact.write_named(store, "best.toml", best_toml(best)))
     files.append(artifact.write_named(store, "sweep.json", canonical(summary)))
-    files += [artifact.write_named(store, f"figures/{name}.png", data) for name, data in figures.items()]
+    files += [artifact.write_named(store, name, data) for name, data in drawn.files(figures).items()]
     files.append(artifact.write_named(store, "report.html", sweep_page(trials, summary, figures).encode()))
     return tuple(files)

@@ -19,7 +19,8 @@ from hashray.errors import InputError, MismatchError
 from hashray.evaluate.codewords import analyse
 from hashray.evaluate.scoring import harmonic_means
 from hashray.methods.codewords import spread_codewords
-from hashray.report.compare import FiguresConfig, comparable, compare, embed
+from hashray.report.bits import embed
+from hashray.report.compare import FiguresConfig, comparable, compare
 from hashray.report.figures import layout
 from hashray.storage import open_store
 

@@ -56,8 +56,12 @@ def _json_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
 
 
-def create_app(service: Service, safety: SafetyConfig | None = None) -> FastAPI:
-    """The application; it answers once its event loop runs."""
+def create_app(service: Service, safety: SafetyConfig | None = None, names: bool = True) -> FastAPI:
+    """The application; it answers once its event loop runs.
+
+    Args:
+        names: as for `Guard`.
+    """
     safety = safety or SafetyConfig()
     app = FastAPI(title="hashray", version=__version__, docs_url=None, redoc_url=None, description="Image search")
     app.state.service = service
@@ -67,7 +71,7 @@ def create_app(service: Service, safety: SafetyConfig | None = None) -> FastAPI:
     _add_errors(app)
     _describe_bodies(app)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(safety.allowed_hosts or ("*",)))
-    app.add_middleware(Guard, service=service, token=safety.token())
+    app.add_middleware(Guard, service=service, token=safety.token(), names=names)
     if safety.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(safety.cors_origins), allow_headers=["*"])
     return app

@@ -61,15 +61,16 @@ class SafetyConfig(Config):
 class Guard:
     """ASGI middleware; the app finds the body in `request.state.body`, and the id in `request.state.request_id`."""
 
-    def __init__(self, app: ASGIApp, service: Service, token: bytes | None) -> None:
-        self.app, self.service, self._token = app, service, token
+    def __init__(self, app: ASGIApp, service: Service, token: bytes | None, names: bool = True) -> None:
+        """`names`: whether answers get X-Request-ID here; Ray's proxy adds it itself."""
+        self.app, self.service, self._token, self._names = app, service, token, names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start_s, sent = perf_counter(), _Sent(send)
+        start_s, sent = perf_counter(), _Sent(send, self._names)
         headers = {name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]}
         state = scope.setdefault("state", {})
         given = headers.get("x-request-id", "")
@@ -143,13 +144,15 @@ class Guard:
 class _Sent:
     """Sends on, with the request id and headers of safety, and remembers the status."""
 
-    def __init__(self, send: Send) -> None:
-        self._send, self.status, self.request_id = send, 0, ""
+    def __init__(self, send: Send, names: bool) -> None:
+        self._send, self._names, self.status, self.request_id = send, names, 0, ""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            extra = [(b"x-request-id", self.request_id.encode()), (b"x-content-type-options", b"nosniff")]
+            extra = [(b"x-content-type-options", b"nosniff")]
+            if self._names:
+                extra.append((b"x-request-id", self.request_id.encode()))
             message = {**message, "headers": [*message["headers"], *extra]}
         await self._send(message)
 

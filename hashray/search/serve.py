@@ -68,7 +68,7 @@ def application(args: ServeConfig | dict[str, Any]) -> Any:
     def build() -> FastAPI:
         service = open_service(config) if fleet is None else open_service(config, fleet.open, LANES)
         Follower(service, config.poll_s).__enter__()  # it ends with the process
-        return create_app(service, config.hosts)
+        return create_app(service, config.hosts, names=False)
 
     limits = config.limits
     deployment: Any = ray_serve.deployment(

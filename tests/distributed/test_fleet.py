@@ -154,7 +154,8 @@ def test_ray_serve_answers_while_actors_die_and_versions_change(at, ray_session,
                 stop.set()
                 thread.join()
             assert set(statuses) == {200} and versions == {3, number}
-            assert client.get("/ready").json() == {"ready": True}
+            ready = client.get("/ready", headers={"x-request-id": "mine"})
+            assert ready.json() == {"ready": True} and ready.headers.get_list("x-request-id") == ["mine"]
             assert client.get("/image/0002", params={"size": 0}).status_code == 200
     finally:
         ray_serve.shutdown()

@@ -31,6 +31,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
+import ray
 from search import clustered_codes
 from timing import median_seconds, write_json
 
@@ -38,8 +39,10 @@ import hashray
 from hashray import artifact
 from hashray.artifact import version_key
 from hashray.codes import Codes
+from hashray.engine.session import start_local
 from hashray.index.shard import write_shard
 from hashray.index.version import index_manifest, write_tables
+from hashray.search.fleet import Fleet
 from hashray.storage import open_store
 
 NUM_BITS, CLUSTERS, SEED, QUERIES, K = 64, 1000, 0, 512, 10
@@ -179,6 +182,24 @@ def fan_out(one: str, eight: str, queries: Codes) -> dict[str, Any]:
     return ratios
 
 
+def fleet_of_8(one: str, eight: str, queries: Codes) -> dict[str, Any]:
+    """The time of 8 Ray actors, a shard each, to that of one index in this process with one thread, k = 100."""
+    start_local(num_cpus=8, object_store_memory=300 << 20)
+    fleet = Fleet("benchmark", 1, 1, 0.5, 60.0)
+    try:
+        many, single = fleet.open(open_store(eight), 1), hashray.open_index(one, threads=1)
+        ratios = {}
+        for batch in (1, 64):
+            some = queries[:batch]
+            runs = {"fleet": partial(many.search, some, 100, None), "one": partial(single.search, some, 100)}
+            times = median_seconds(runs, 15)
+            ratios[f"batch_{batch}"] = round(times["fleet"] / times["one"], 3)
+        return ratios
+    finally:
+        fleet.stop()
+        ray.shutdown()
+
+
 def image_queries(model: str, images: str, index: str, seconds: float) -> dict[str, Any]:
     """Queries by image, with a trained model and its index."""
     bodies = [path.read_bytes() for path in sorted(Path(images).rglob("*.jpg"))[:64]]
@@ -214,6 +235,7 @@ def main() -> None:
         write_index(eight, codes, 8)
         write_model(model)
         result["fan_out_8_shards"] = fan_out(one, eight, queries)
+        result["fleet_of_8_actors"] = fleet_of_8(one, eight, queries)
         result["raw_faiss"] = raw(codes, queries, K)
         with service(one, model) as port:
             load(port, bodies, 1, 1.0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import Lock
@@ -157,6 +158,8 @@ class Fleet:
         deadline_s = time.monotonic() + self.wait_s
         order = [self._order(some) for some in actors]
         first = [call(group, order[group][0]) for group in range(len(actors))]
+        with suppress(RayError):  # one call for all answers; where one fails or is late, each is looked after
+            return list(ray.get(first, timeout=min(FIRST_S, self.wait_s)))
         return [self._answer(group, order[group], first[group], call, deadline_s) for group in range(len(actors))]
 
     def _order(self, some: Sequence[Any]) -> list[Any]:
@@ -216,9 +219,9 @@ class FleetIndex:
     def search(self, codes: Codes, k: int, where: str | None) -> Nearest:
         """As `Searchable.search`."""
         shared = ray.put(codes) if codes.nbytes > 1 << 16 else codes
+        schema = None if where is None else self._schema
         answers = self._fleet.ask(
-            self._actors,
-            lambda g, actor: actor.search.remote(self._version, self._groups[g], shared, k, where, self._schema),
+            self._actors, lambda g, actor: actor.search.remote(self._version, self._groups[g], shared, k, where, schema)
         )
         there, missing = [one for one in answers if one is not None], self._missing(answers)
         if not there:

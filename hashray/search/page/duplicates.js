@@ -25,7 +25,8 @@ async function loadGroups(first) {
   }
   $("duplicates-state").replaceChildren();
   $("more-groups").disabled = true;
-  $("groups-note").textContent = "Loading…";
+  $("more-groups").hidden ||= first;
+  $("groups-note").textContent = first ? "" : "Loading…";
   const parameters = new URLSearchParams({ offset: groups.length, limit: GROUPS });
   if ($("kind").value) parameters.set("kind", $("kind").value);
   try {

@@ -32,7 +32,9 @@ class ServerError extends Error {
   }
 }
 
+const CANCELLED = -1;
 const TITLES = {
+  [CANCELLED]: "No answer yet",
   0: "The server does not answer",
   400: "This search cannot be done",
   401: "A token is needed",

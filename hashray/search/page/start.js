@@ -79,8 +79,8 @@ async function start() {
 
 // ---- views --------------------------------------------------------------------------------------------------------
 
-/** Show what the address says. `y`: where the page stood when it was left. */
-function route(y = 0) {
+/** Show the view that the address names; whether it is that of the duplicates. */
+function showView() {
   const duplicates = new URLSearchParams(location.search).get("view") === "duplicates";
   $("search-view").hidden = duplicates;
   $("duplicates-view").hidden = !duplicates;
@@ -89,7 +89,15 @@ function route(y = 0) {
     else link.removeAttribute("aria-current");
   }
   document.querySelector(".skip").href = duplicates ? "#duplicates-title" : "#results-title";
+  return duplicates;
+}
+
+/** Show what the address says. `y`: where the page stood when it was left. */
+function route(y = 0) {
+  const duplicates = showView();
   if (duplicates) {
+    controller?.abort(); // an answer that comes now would change the address
+    busy(false);
     openDuplicates();
     scrollTo({ top: y, behavior: "instant" });
     return;
@@ -198,7 +206,7 @@ $("cancel").addEventListener("click", () => {
   busy(false);
   $("state").replaceChildren();
   if (shown) $("note").textContent = summary(shown.sides);
-  else fail(new ServerError(499, "The search was cancelled."), () => search(lastTry.ask, { file: lastTry.file, replace: true }));
+  else fail(new ServerError(CANCELLED, "The search was cancelled."), () => search(lastTry.ask, { file: lastTry.file, replace: true }));
 });
 $("clear").addEventListener("click", () => { go(addressOf({ ...DEFAULTS, ...readForm() })); $("pick").focus(); });
 $("copy-link").addEventListener("click", async () => {
@@ -235,4 +243,6 @@ history.scrollRestoration = "manual";
 $("results").classList.toggle("idle", !hasQuery(readAddress()));
 drawQuery(readAddress(), null);
 fillForm(readAddress());
+showView();
+document.documentElement.classList.add("ready");
 start();

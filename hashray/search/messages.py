@@ -123,7 +123,7 @@ def parse_query(one: One) -> Query:
     """The bytes of a query.
 
     Raises:
-        InputError: no hexadecimal, or no base64.
+        InputError: no hexadecimal, no base64, or an id that is no Unicode text.
     """
     if one.code is not None:
         try:
@@ -135,4 +135,8 @@ def parse_query(one: One) -> Query:
             return Query(image=base64.b64decode(one.image, validate=True))
         except (binascii.Error, ValueError) as error:
             raise InputError(f"image is not base64: {error}") from error
+    try:
+        (one.id or "").encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"id {one.id!r:.80} is not Unicode text: {error.reason}") from error
     return Query(id=one.id)

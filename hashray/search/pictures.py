@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import threading
+import uuid
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +76,8 @@ class Pictures:
         if kept is None and (data := self._bytes_of(row_id)) is not None:
             kept = shrink(data, size, self._most_pixels)
             with self._lock:
+                if (other := self._thumbnails.pop((row_id, size), None)) is not None:  # of another thread
+                    self._bytes -= len(other.data)
                 self._thumbnails[(row_id, size)] = kept
                 self._bytes += len(kept.data)
                 while self._bytes > THUMBNAILS_BYTES:
@@ -168,10 +171,13 @@ def _lookup_files(corpus: Corpus, cache: Path) -> list[Path]:
     paths = [folder / f"{number:05d}.npy" for number in range(len(groups))]
     for path, group in zip(paths, groups, strict=True):
         if not path.is_file():
-            part = path.with_name(f"{TEMP_PREFIX}{path.name}")
-            with part.open("wb") as file:
-                np.save(file, _chunk(corpus, group))
-            part.replace(path)
+            part = path.with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}")  # other processes may write the same file
+            try:
+                with part.open("wb") as file:
+                    np.save(file, _chunk(corpus, group))
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
     return paths
 
 

@@ -149,7 +149,7 @@ class Service:
         return codes
 
     async def _encode(self, images: Sequence[bytes], name: str) -> list[Codes]:
-        loop, model = asyncio.get_running_loop(), self.models[name]
+        model = self.models[name]
 
         def pixels(data: bytes) -> NDArray[np.uint8]:
             with self.metrics.stage("decode"):
@@ -158,7 +158,12 @@ class Service:
                 except BadImage as error:
                     raise InputError(f"the image cannot be used as a query: {error}") from error
 
-        decoded = await asyncio.gather(*(loop.run_in_executor(self.decoders, pixels, data) for data in images))
+        jobs = [self.decoders.submit(pixels, data) for data in images]
+        try:
+            decoded = await asyncio.gather(*map(asyncio.wrap_future, jobs))
+        finally:  # where one fails the others must not go on: their request is answered, and no longer counted
+            for job in jobs:
+                job.cancel()
         return await self._encoders[name].put(decoded)
 
     def _encode_with(self, model: Model) -> Any:

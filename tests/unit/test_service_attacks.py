@@ -1,0 +1,130 @@
+"""What a hostile client sends: the service refuses it at once, and goes on answering the others."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from serving import behind_socket, config_of, write_all
+from tiny import png
+
+from hashray.data.corpus import open_corpus
+from hashray.search import pictures
+from hashray.search.limits import LimitsConfig
+from hashray.search.messages import Ask, Query
+from hashray.search.metrics import Metrics
+from hashray.search.opening import open_service
+from hashray.search.pictures import Pictures
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("attacked"))
+
+
+@pytest.fixture(scope="module")
+def client(at):
+    with behind_socket(config_of(at)) as (url, _), httpx.Client(base_url=url) as client:
+        yield client
+
+
+def test_after_one_bad_image_of_a_batch_no_other_is_decoded(at):
+    service = open_service(config_of(at))
+    model, hold = service.models["main"], threading.Event()
+    pixels = model.pixels
+
+    def slow(image):
+        assert hold.wait(60)
+        return pixels(image)
+
+    object.__setattr__(model, "pixels", slow)
+    queries = [{"image": base64.b64encode(data).decode()} for data in (b"no image", *[png(1)] * 60)]
+    with behind_socket(config_of(at), service) as (url, _):
+        assert httpx.post(f"{url}/search/batch", json={"queries": queries}).status_code == 422
+        hold.set()
+        answer = httpx.post(f"{url}/search", content=png(2), headers={"content-type": "image/png"})
+        assert answer.status_code == 200
+        text = httpx.get(f"{url}/metrics").text
+    (line,) = [line for line in text.splitlines() if line.startswith('hashray_stage_seconds_count{stage="decode"}')]
+    assert float(line.split()[-1]) <= 4  # the bad one, one in each of two threads, and the last
+    assert service.admission.queries == service.admission.bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "text"),
+    [
+        ("/search/batch", b'{"queries": [' + b"0," * 100_000 + b"0]}", "at most 256"),
+        ("/search/batch", b'{"queries": [' + b"[]," * 200_000 + b"0]}", "more than 262,144 values"),
+        ("/search", json.dumps(dict.fromkeys(map(str, range(100_000)), 0)).encode(), "at most 32"),
+        ("/search/batch", json.dumps({"queries": [dict.fromkeys(map(str, range(100)), 0)]}).encode(), "at most 32"),
+        ("/search", b'{"id": "\\ud800"}', "not Unicode"),
+        ("/search", b'{"' + b"x" * 100_000 + b'": 0}', "xxx: Extra inputs"),
+    ],
+)
+def test_a_body_of_many_values_is_refused_in_few_words(client, path, body, text):
+    answer = client.post(path, content=body, headers=JSON)
+    assert answer.status_code == 422 and text in answer.json()["error"]
+    assert len(answer.content) < 1000
+
+
+def test_two_threads_that_make_one_thumbnail_count_it_once(at, tmp_path, monkeypatch):
+    corpus = open_corpus(at["corpus"])
+    pictures_ = Pictures(corpus, tmp_path, Metrics(), 1 << 20)
+    both, shrink = threading.Barrier(2), pictures.shrink
+
+    def together(*arguments):
+        both.wait(60)
+        return shrink(*arguments)
+
+    monkeypatch.setattr(pictures, "shrink", together)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: pictures_.thumbnail("0001", 16), range(2))
+    assert first == second and pictures_._bytes == len(first.data)
+
+
+def test_two_processes_may_write_the_lookup_files_at_once(at, tmp_path, monkeypatch):
+    corpus, both, chunk = open_corpus(at["corpus"]), threading.Barrier(2), pictures._chunk
+
+    def together(*arguments):
+        both.wait(60)
+        return chunk(*arguments)
+
+    monkeypatch.setattr(pictures, "_chunk", together)
+    with ThreadPoolExecutor(2) as pool:
+        opened = list(pool.map(lambda _: Pictures(corpus, tmp_path, Metrics(), 1 << 20), range(2)))
+    assert [one.original("0007").data for one in opened] == [png(7)] * 2
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".npy"]
+
+
+def test_counts_return_to_zero_after_a_cancelled_query_whose_batch_is_at_work(at):
+    service = open_service(config_of(at, limits=LimitsConfig(queries=4)))
+    opened, hold, begun = service.indexes["main"]._current, threading.Event(), threading.Event()
+    search = opened.search
+
+    def slow(*arguments):
+        begun.set()
+        assert hold.wait(60)
+        return search(*arguments)
+
+    opened.search = slow
+
+    async def run():
+        tasks = [asyncio.create_task(service.answer([Query(code=bytes([n, n]))], Ask())) for n in range(3)]
+        await asyncio.to_thread(begun.wait, 60)
+        tasks[0].cancel()
+        tasks[2].cancel()
+        gone = await asyncio.gather(tasks[0], tasks[2], return_exceptions=True)
+        hold.set()
+        (answer,) = await tasks[1]
+        return gone, answer
+
+    gone, answer = asyncio.run(run())
+    assert all(isinstance(error, asyncio.CancelledError) for error in gone)
+    assert answer["query"]["code"] == "0101" and service.admission.queries == 0

@@ -17,7 +17,7 @@ import hashray
 from hashray.data.corpus import open_corpus
 from hashray.data.images import decode
 from hashray.search.app import create_app
-from hashray.search.local import listen
+from hashray.search.local import listen, settings_of
 from hashray.search.opening import ServeConfig, open_service
 from hashray.search.service import Service
 
@@ -51,8 +51,7 @@ def behind_socket(config: ServeConfig, service: Service | None = None) -> Iterat
     service = service or open_service(config)
     listener = listen(config)
     listener.listen(128)
-    settings = uvicorn.Config(create_app(service, config.hosts), log_config=None, access_log=False, lifespan="on")
-    server = uvicorn.Server(settings)
+    server = uvicorn.Server(settings_of(create_app(service, config.hosts)))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from hashray.errors import ConfigError
 from hashray.progress import say
 from hashray.search.app import create_app
+from hashray.search.connections import Connection
 from hashray.search.metrics import log
 from hashray.search.opening import LOOPBACK, Follower, ServeConfig, open_service
 from hashray.search.service import Service
@@ -26,13 +28,17 @@ def serve_here(config: ServeConfig) -> int:
     listener = listen(config)
     service = open_service(config)
     app = create_app(service, config.hosts)
-    settings = uvicorn.Config(
-        app, lifespan="on", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LEAVE_S,
-        http="httptools", loop="uvloop", timeout_keep_alive=30, h11_max_incomplete_event_size=64 << 10,
-    )  # fmt: skip
     with listener, Follower(service, config.poll_s):
-        asyncio.run(_Server(settings, service, config).serve([listener]))
+        asyncio.run(_Server(settings_of(app), service, config).serve([listener]))
     return 0
+
+
+def settings_of(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn runs the app."""
+    return uvicorn.Config(
+        app, lifespan="on", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LEAVE_S,
+        http=Connection, ws="none", loop="uvloop", timeout_keep_alive=30,
+    )  # fmt: skip
 
 
 def listen(config: ServeConfig) -> socket.socket:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -15,6 +17,7 @@ from tiny import png
 
 from hashray.data.corpus import open_corpus
 from hashray.search import pictures
+from hashray.search.connections import Connection
 from hashray.search.limits import LimitsConfig
 from hashray.search.messages import Ask, Query
 from hashray.search.metrics import Metrics
@@ -128,3 +131,61 @@ def test_counts_return_to_zero_after_a_cancelled_query_whose_batch_is_at_work(at
     gone, answer = asyncio.run(run())
     assert all(isinstance(error, asyncio.CancelledError) for error in gone)
     assert answer["query"]["code"] == "0101" and service.admission.queries == 0
+
+
+def spoken(url, *pieces):
+    """All that the service answers to some bytes until it closes the connection."""
+    parts, heard = urlsplit(str(url)), b""
+    with socket.create_connection((parts.hostname, parts.port), timeout=60) as link:
+        try:
+            for piece in pieces:
+                link.sendall(piece)
+            while data := link.recv(1 << 16):
+                heard += data
+        except ConnectionError:  # closed before all was read
+            pass
+    return heard
+
+
+HEAD = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (b"GET /health?", *[b"x" * 1000] * 1000),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: ", *[b"x" * 1000] * 1000),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n", *[b"A: x\r\n" * 200] * 1000),
+        (HEAD, b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nA: ", *[b"x" * 1000] * 1000),
+    ],
+    ids=["line", "header", "headers", "trailer"],
+)
+def test_a_head_without_end_is_not_read(client, pieces):
+    heard = spoken(client.base_url, *pieces)
+    assert b" 200 " not in heard and (not heard or b" 400 " in heard)
+    assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (),
+        (b"GET /health HT",),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\r\n"),
+        (HEAD, b"Content-Length: 999999999999\r\n\r\n", b"x"),
+    ],
+    ids=["nothing", "half", "line-feeds", "refused-body"],
+)
+def test_a_connection_without_a_request_is_closed(at, monkeypatch, pieces):
+    monkeypatch.setattr(Connection, "head_s", 0.2)
+    with behind_socket(config_of(at)) as (url, service):
+        spoken(url, *pieces)  # returns only when the service closes it
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert service.admission.bytes == 0
+
+
+def test_requests_at_once_on_one_connection_are_answered_in_their_order(client):
+    one = b"GET /image/000%d?size=0 HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
+    heard = spoken(client.base_url, one % (1, b"") + one % (2, b"") + one % (3, b"Connection: close\r\n"))
+    places = [heard.find(png(number)) for number in (1, 2, 3)]
+    assert places == sorted(places) and places[0] > 0 and heard.count(b" 200 OK") == 3

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ValidationError
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -55,6 +56,21 @@ FORM = {
 }  # fmt: skip
 
 
+class _Text(Convertor[str]):
+    """The rest of a path, with slashes and line feeds: an id may be any text."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("text", _Text())
+
+
 def _json_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
 
@@ -76,7 +92,10 @@ def create_app(service: Service, safety: SafetyConfig | None = None, names: bool
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(safety.allowed_hosts or ("*",)))
     app.add_middleware(Guard, service=service, token=safety.token(), names=names)
     if safety.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(safety.cors_origins), allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(safety.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )  # fmt: skip
     return app
 
 
@@ -217,7 +236,7 @@ def _add_looks(app: FastAPI, service: Service) -> None:
 
     seen: dict[int | str, dict[str, Any]] = {200: {"content": {"image/*": BYTES}}, 304: {"description": "Not changed"}}
 
-    @app.get("/image/{row_id:path}", responses={**refused, **seen}, response_class=Response)
+    @app.get("/image/{row_id:text}", responses={**refused, **seen}, response_class=Response)
     async def image(row_id: str, request: Request, size: Annotated[int, Query(ge=0, le=1024)] = 256) -> Response:
         """A row's image with its longer side at `size` pixels; with size=0 its bytes as they were ingested."""
         if service.pictures is None:
@@ -246,7 +265,8 @@ def _add_looks(app: FastAPI, service: Service) -> None:
         """Groups of near rows, the largest first."""
         if service.groups is None:
             raise Refused(404, "this service has no duplicates: start it with --duplicates")
-        total, groups = await asyncio.to_thread(service.groups.some, offset, limit, kind)
+        with service.admission.work(1):
+            total, groups = await asyncio.to_thread(service.groups.some, offset, limit, kind)
         answer = {"total": total, "within": service.groups.within, "groups": groups}
         return _json({**answer, "request_id": request.state.request_id})
 

@@ -27,7 +27,6 @@ from hashray.search.service import Service
 
 OPEN = {"/", "/health", "/ready"}  # without a token: the page holds nothing, probes have none
 TOKEN = "HASHRAY_TOKEN"
-FIRST_BYTES = 1 << 16
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -84,7 +83,7 @@ class Guard:
                         self._require_token(scope["path"], headers)
                         if scope["path"].startswith("/search"):
                             self.service.admission.check()
-                        state["body"] = await self._read(headers, receive, held)
+                        state["body"] = await self._read(headers, receive, held) if scope["method"] == "POST" else b""
                         await self.app(scope, _again(state["body"], receive), sent)
                 except Refused as refused:
                     again = {} if refused.retry_after_s is None else {"Retry-After": str(refused.retry_after_s)}
@@ -109,7 +108,8 @@ class Guard:
             raise Refused(401, "a bearer token is needed: Authorization: Bearer TOKEN")
 
     async def _read(self, headers: dict[str, str], receive: Receive, held: ExitStack) -> bytes:
-        """The whole body, held in the count of bytes until the request ends."""
+        """The whole body, held in the count of bytes until the request ends. Only a POST has one that is read: what needs
+        no token must not use up the places of bodies."""
         length = headers.get("content-length", "")
         if length.isdigit():
             held.enter_context(self.service.admission.body(int(length)))

@@ -13,16 +13,22 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from serving import behind_socket, config_of, write_all
-from tiny import png
+from tiny import png, write_part
 
+import hashray
+from hashray import artifact
 from hashray.data.corpus import open_corpus
+from hashray.data.images import decode
+from hashray.engine.parts import Part, part_files, write_quarantine
 from hashray.search import pictures
 from hashray.search.connections import Connection
+from hashray.search.guard import SafetyConfig
 from hashray.search.limits import LimitsConfig
 from hashray.search.messages import Ask, Query
 from hashray.search.metrics import Metrics
 from hashray.search.opening import open_service
 from hashray.search.pictures import Pictures
+from hashray.storage import open_store
 
 JSON = {"content-type": "application/json"}
 
@@ -189,3 +195,54 @@ def test_requests_at_once_on_one_connection_are_answered_in_their_order(client):
     heard = spoken(client.base_url, one % (1, b"") + one % (2, b"") + one % (3, b"Connection: close\r\n"))
     places = [heard.find(png(number)) for number in (1, 2, 3)]
     assert places == sorted(places) and places[0] > 0 and heard.count(b" 200 OK") == 3
+
+
+def test_what_needs_no_token_uses_up_no_places_of_bodies(at, tmp_path):
+    (tmp_path / "token").write_text("s3cret")
+    safety = SafetyConfig(token_file=str(tmp_path / "token"))
+    limits = LimitsConfig(body_mib=1, bodies_mib=1)
+    with behind_socket(config_of(at, safety=safety, limits=limits)) as (url, service):
+        parts = urlsplit(url)
+        with socket.create_connection((parts.hostname, parts.port), timeout=60) as link:
+            link.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\nx")
+            assert b" 200 " in link.recv(1 << 16)
+            assert service.admission.bytes == 0
+
+
+def test_pages_of_the_named_sites_may_search(at):
+    config = config_of(at, safety=SafetyConfig(cors_origins=("https://shop.example",)))
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "content-type,authorization"}
+    with behind_socket(config) as (url, _):
+        answer = httpx.options(f"{url}/search", headers={"origin": "https://shop.example", **asks})
+        assert answer.status_code == 200 and "POST" in answer.headers["access-control-allow-methods"]
+        assert httpx.options(f"{url}/search", headers={"origin": "https://evil.example", **asks}).status_code == 400
+        answer = httpx.post(f"{url}/search", json={"id": "0001"}, headers={"origin": "https://shop.example"})
+        assert answer.headers["access-control-allow-origin"] == "https://shop.example"
+
+
+ODD = ["a\nb", "\n", "é", "e\u0301", "🐱/🐶", "q\"'<b>&", "../up", "%41", "a\0b", " ", "a?b#c", "x" * 3000]
+
+
+def test_ids_of_any_text_are_rows_with_images(tmp_path):
+    at = write_all(tmp_path)
+    store = open_store(tmp_path / "odd")
+    rows = [
+        {"id": row_id, "image": png(n), "uri": None, "labels": [0], "split": "train"} for n, row_id in enumerate(ODD)
+    ]
+    record, images = write_part(store, 0, rows)
+    part = Part(index=0, file=record, beside=(images,), rows_in=len(ODD))
+    classes = artifact.write_file(store, "classes.json", b'["ant"]')
+    files = (*part_files([part]), classes, write_quarantine(store, [part]))
+    counts = {"rows_in": len(ODD), "rows_out": len(ODD), "rows_quarantined": 0}
+    info = {"splits": {"train": len(ODD)}, "num_classes": 1}
+    artifact.publish(store, artifact.Manifest(
+        kind="corpus", project_version="0", config={}, parents={}, files=files, info=info, **counts,
+    ))  # fmt: skip
+    model = hashray.load_model(at["model"])
+    catalog = hashray.create_index(tmp_path / "index2", num_bits=16, fingerprint=model.fingerprint)
+    catalog.append(ODD, model.encode([decode(png(n)) for n in range(len(ODD))]))
+    config = config_of({**at, "index": str(tmp_path / "index2"), "corpus": str(tmp_path / "odd")})
+    with behind_socket(config) as (url, _), hashray.Client(url) as client:
+        for number, row_id in enumerate(ODD):
+            assert row_id in {hit.id for hit in client.search(id=row_id, k=len(ODD)).hits}
+            assert client.image(row_id, size=0) == png(number), row_id

@@ -84,7 +84,7 @@ def said(reply: Reply) -> str:
     try:
         answer = json.loads(reply.body)
         text = str(answer["error"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         place = f" (it redirects to {reply.headers['location']})" if "location" in reply.headers else ""
         return (reply.body[:200].decode("utf-8", "replace").strip() or "an empty body") + place
     return f"{text} (request {answer['request_id']})" if answer.get("request_id") else text

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     Code: TypeAlias = str | bytes | np.ndarray
 
 T = TypeVar("T")
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+ORIENTATION_TAG = 0x0112
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def batch_call(queries: Sequence[Target | Query], options: Options) -> Call[list
 
 def image_call(row_id: str, size: int) -> Call[bytes]:
     """The request for a row's image."""
-    return Call("GET", f"/image/{quote(row_id, safe='')}", bytes, {"params": {"size": size}})
+    return Call("GET", f"/image/{quote(row_id, safe='', errors='replace')}", bytes, {"params": {"size": size}})
 
 
 def version_call() -> Call[ServiceVersion]:
@@ -193,16 +195,28 @@ def _target(target: Target | None) -> dict[str, str | bytes]:
 
     if not isinstance(target, Image.Image):
         raise InputError(f"{type(target).__name__} is no query: expected a PIL image, bytes, a path or an id")
+    return {"image": _png(target)}
+
+
+def _png(image: Image.Image) -> bytes:
+    """The image with what the service looks at: its pixels, transparency, and the EXIF orientation."""
+    from PIL import Image
+
+    image.load()  # which turns a TIFF, and changes its tag
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = image.getexif().get(ORIENTATION_TAG, 1)
+    if image.mode not in PNG_MODES:
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     sink = io.BytesIO()
-    (target if target.mode in ("L", "RGB", "RGBA") else target.convert("RGB")).save(sink, "PNG")
-    return {"image": sink.getvalue()}
+    image.save(sink, "PNG", exif=exif)
+    return sink.getvalue()
 
 
 def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', error)}") from error
 
 
 def _hexadecimal(code: Code) -> str:

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -38,23 +37,35 @@ class _Base:
     """What both clients share: the settings and the calls."""
 
     def __init__(self, url: str, token: str | None, timeout_s: float, retries: int) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = httpx.URL(url)
+        except (httpx.InvalidURL, TypeError) as error:
+            text = str(url).rpartition("@")[2][:200]  # a password may stand before it
+            raise InputError(f"{text!r} is not the url of a service: {error}; expected http://host:port") from None
+        if parts.userinfo or parts.query or parts.fragment:
+            raise InputError(f"the url of {parts.host} has a user, ? or #: expected http://host:port, and token=…")
+        if parts.scheme not in ("http", "https") or not parts.host:
             raise InputError(f"{url!r} is not the url of a service: expected http://host:port or https://…")
-        if timeout_s <= 0 or retries < 0:
+        if not timeout_s > 0 or retries < 0:
             raise InputError(f"timeout_s = {timeout_s}, retries = {retries}: expected more than 0 s, and 0 or more")
         self.url, self.timeout_s, self.retries = url.rstrip("/"), timeout_s, retries
-        self._settings: dict[str, Any] = {"headers": {"Authorization": f"Bearer {token}"} if token else {}}
+        token = (token or "").strip()  # of a file it ends with a line feed
+        if not token.isprintable():  # httpx would name it in its error
+            raise InputError("the token has a line feed or another control character inside")
+        self._settings: dict[str, Any] = {"headers": {"Authorization": f"Bearer {token}".encode()} if token else {}}
 
     def _request(self, http: httpx.Client | httpx.AsyncClient, call: Call[Any]) -> httpx.Request:
         # One id for all tries of a call: the service's log lines of a call are searched by it.
         headers = {"X-Request-ID": uuid.uuid4().hex}
-        return http.build_request(call.method, self.url + call.path, headers=headers, **call.arguments)
+        try:
+            return http.build_request(call.method, self.url + call.path, headers=headers, **call.arguments)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise InputError(f"the request cannot be sent: {error}") from error
 
     def _read(self, call: Call[T], reply: Reply) -> T:
         try:
             return call.read(reply.body)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ServiceUnavailable(
                 f"{self.url}{call.path} answered {reply.body[:80]!r}, which is no answer of hashray serve "
                 f"({type(error).__name__}: {error}). Look whether the url is that of the service, and what is between"
@@ -167,7 +178,7 @@ class Client(_Base):
         """Return whether the service answers queries now. One try; False too where nothing can be reached."""
         try:
             return self._http.get(self.url + "/ready", timeout=self.timeout_s).is_success
-        except httpx.TransportError:
+        except httpx.HTTPError:
             return False
 
     def close(self) -> None:
@@ -273,7 +284,7 @@ class AsyncClient(_Base):
         """As `Client.ready`."""
         try:
             return (await self._http.get(self.url + "/ready", timeout=self.timeout_s)).is_success
-        except httpx.TransportError:
+        except httpx.HTTPError:
             return False
 
     async def close(self) -> None:

@@ -83,6 +83,7 @@ class Guard:
                         self._require_token(scope["path"], headers)
                         if scope["path"].startswith("/search"):
                             self.service.admission.check()
+                        # Others' bodies are not read: what needs no token must not use up the places of bodies.
                         state["body"] = await self._read(headers, receive, held) if scope["method"] == "POST" else b""
                         await self.app(scope, _again(state["body"], receive), sent)
                 except Refused as refused:
@@ -108,8 +109,7 @@ class Guard:
             raise Refused(401, "a bearer token is needed: Authorization: Bearer TOKEN")
 
     async def _read(self, headers: dict[str, str], receive: Receive, held: ExitStack) -> bytes:
-        """The whole body, held in the count of bytes until the request ends. Only a POST has one that is read: what needs
-        no token must not use up the places of bodies."""
+        """The whole body, held in the count of bytes until the request ends."""
         length = headers.get("content-length", "")
         if length.isdigit():
             held.enter_context(self.service.admission.body(int(length)))

@@ -23,6 +23,8 @@ from tiny import png
 
 import hashray
 from hashray.client import Answer, AsyncClient, Client, Query, ServiceVersion
+from hashray.client.calls import plain_query
+from hashray.data.images import decode
 from hashray.errors import HashrayError, InputError, RequestError, ServiceUnavailable
 from hashray.search.guard import SafetyConfig
 
@@ -221,6 +223,9 @@ def test_a_wrong_request_is_not_sent_again(ask: Callable[..., Answer], clock: Cl
         (reply(200, {**ANSWER, "hits": [{"id": "x"}]}), "no answer of hashray serve"),
         (reply(404, {"error": {}}), "refused"),
         (reply(503, ["error"]), "1 try"),
+        (reply(200, b"[" * 100_000), "no answer of hashray serve"),
+        (reply(503, b"[" * 100_000), "1 try"),
+        (reply(200, b"not gzip", Content_Encoding="gzip"), "does not answer"),
     ],
 )
 def test_answers_that_are_none(ask: Callable[..., Answer], clock: Clock, step: Step, text: str) -> None:
@@ -237,10 +242,54 @@ def test_a_batch_with_an_answer_too_few_is_no_answer(clock: Clock) -> None:
         Client(url, sleep=clock.sleep).search_batch(["a", "b"])
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", ""])
+URLS = ["127.0.0.1:8000", "ftp://host", "http://", "", "http://[::1", "http://host:port", "http://\0", "http://h?x=1"]
+
+
+@pytest.mark.parametrize("url", [*URLS, "http://ann:s3cret@host:1", "http://ann:s3cret@host:port"])
 def test_an_url_that_is_none(url: str) -> None:
-    with pytest.raises(InputError, match="expected http://host:port"):
+    with pytest.raises(InputError, match="expected http://host:port") as failed:
         Client(url)
+    assert "s3cret" not in str(failed.value)
+
+
+def test_a_token_is_sent_as_one_line_and_never_shown(ask: Callable[..., Answer], clock: Clock) -> None:
+    with scripted(*[reply(200, ANSWER)] * 2) as (url, asked):
+        ask(url, clock, token="s3cret\n")  # as it comes from a file
+        ask(url, clock, token="s3crét")
+    heads = [one["headers"]["Authorization"].encode("latin1").decode() for one in asked]
+    assert heads == ["Bearer s3cret", "Bearer s3crét"]
+    with pytest.raises(InputError, match="line feed") as failed:
+        ask("http://127.0.0.1:9", clock, token="s3cret\r\nX: y")
+    assert "s3cret" not in str(failed.value)
+
+
+def test_readiness_of_a_server_that_speaks_nonsense() -> None:
+    with scripted(reply(200, b"not gzip", Content_Encoding="gzip")) as (url, _), Client(url) as client:
+        assert not client.ready()
+
+
+def _file(mode: str, kind: str, turn: int) -> bytes:
+    pixels = np.random.default_rng(turn).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 200) if mode == "I;16" else image.convert(mode)
+    exif, sink = Image.Exif(), io.BytesIO()
+    exif[0x0112] = turn
+    image.save(sink, kind, exif=exif)
+    return sink.getvalue()
+
+
+KINDS = [("PNG", mode) for mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*KINDS, ("TIFF", "LA"), ("TIFF", "CMYK"), ("JPEG", "RGB"), ("JPEG", "CMYK")]
+)
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_pil_image_is_seen_as_its_file_is(kind: str, mode: str, turn: int) -> None:
+    data = _file(mode, kind, turn)
+    sent = plain_query(Query(image=Image.open(io.BytesIO(data))))["image"]
+    assert isinstance(sent, bytes)
+    np.testing.assert_array_equal(np.asarray(decode(sent)), np.asarray(decode(data)))
 
 
 def test_queries_that_are_none(tmp_path: Path) -> None:
@@ -251,6 +300,10 @@ def test_queries_that_are_none(tmp_path: Path) -> None:
         client.search("a", id="b")
     with pytest.raises(InputError, match="cannot be read: No such file"):
         client.search(tmp_path / "none.jpg")
+    with pytest.raises(InputError, match="cannot be read: embedded null"):
+        client.search(path="a\0b")
+    with pytest.raises(InputError, match="cannot be sent"):
+        client.search(id="\ud800")
     with pytest.raises(InputError, match="int is no query"):
         client.search(3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected hexadecimal text"):

@@ -36,7 +36,7 @@ def serve_here(config: ServeConfig) -> int:
 def settings_of(app: FastAPI) -> uvicorn.Config:
     """How uvicorn runs the app."""
     return uvicorn.Config(
-        app, lifespan="on", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LEAVE_S,
+        app, lifespan="off", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LEAVE_S,
         http=Connection, ws="none", loop="uvloop", timeout_keep_alive=30,
     )  # fmt: skip
 

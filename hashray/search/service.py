@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -108,10 +109,11 @@ class Service:
                 raise Refused(503, f"{missing} shards of the index do not answer at the moment", 1)
             self.metrics.degraded.inc()
         took_ms = round((perf_counter() - start_s) * 1e3, 2)
-        return [
-            _answer(query, code, neighbours, ask, opened, took_ms)
-            for query, code, neighbours in zip(queries, codes, nearest, strict=True)
-        ]
+        one = partial(_answer, ask=ask, opened=opened, took_ms=took_ms)
+        if len(queries) == 1:
+            return [one(queries[0], codes[0], nearest[0])]
+        # In a thread: the rows of many answers would hold up the other requests.
+        return await asyncio.to_thread(lambda: [*map(one, queries, codes, nearest)])
 
     def _check(self, ask: Ask, count: int) -> None:
         limits = self.limits
@@ -217,6 +219,7 @@ def _answer(
     ids, distances = neighbours.ids, neighbours.distances
     if ask.within is not None:
         ids = ids[: int(np.searchsorted(distances, ask.within, side="right"))]
+    shown = slice(ask.offset, ask.offset + ask.k)
     hits = [
         {
             "id": row_id,
@@ -224,8 +227,8 @@ def _answer(
             "code": neighbours.rows[row_id].code.tobytes().hex() if row_id in neighbours.rows else "",
             "attributes": neighbours.rows[row_id].attributes if row_id in neighbours.rows else {},
         }
-        for row_id, distance in zip(ids, distances, strict=False)
-    ][ask.offset : ask.offset + ask.k]
+        for row_id, distance in zip(ids[shown], distances[shown], strict=False)
+    ]
     return {
         "version": facts.version,
         "index": ask.index,

@@ -21,6 +21,7 @@ USUAL_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tif
 # Formats that Pillow recognises but cannot decode without another program.
 NOT_DECODED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FPX", "MIC", "IPTC", "PDF"}
 ORIENTATION_TAG = 0x0112
+TILE_TAGS = (322, 323)  # width and length
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -81,6 +82,8 @@ def decode(data: bytes | None, most_pixels: int | None = None) -> Image.Image:
             with Image.open(io.BytesIO(data)) as opened:
                 if most_pixels is not None and opened.width * opened.height > most_pixels:
                     raise BadImage(f"{opened.width} x {opened.height} pixels; at most {most_pixels:,} are taken")
+                if most_pixels is not None and (pixels := _tile_pixels(opened)) > most_pixels:
+                    raise BadImage(f"a tile of {pixels:,} pixels; at most {most_pixels:,} are taken")
                 opened.load()
                 return to_rgb(opened)
     except (BadImage, MemoryError):  # a worker short of memory says nothing about the image
@@ -89,6 +92,12 @@ def decode(data: bytes | None, most_pixels: int | None = None) -> Image.Image:
         text = " ".join(str(error).split()) or "cannot be decoded"
         text = text.split("<_io")[0].strip()
         raise BadImage(f"{type(error).__name__}: {text}"[:300]) from error
+
+
+def _tile_pixels(image: Image.Image) -> int:
+    """The pixels of a tile of a TIFF, which is decoded whole: it may be far larger than the image."""
+    tags = getattr(image, "tag_v2", {})
+    return math.prod(int(tags.get(tag, 0)) for tag in TILE_TAGS)
 
 
 @lru_cache(maxsize=1)

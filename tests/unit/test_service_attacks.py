@@ -6,7 +6,9 @@ import asyncio
 import base64
 import json
 import socket
+import struct
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -246,3 +248,21 @@ def test_ids_of_any_text_are_rows_with_images(tmp_path):
         for number, row_id in enumerate(ODD):
             assert row_id in {hit.id for hit in client.search(id=row_id, k=len(ODD)).hits}
             assert client.image(row_id, size=0) == png(number), row_id
+
+
+def tiff(side, tile):
+    """A grey TIFF of one tile, which may be larger than the image."""
+    data = zlib.compress(bytes(tile * tile), 9)
+    tags = [(256, side), (257, side), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile), (323, tile), (324, 146),
+            (325, len(data)), (284, 1)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    return head.ljust(146, b"\0") + data
+
+
+def test_a_tile_larger_than_the_image_is_not_decoded(at):
+    with behind_socket(config_of(at, limits=LimitsConfig(pixels=1_000_000))) as (url, _):
+        for tile, status in ((16, 200), (2048, 422)):
+            answer = httpx.post(f"{url}/search", content=tiff(16, tile), headers={"content-type": "image/tiff"})
+            assert answer.status_code == status, answer.text
+        assert "a tile of 4,194,304 pixels" in answer.json()["error"]

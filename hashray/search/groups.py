@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any, Literal
 
 import numpy as np
@@ -11,8 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hashray import artifact
-from hashray.artifact import read_columns, read_file
+from hashray.artifact import read_columns
 from hashray.storage import open_store
+from hashray.storage.cache import cache_folder, verified_path
 
 MEMBERS = 100  # of a group in one answer
 Kind = Literal["exact", "near"]
@@ -61,17 +61,15 @@ class Groups:
         return {"group": number, "kind": kind, "rows": end - start, "members": members}
 
     def _rows(self, start: int, end: int) -> pa.Table:
-        """Rows of all files: only the row groups that hold them are parsed."""
+        """Rows of all files: only the row groups that hold them are read, and a file is verified once."""
         tables = []
         for record, stop in zip(self._files, self._ends.tolist(), strict=True):
             before = stop - (record.rows or 0)
             if before < end and start < stop:
-                file = pq.ParquetFile(io.BytesIO(self._bytes(record)))
-                tables.append(_slice(file, max(0, start - before), min(end, stop) - before))
+                path = verified_path(self.store, record.name, record.bytes, record.sha256, cache_folder())
+                with pq.ParquetFile(path, memory_map=True) as file:
+                    tables.append(_slice(file, max(0, start - before), min(end, stop) - before))
         return pa.concat_tables(tables)
-
-    def _bytes(self, record: artifact.FileRecord) -> bytes:
-        return read_file(self.store, record)
 
 
 def _slice(file: pq.ParquetFile, start: int, end: int) -> pa.Table:

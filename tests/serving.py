@@ -51,7 +51,9 @@ def behind_socket(config: ServeConfig, service: Service | None = None) -> Iterat
     service = service or open_service(config)
     listener = listen(config)
     listener.listen(128)
-    settings = uvicorn.Config(create_app(service, config.hosts), log_config=None, access_log=False, lifespan="on")
+    settings = uvicorn.Config(
+        create_app(service, config.hosts, config.hosts.token()), log_config=None, access_log=False, lifespan="on"
+    )
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()

@@ -24,8 +24,9 @@ LEAVE_S = 30  # in which requests that are at work may end
 def serve_here(config: ServeConfig) -> int:
     """Answer requests until SIGTERM or Ctrl-C; requests at work are answered first."""
     listener = listen(config)
+    token = config.hosts.token()
     service = open_service(config)
-    app = create_app(service, config.hosts)
+    app = create_app(service, config.hosts, token)
     settings = uvicorn.Config(
         app, lifespan="on", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LEAVE_S,
         http="httptools", loop="uvloop", timeout_keep_alive=30, h11_max_incomplete_event_size=64 << 10,

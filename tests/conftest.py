@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["browsing"]  # fixtures of the tests of pages
+
 # A deadline is a wall clock in disguise; a loaded machine may take any time.
 settings.register_profile("hashray", deadline=None)
 settings.load_profile("hashray")

@@ -51,7 +51,7 @@ def behind_socket(config: ServeConfig, service: Service | None = None) -> Iterat
     service = service or open_service(config)
     listener = listen(config)
     listener.listen(128)
-    server = uvicorn.Server(settings_of(create_app(service, config.hosts)))
+    server = uvicorn.Server(settings_of(create_app(service, config.hosts, config.hosts.token())))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -75,10 +75,14 @@ def _json_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
 
 
-def create_app(service: Service, safety: SafetyConfig | None = None, names: bool = True) -> FastAPI:
+def create_app(
+    service: Service, safety: SafetyConfig | None = None, token: bytes | None = None, names: bool = True
+) -> FastAPI:
     """The application; it answers once its event loop runs.
 
     Args:
+        safety: who may ask; unset: pages of this site, for any host name.
+        token: that requests need; None: none.
         names: as for `Guard`.
     """
     safety = safety or SafetyConfig()
@@ -90,7 +94,7 @@ def create_app(service: Service, safety: SafetyConfig | None = None, names: bool
     _add_errors(app)
     _describe_bodies(app)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(safety.allowed_hosts or ("*",)))
-    app.add_middleware(Guard, service=service, token=safety.token(), names=names)
+    app.add_middleware(Guard, service=service, token=token, names=names)
     if safety.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(safety.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import RayActorError, RayError
 
 from hashray.codes import Codes
 from hashray.engine.session import unwrap
@@ -38,6 +38,7 @@ from hashray.storage.cache import cache_folder
 NAMESPACE = "hashray"
 VERSIONS = 4  # that an actor keeps open
 OPEN_S = 600.0  # in which a version's files are fetched and verified
+LATE_S = 2.0  # that the other actors of a group have to open it too
 FIRST_S = 1.0  # that an actor has before another is asked too
 SUSPECT_S = 2.0  # that an actor is asked last after it did not answer
 Group = tuple[str, ...]  # shards that one actor holds, by the names of their files of ids
@@ -106,10 +107,14 @@ class Fleet:
         most_bytes: of codes and ids in one actor.
         replicas: actors that hold the same shards.
         wait_s: how long a query waits for shards whose actors do not answer.
+        partial: whether a version may be opened without some of its shards.
     """
 
-    def __init__(self, name: str, most_bytes: int, replicas: int, cpus: float, wait_s: float) -> None:
+    def __init__(
+        self, name: str, most_bytes: int, replicas: int, cpus: float, wait_s: float, partial: bool = False
+    ) -> None:
         self.name, self.most_bytes, self.replicas, self.cpus, self.wait_s = name, most_bytes, replicas, cpus, wait_s
+        self.partial = partial
         self._suspects: dict[Any, float] = {}
         self._turn = count()
 
@@ -122,20 +127,44 @@ class Fleet:
         head = read_version(store, version)
         groups = groups_of(head.shards, self.most_bytes) or [()]
         actors = [[self._actor(store.url, g, r) for r in range(self.replicas)] for g in range(len(groups))]
-        calls = [
-            actor.open.remote(version, group) for group, some in zip(groups, actors, strict=True) for actor in some
-        ]
-        try:
-            opened = ray.get(calls, timeout=OPEN_S)
-        except GetTimeoutError as error:
-            raise StoreUnavailable(
-                f"version {version} was not opened in {OPEN_S:g} s: are there enough CPUs?"
-            ) from error
-        except RayError as error:
-            if isinstance(known := unwrap(error), HashrayError):
-                raise known from error
-            raise StoreUnavailable(f"version {version} was not opened: {error}") from error
-        return FleetIndex(self, head, groups, actors, opened[:: self.replicas])
+        return FleetIndex(self, head, groups, actors, self._open_all(version, groups, actors))
+
+    def _open_all(self, version: int, groups: Sequence[Group], actors: Sequence[Sequence[Any]]) -> list[Opened]:
+        """What one actor of each group has opened; the others have a moment more, and are asked last if they need it.
+
+        So a node that is gone holds up no new version while each of its shards has another actor.
+        """
+        pending = {actor.open.remote(version, groups[g]): (g, actor) for g, some in enumerate(actors) for actor in some}
+        opened, errors = dict[int, Opened](), dict[int, Exception]()
+        deadline_s = time.monotonic() + OPEN_S
+        while pending and (left_s := deadline_s - time.monotonic()) > 0:
+            done, _ = ray.wait([*pending], timeout=left_s)
+            for reference in done:
+                group, actor = pending.pop(reference)
+                try:
+                    opened[group] = ray.get(reference)
+                except RayError as error:
+                    errors[group] = error
+                    self._suspects[actor] = time.monotonic() + SUSPECT_S
+            if len(opened) == len(groups):
+                deadline_s = min(deadline_s, time.monotonic() + LATE_S)
+        for _, actor in pending.values():
+            self._suspects[actor] = time.monotonic() + 10 * LATE_S
+        if missing := [group for group in range(len(groups)) if group not in opened]:
+            self._require_partial(version, missing, opened, errors)
+        return [opened[group] for group in sorted(opened)]
+
+    def _require_partial(
+        self, version: int, missing: Sequence[int], opened: Mapping[int, Opened], errors: Mapping[int, Exception]
+    ) -> None:
+        """Say which groups of shards are missing; raise if the service may not go on without them."""
+        known = unwrap(errors[missing[0]]) if missing[0] in errors else None
+        if not (self.partial and opened):
+            if isinstance(known, HashrayError):
+                raise known
+            why = f"not in {OPEN_S:g} s: are there CPUs for all actors?" if known is None else str(known)
+            raise StoreUnavailable(f"version {version} was not opened: {why}")
+        log("shards do not answer", "warning", version=version, groups=len(missing), error=str(known))
 
     def _actor(self, url: str, group: int, replica: int) -> Any:
         options = {

@@ -26,8 +26,9 @@ LEAVE_S = 30  # in which requests that are at work may end
 def serve_here(config: ServeConfig) -> int:
     """Answer requests until SIGTERM or Ctrl-C; requests at work are answered first."""
     listener = listen(config)
+    token = config.hosts.token()
     service = open_service(config)
-    app = create_app(service, config.hosts)
+    app = create_app(service, config.hosts, token)
     with listener, Follower(service, config.poll_s):
         asyncio.run(_Server(settings_of(app), service, config).serve([listener]))
     return 0

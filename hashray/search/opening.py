@@ -94,8 +94,7 @@ def open_service(config: ServeConfig, opens: Opens = open_here, lanes: int = 1) 
             what was published.
     """
     faiss.omp_set_num_threads(1)
-    metrics, safety = Metrics(), config.hosts
-    safety.token()
+    metrics = Metrics()
     model = load_model(config.model)
     indexes = {"main": _follow("main", config.index, opens, metrics, config.version)}
     models = {"main": model}

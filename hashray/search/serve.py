@@ -63,12 +63,16 @@ def application(args: ServeConfig | dict[str, Any]) -> Any:
         ConfigError: a field does not validate.
     """
     config = args if isinstance(args, ServeConfig) else validate(ServeConfig, args, "the application's args")
-    fleet = _fleet(config)
+    return _application(config, _fleet(config))
+
+
+def _application(config: ServeConfig, fleet: Fleet | None) -> Any:
+    token = config.hosts.token()  # read here: the file or the variable may not be where a replica runs
 
     def build() -> FastAPI:
         service = open_service(config) if fleet is None else open_service(config, fleet.open, LANES)
         Follower(service, config.poll_s).__enter__()  # it ends with the process
-        return create_app(service, config.hosts, names=False)
+        return create_app(service, config.hosts, token, names=False)
 
     limits = config.limits
     deployment: Any = ray_serve.deployment(
@@ -92,7 +96,7 @@ def _fleet(config: ServeConfig) -> Fleet | None:
         return None
     name = sha256_hex(canonical(config.model_dump(mode="json", include={"index", "compare", "port"})))[:12]
     most_bytes, wait_s = int(config.fleet.memory_gib * GIB), config.limits.timeout_s / 2
-    return Fleet(name, most_bytes, config.fleet.replicas, config.fleet.cpus_per_holder, wait_s)
+    return Fleet(name, most_bytes, config.fleet.replicas, config.fleet.cpus_per_holder, wait_s, config.fleet.partial)
 
 
 def _serve_on_ray(config: ServeConfig) -> int:
@@ -103,19 +107,19 @@ def _serve_on_ray(config: ServeConfig) -> int:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     location = "HeadOnly" if config.fleet.listen_at == "head" else "EveryNode"
     options = {"host": config.host, "port": config.port, "location": location, "request_timeout_s": None}
-    ended, before = threading.Event(), {}
+    fleet, ended, before = _fleet(config), threading.Event(), {}
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, lambda *_: ended.set())
     try:
         ray_serve.start(http_options=options, logging_config=QUIET)
-        ray_serve.run(application(config), name=NAME, route_prefix="/")
+        ray_serve.run(_application(config, fleet), name=NAME, route_prefix="/")
         announce(config, config.port)
         ended.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         ray_serve.shutdown()
-        if (fleet := _fleet(config)) is not None:
+        if fleet is not None:
             fleet.stop()
         ray.shutdown()
     return 0

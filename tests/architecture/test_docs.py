@@ -84,8 +84,8 @@ def test_every_command_is_documented() -> None:
 
 
 def masked(line: str) -> str:
-    """A line without what differs from run to run: numbers, hashes, which rows are nearest, the width of a table."""
-    text = re.sub(r"\b[0-9a-f]{12}\b|\w+/\d+\.jpg(?= │)", "#", line)
+    """A line without what differs from run to run: numbers, hashes, the nearest rows, the width of a table."""
+    text = re.sub(r"\b[0-9a-f]{12}\b|\w+/\d+\.jpg(?= │)|\w+ │ +(database|query)(\+train)?(?= │)", "#", line)
     return re.sub(r"[-\d.,]*\d", "0", re.sub(r"\s+", " ", text)).strip()
 
 

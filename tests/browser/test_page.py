@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-from conftest import answer_pairs, drop
+from browsing import answer_pairs, drop
 from playwright.sync_api import expect
-
-from tests.tiny import CLASSES, png
+from tiny import CLASSES, png
 
 
 def test_an_image_is_dropped_and_a_result_is_clicked(open_page, url, nearest):

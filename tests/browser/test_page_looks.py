@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
+from serving import behind_socket, config_of, write_all
 
 import hashray
 from hashray.duplicates import duplicates
 from hashray.index.duplicates import DuplicatesConfig
 from hashray.search.guard import SafetyConfig
-from tests.serving import behind_socket, config_of, write_all
 
 pytestmark = pytest.mark.browser
 

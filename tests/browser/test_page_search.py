@@ -6,8 +6,10 @@ import re
 
 import pyarrow as pa
 import pytest
-from conftest import answer_pairs, drop
+from browsing import answer_pairs, drop
 from playwright.sync_api import expect
+from serving import ROWS, behind_socket, config_of, write_all
+from tiny import CLASSES, png, write_tiny_model
 
 import hashray
 from hashray.cli import main
@@ -15,8 +17,6 @@ from hashray.data.images import decode
 from hashray.duplicates import duplicates
 from hashray.index.duplicates import DuplicatesConfig
 from hashray.search.opening import open_service
-from tests.serving import ROWS, behind_socket, config_of, write_all
-from tests.tiny import CLASSES, png, write_tiny_model
 
 pytestmark = pytest.mark.browser
 

@@ -7,16 +7,16 @@ import re
 import threading
 
 import pytest
-from conftest import answer_pairs, drop
+from browsing import answer_pairs, drop
 from PIL import Image
 from playwright.sync_api import expect
+from serving import behind_socket, config_of
+from tiny import png
 
 from hashray.search.guard import SafetyConfig
 from hashray.search.limits import LimitsConfig
 from hashray.search.nearest import Nearest
 from hashray.search.opening import FleetConfig, open_here, open_service
-from tests.serving import behind_socket, config_of
-from tests.tiny import png
 
 pytestmark = pytest.mark.browser
 

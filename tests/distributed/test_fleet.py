@@ -16,6 +16,7 @@ import hashray
 from hashray.errors import CorruptArtifact, InputError
 from hashray.index.log import newest
 from hashray.search.fleet import NAMESPACE, Fleet, groups_of
+from hashray.search.guard import SafetyConfig
 from hashray.search.limits import LimitsConfig
 from hashray.search.nearest import OpenIndex
 from hashray.search.opening import FleetConfig
@@ -102,6 +103,9 @@ def test_shards_that_storage_has_lost_are_missing_and_said_to_be(at, fleet, tmp_
     assert sorted(described.rows) == [left[0]] and described.missing == 1
     with pytest.raises(CorruptArtifact, match="is missing"):
         Fleet(fleet.name + "-b", TINY, 1, 0.1, 5.0).open(store, 3)
+    some = Fleet(fleet.name + "-b", TINY, 1, 0.1, 5.0, partial=True).open(store, 3)
+    answer = some.search(np.zeros((1, 2), np.uint8), 60, None)
+    assert answer.missing == 1 and [i for i in answer.ids[0] if i is not None] == left
     Fleet(fleet.name + "-b", TINY, 1, 0.1, 5.0).stop()
     (tmp_path / "away").rename(tmp_path / "index" / lost.codes.name)
     assert many.search(np.zeros((1, 2), np.uint8), 60, None).missing == 0
@@ -121,19 +125,24 @@ def test_groups_fill_up_to_the_budget():
     assert groups_of([], 10) == []
 
 
-def test_ray_serve_answers_while_actors_die_and_versions_change(at, ray_session, free_port):
-    config = config_of(
-        at, fleet=FleetConfig(replicas=2, cpus_per_holder=0.1), limits=LimitsConfig(timeout_s=60), poll_s=0.05
-    ).model_copy(update={"port": free_port})
+def test_ray_serve_answers_while_actors_die_and_versions_change(at, ray_session, free_port, tmp_path):
+    (tmp_path / "token").write_text("s3cret")
+    fleet, safety = FleetConfig(replicas=2, cpus_per_holder=0.1), SafetyConfig(token_file=str(tmp_path / "token"))
+    config = config_of(at, fleet=fleet, limits=LimitsConfig(timeout_s=60), safety=safety, poll_s=0.05)
+    config = config.model_copy(update={"port": free_port})
     ray_serve.start(http_options={"host": "127.0.0.1", "port": free_port}, logging_config={"log_level": "WARNING"})
     try:
-        ray_serve.run(application(config), name=NAME, route_prefix="/")
-        with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", timeout=60) as client:
+        built = application(config)
+        (tmp_path / "token").unlink()  # as where a replica runs on a node without the file
+        ray_serve.run(built, name=NAME, route_prefix="/")
+        right = {"authorization": "Bearer s3cret"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", timeout=60, headers=right) as client:
+            assert httpx.post(f"{client.base_url}/search", json={"id": "0002"}, timeout=60).status_code == 401
             catalog = hashray.open_catalog(at["index"])
             versions, statuses, stop = set(), [], threading.Event()
 
             def ask():
-                with httpx.Client(base_url=client.base_url, timeout=60) as mine:
+                with httpx.Client(base_url=client.base_url, timeout=60, headers=right) as mine:
                     while not stop.is_set():
                         answer = mine.post("/search", json={"id": "0002", "k": 5})
                         statuses.append(answer.status_code)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import BACKBONE, METHOD, write_corpus, write_images, write_tiny_model, write_toml
 
 from hashray.cli import main
 from hashray.data.corpus import open_corpus
@@ -24,7 +25,6 @@ from hashray.plan.report import Cluster, as_json, exceeded
 from hashray.plan.sample import sample_size
 from hashray.storage.local import LocalStore
 from hashray.train.batches import EpochPlan
-from tests.tiny import BACKBONE, METHOD, write_corpus, write_images, write_tiny_model, write_toml
 
 HERE = WorkersConfig(ray="never")
 SAMPLE = Sample(

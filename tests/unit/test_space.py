@@ -18,7 +18,7 @@ from rich.console import Console
 from hashray.cli import main
 from hashray.config import parse_toml, validate
 from hashray.errors import ConfigError
-from hashray.report.figures import png
+from hashray.report.drawn import draw as drawn
 from hashray.train.config import TrainConfig
 from hashray.tune.leaderboard import Trial, best_toml, epochs_table, importance, leaderboard, ranked
 from hashray.tune.live import Watch
@@ -350,7 +350,7 @@ def test_the_page_of_a_sweep_shows_stopped_and_failed_trials(tmp_path: Path) -> 
         "trials": 4, "best_trial": 3, "best_score": 0.9, "default_score": 0.6, "stopped": 1, "failed": [2], "epochs": 9,
         "epochs_of_full_grid": 16, "importance": {}, "compared": {}, "verdict": "",
     }  # fmt: skip
-    pictures = {name: png(figure) for name, figure in draw(trials, summary).items()}
+    pictures = {name: drawn(figure) for name, figure in draw(trials, summary).items()}
     page = sweep_page(trials, summary, pictures)
     assert "9 of 16 epochs trained (56%)" in page and "the loss is not finite" in page
     assert page.index("0.9000") < page.index("0.6000") < page.index("0.2000")
@@ -358,7 +358,7 @@ def test_the_page_of_a_sweep_shows_stopped_and_failed_trials(tmp_path: Path) -> 
     compared = {"winner": {"trial": 3, "seeds": [], "failed": [], "mean": {}, "std": {}}}
     hostile = replace(trials[2], reason="<script>alert(1)</script>")
     page = sweep_page([*trials[:2], hostile, trials[3]], {**summary, "compared": compared, "verdict": "a < b."}, {})
-    assert "<script>" not in page and "&lt;script&gt;" in page and "a &lt; b. Each config" in page
+    assert "<script>alert" not in page and "&lt;script&gt;" in page and "a &lt; b. Each config" in page
 
 
 def test_report_seeds_differ_from_the_seed_that_chooses_the_winner(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from serving import ROWS, behind_socket, config_of, write_all
+from tiny import png
 
 import hashray
 from hashray.codes import hamming
 from hashray.data.images import decode
-from tests.serving import ROWS, behind_socket, config_of, write_all
-from tests.tiny import png
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Long enough for a machine on which everything else runs too; nothing waits so long where it works.
@@ -44,9 +44,12 @@ def drop(page: Page, name: str, data: bytes, kind: str = "image/png") -> None:
         page.dispatch_event("body", event, {"dataTransfer": transfer})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser | None]:
-    """Chromium, or None where this machine has none."""
+    """Chromium, or None where this machine has none.
+
+    Of one module: Playwright leaves an event loop running in this thread, in which no other test could start one.
+    """
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         yield None

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-import faiss
 import tyro
 from pydantic import Field, model_validator
 
@@ -93,7 +92,6 @@ def open_service(config: ServeConfig, opens: Opens = open_here, lanes: int = 1) 
         InputError: something is not there. MismatchError: a model is not its index's. CorruptArtifact: a file is not
             what was published.
     """
-    faiss.omp_set_num_threads(1)
     metrics = Metrics()
     model = load_model(config.model)
     indexes = {"main": _follow("main", config.index, opens, metrics, config.version)}

@@ -85,6 +85,7 @@ def test_actors_that_are_killed_cost_no_query(at, fleet):
     assert answer.missing == 0 and equal(answer, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fleet", [1], indirect=True)
 def test_shards_that_storage_has_lost_are_missing_and_said_to_be(at, fleet, tmp_path):
     store = open_store(at["index"])

@@ -26,7 +26,7 @@ from hashray.data.images import BadImage
 from hashray.errors import HashrayError, InputError, RequestError
 from hashray.search import messages
 from hashray.search.groups import Kind
-from hashray.search.guard import Guard, SafetyConfig, error_answer
+from hashray.search.guard import Guard, SafetyConfig, error_answer, refusal
 from hashray.search.limits import MIB, Refused
 from hashray.search.messages import Ask, BatchRequest, One, SearchRequest, parse_query
 from hashray.search.metrics import log
@@ -132,7 +132,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
 
 
 async def _parse_search(request: Request, most_queries: int) -> tuple[Ask, messages.Query]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _content_type(request)
     data: bytes = request.state.body
     given: dict[str, Any] = {key: value for key, value in request.query_params.items() if value != ""}
     if kind == "application/json":
@@ -154,13 +154,17 @@ async def _parse_search(request: Request, most_queries: int) -> tuple[Ask, messa
     return _validated(Ask, given), messages.Query(image=data)
 
 
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def _ask_of(body: Ask) -> Ask:
     return Ask.model_construct(**{name: getattr(body, name) for name in PARAMETERS})
 
 
 def _parsed_json(request: Request, most_queries: int) -> dict[str, Any]:
     """The object in the body. One of very many values is refused: to parse them, or list their faults, takes long."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    if _content_type(request) != "application/json":
         raise Refused(415, "send application/json")
     data: bytes = request.state.body
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
@@ -299,8 +303,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HashrayError)
     async def known(request: Request, error: HashrayError) -> Response:
         if isinstance(error, Refused):
-            again = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-            return error_answer(request.scope, error.status, str(error), again)
+            return refusal(request.scope, error)
         if isinstance(error, RequestError):
             return error_answer(request.scope, 422, str(error))
         log("failed", "error", request_id=request.state.request_id, error=str(error))

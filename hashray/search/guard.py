@@ -87,10 +87,7 @@ class Guard:
                         state["body"] = await self._read(headers, receive, held) if scope["method"] == "POST" else b""
                         await self.app(scope, _again(state["body"], receive), sent)
                 except Refused as refused:
-                    again = {} if refused.retry_after_s is None else {"Retry-After": str(refused.retry_after_s)}
-                    if refused.status == 401:
-                        again["WWW-Authenticate"] = "Bearer"
-                    await error_answer(scope, refused.status, str(refused), again)(scope, receive, sent)
+                    await refusal(scope, refused)(scope, receive, sent)
                 except TimeoutError:
                     text = f"the answer takes longer than {self.service.limits.timeout_s:g} s"
                     await sent.fail(error_answer(scope, 504, text), scope, receive)
@@ -182,3 +179,11 @@ def error_answer(
     """The answer of a request that failed."""
     content = json.dumps({"error": text, "request_id": scope["state"]["request_id"]})
     return Response(content, status, headers, "application/json")
+
+
+def refusal(scope: MutableMapping[str, Any], refused: Refused) -> Response:
+    """The answer of a request that is refused: when it may come again, or that it needs a token."""
+    headers = {} if refused.retry_after_s is None else {"Retry-After": str(refused.retry_after_s)}
+    if refused.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return error_answer(scope, refused.status, str(refused), headers)

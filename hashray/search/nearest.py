@@ -119,7 +119,7 @@ def rows_of(index: Index, ids: Sequence[str], near: Codes | None) -> dict[str, R
         if not len(here):
             continue
         codes = piece.shard.codes_at(places[here], near)
-        names = wanted.take(pa.array(here.tolist(), pa.int64())).to_pylist()
+        names = piece.ids.take(places[here])
         some = None if piece.attributes is None else piece.attributes.take(pa.array(places[here].tolist(), pa.int64()))
         attributes: list[dict[str, Any]] = [{} for _ in names] if some is None else some.to_pylist()
         for name, code, values in zip(names, codes, attributes, strict=True):

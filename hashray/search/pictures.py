@@ -30,7 +30,6 @@ from hashray.storage.cache import verified_path
 
 CHUNK_ROWS = 4 << 20  # rows of one lookup file: 64 MiB
 THUMBNAILS_BYTES = 64 << 20
-OPEN_FILES = 16
 PLACE = np.dtype([("hash", "<u8"), ("part", "<u4"), ("row", "<u4")])
 
 

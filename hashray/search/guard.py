@@ -69,7 +69,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start_s, sent = perf_counter(), _Sent(send, self._names)
+        start_s, sent = perf_counter(), _Sent(send, self._names, self.service)
         headers = {name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]}
         state = scope.setdefault("state", {})
         given = headers.get("x-request-id", "")
@@ -141,8 +141,8 @@ class Guard:
 class _Sent:
     """Sends on, with the request id and headers of safety, and remembers the status."""
 
-    def __init__(self, send: Send, names: bool) -> None:
-        self._send, self._names, self.status, self.request_id = send, names, 0, ""
+    def __init__(self, send: Send, names: bool, service: Service) -> None:
+        self._send, self._names, self._service, self.status, self.request_id = send, names, service, 0, ""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -150,6 +150,8 @@ class _Sent:
             extra = [(b"x-content-type-options", b"nosniff")]
             if self._names:
                 extra.append((b"x-request-id", self.request_id.encode()))
+            if self._service.draining:  # or the client's next request meets a connection that is being closed
+                extra.append((b"connection", b"close"))
             message = {**message, "headers": [*message["headers"], *extra]}
         await self._send(message)
 

@@ -57,7 +57,7 @@ class ServeConfig(Config):
     host: str = Field("127.0.0.1", description="Address to listen at; 0.0.0.0: every address of this machine")
     port: int = Field(8000, ge=0, le=65535, description="Port; 0: any free one")
     poll_s: float = Field(2.0, gt=0, description="Seconds between two looks for a newer version")
-    drain_s: float = Field(0.0, ge=0, description="Seconds after SIGTERM in which /ready says 503 and queries go on")
+    drain_s: float = Field(1.0, ge=0, description="Seconds after SIGTERM in which /ready says 503 and queries go on")
     limits: LimitsConfig = LimitsConfig()
     safety: Annotated[SafetyConfig, tyro.conf.arg(name="")] = SafetyConfig()
     fleet: Annotated[FleetConfig, tyro.conf.arg(name="")] = FleetConfig()

@@ -43,7 +43,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The k nearest rows of one query: ids, distances int32 [k], what they are, and how many shards are missing."""
+    """The k nearest rows of one query: ids, distances int32 [k], and how many shards are missing.
+
+    `rows` says what they are, and what those of the other queries of their batch are.
+    """
 
     ids: list[str]
     distances: NDArray[np.int32]
@@ -183,6 +186,7 @@ class Service:
         answers: list[Neighbours | BaseException] = [InputError("not searched")] * len(batch)
         for numbers in groups.values():
             some = [batch[number] for number in numbers]
+            answers_of: Sequence[Neighbours | BaseException]
             try:
                 answers_of = self._search_together(some)
             except Exception as error:
@@ -191,19 +195,18 @@ class Service:
                 answers[number] = one
         return answers
 
-    def _search_together(self, some: Sequence[Wanted]) -> list[Any]:
+    def _search_together(self, some: Sequence[Wanted]) -> list[Neighbours]:
         opened, codes = some[0].opened, np.stack([wanted.code for wanted in some])
         with self.metrics.stage("search"):
             nearest = opened.search(codes, max(wanted.k for wanted in some), some[0].where)
-        with self.metrics.stage("describe"):
-            return [self._describe(opened, wanted, nearest, i) for i, wanted in enumerate(some)]
-
-    def _describe(self, opened: Searchable, wanted: Wanted, nearest: Nearest, i: int) -> Neighbours:
-        ids = [row_id for row_id in nearest.ids[i, : wanted.k] if row_id is not None]
-        shown = ids[wanted.skip : wanted.k - 1]  # the last one says only that there are more
-        described = opened.describe(shown, wanted.code[None]) if shown else Described({})
+        lists = [[row_id for row_id in nearest.ids[i, : one.k] if row_id is not None] for i, one in enumerate(some)]
+        with self.metrics.stage("describe"):  # the last row of a list says only that there are more
+            shown = {row_id for one, ids in zip(some, lists, strict=True) for row_id in ids[one.skip : one.k - 1]}
+            described = opened.describe(sorted(shown), codes) if shown else Described({})
         missing = max(nearest.missing, described.missing)
-        return Neighbours(ids, nearest.distances[i, : len(ids)], described.rows, missing)
+        return [
+            Neighbours(ids, nearest.distances[i, : len(ids)], described.rows, missing) for i, ids in enumerate(lists)
+        ]
 
 
 def _unknown(row_id: str, opened: Searchable, missing: int) -> Refused:

@@ -52,8 +52,22 @@ def test_it_says_that_it_ends_and_answers_meanwhile(at):
         threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()
         answer = client.get("/ready")
         assert answer.status_code == 503 and "ending" in answer.json()["why"]
+        assert answer.headers["connection"] == "close"
         assert client.post("/search", json={"id": "0001"}).status_code == 200
         process.send_signal(signal.SIGTERM)  # a second one waits no longer
+        assert process.wait(60) == 0
+
+
+def test_a_client_that_asks_on_and_on_is_never_cut_off(at):
+    """Every request is answered, until no connection is taken any more."""
+    with serving(at, "--drain-s", "0.3") as (process, url, lines), httpx.Client(base_url=url) as client:
+        threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()
+        statuses = [client.post("/search", json={"id": "0001"}).status_code]
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.ConnectError):
+            while True:
+                statuses.append(client.post("/search", json={"id": "0001"}).status_code)
+        assert len(statuses) > 1 and set(statuses) == {200}
         assert process.wait(60) == 0
 
 

@@ -23,7 +23,7 @@ from hashray.search.groups import Groups
 from hashray.search.limits import Admission, LimitsConfig, Refused
 from hashray.search.messages import Ask, Query
 from hashray.search.metrics import Metrics
-from hashray.search.nearest import Described, Nearest, Row, Searchable
+from hashray.search.nearest import Described, Row, Searchable
 from hashray.search.pictures import Pictures
 from hashray.search.served import Served
 

@@ -144,6 +144,20 @@ def test_bfloat16_gives_float32_features_near_those_of_float32() -> None:
     assert torch.nn.functional.cosine_similarity(plain, cast).min() > 0.99
 
 
+def test_a_strided_depthwise_convolution_trains_in_float32_and_the_others_in_bfloat16() -> None:
+    trunk, seen = build("mobilenet_v2"), dict[str, torch.dtype]()
+    layers = {name: m for name, m in trunk.net.named_modules() if isinstance(m, nn.Conv2d)}
+    for name, module in layers.items():
+        module.register_forward_hook(lambda m, given, out, name=name: seen.update({name: out.dtype}))
+    strided = {name for name, m in layers.items() if m.stride != (1, 1) and m.groups > 1}
+    trunk.amp = True
+    trunk.train()(images(2, 32)).sum().backward()
+    assert len(strided) == 4 and {name for name, dtype in seen.items() if dtype == torch.float32} == strided
+    assert all(module.weight.grad is not None for module in layers.values())
+    trunk.eval()(images(2, 32))
+    assert set(seen.values()) == {torch.bfloat16}
+
+
 def test_outside_training_the_size_of_the_images_says_how_many_the_network_takes_at_a_time() -> None:
     trunk, seen = build(width=4, image_size=128).eval(), []
     trunk.net.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))

@@ -27,6 +27,7 @@ from hashray.errors import ConfigError, CorruptArtifact, InputError, perhaps
 from hashray.index.attributes import attributes_bytes
 from hashray.index.gpu import GpuCodes
 from hashray.index.ids import check_unique, ids_bytes
+from hashray.index.lists import INT_MAX, Lists
 from hashray.index.stored import codes_at, stored_codes
 from hashray.index.version import Folder, ShardRecord, write_content
 from hashray.storage import Store
@@ -50,9 +51,6 @@ SAMPLE_PER_LIST = 64
 NPROBE = 16
 COUNTING_BYTES = 64 << 20
 QUERIES_AT_ONCE = 32  # IndexBinaryFlat's own batch
-BOUND_LISTS = 8  # one in eight of the probed lists says how far the k-th row is at most
-POSITION_BITS = 44
-INT_MAX = np.iinfo(np.int32).max
 FEW = 0.125  # of the rows: their codes are copied, since FAISS's selector costs 1.6 to 8 times a search of all rows
 MORE, ROUNDS = 16, 3  # rows beyond k that a search among most rows asks for, and how often it asks for more
 
@@ -157,10 +155,7 @@ class Shard:
         self._gpu = GpuCodes(index) if gpu else None
         self.rows = int(index.ntotal)
         self._few: WeakKeyDictionary[Bitmap, Any] = WeakKeyDictionary()  # the codes of few allowed rows, as an index
-        if kind == "ivf":
-            self._lists = faiss.downcast_IndexBinary(index.quantizer)
-            # FAISS takes it from here, and from nowhere else.
-            index.nprobe = min(nprobe or index.nprobe, index.nlist)
+        self._lists = Lists(index, nprobe) if kind == "ivf" else None
 
     def search(
         self, codes: Codes, k: int, allowed: Bitmap | None = None
@@ -179,8 +174,8 @@ class Shard:
         with omp_threads(1):
             if allowed is not None and allowed.count == 0:
                 return np.full((len(queries), k), INT_MAX, np.int32), np.full((len(queries), k), -1, np.int64)
-            if self.kind == "ivf":
-                return self._search_lists(queries, k, allowed)
+            if self._lists is not None:
+                return self._lists.search(queries, k, allowed)
             if allowed is None:
                 return self._nearest(queries, k)
             if allowed.count <= self.rows * FEW:
@@ -196,9 +191,8 @@ class Shard:
         """
         queries, answers = self._padded(codes), []
         with omp_threads(1):
-            if self.kind == "ivf":
-                away, lists = self._lists.search(queries, self._index.nprobe)
-                ranges = self._index.range_search_preassigned(queries, distance + 1, lists, away)
+            if self._lists is not None:
+                ranges = self._lists.within(queries, distance)
             else:
                 ranges = self._index.range_search(queries, distance + 1)
         limits, distances, positions = ranges
@@ -223,8 +217,8 @@ class Shard:
                 the lists they probe; unset, into all lists.
         """
         lists = None
-        if self.kind == "ivf" and near is not None:
-            lists = np.unique(self._lists.search(self._padded(near), self._index.nprobe)[1])
+        if self._lists is not None and near is not None:
+            lists = np.unique(self._lists.probed(self._padded(near))[1])
         return codes_at(self._index, self.kind, positions, lists)[:, : self.num_bits // 8]
 
     def _padded(self, codes: Codes) -> Codes:
@@ -275,41 +269,6 @@ class Shard:
             k,
             params=faiss.SearchParameters(sel=selector),  # type: ignore[call-arg]  # FAISS's own wrapper takes fields
         )
-        return distances, positions
-
-    def _search_lists(
-        self, queries: Codes, k: int, allowed: Bitmap | None
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Search the probed lists of an IVF index.
-
-        FAISS's own search keeps any of the rows at the k-th distance. Its range search gives all rows up to a distance:
-        the k-th in the nearest of the lists is never below the k-th in all of them. Where only some rows are allowed,
-        the distance grows until k of them are within it.
-        """
-        distances = np.full((len(queries), k), INT_MAX, np.int32)
-        positions = np.full((len(queries), k), -1, np.int64)
-        if not len(queries):
-            return distances, positions
-        away, lists = self._lists.search(queries, self._index.nprobe)
-        nearest = lists.copy()
-        nearest[:, max(1, lists.shape[1] // BOUND_LISTS) :] = -1
-        bounds, _ = self._index.search_preassigned(queries, k, nearest, away)
-        for query, bound in enumerate(np.minimum(bounds[:, -1], self._index.d).tolist()):
-            rows, keys = slice(query, query + 1), np.empty(0, np.int64)
-            while True:
-                _, near, places = self._index.range_search_preassigned(
-                    queries[rows], bound + 1, lists[rows], away[rows]
-                )
-                keys = (near.astype(np.int64) << POSITION_BITS) | places
-                keys = keys if allowed is None else keys[allowed.contains(places)]
-                if allowed is None or len(keys) >= k or bound >= self._index.d:
-                    break
-                bound = min(self._index.d, bound + max(1, bound // 2))
-            if len(keys) > k:
-                keys = np.partition(keys, k - 1)[:k]
-            keys.sort()
-            distances[query, : len(keys)] = keys >> POSITION_BITS
-            positions[query, : len(keys)] = keys & ((1 << POSITION_BITS) - 1)
         return distances, positions
 
 

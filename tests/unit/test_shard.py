@@ -13,6 +13,7 @@ import pytest
 
 from hashray.codes import hamming
 from hashray.errors import ConfigError, CorruptArtifact, InputError
+from hashray.index import lists
 from hashray.index import shard as module
 from hashray.index.ids import MappedIds, ids_bytes
 from hashray.index.shard import (
@@ -103,8 +104,13 @@ def probed_rows(quantizer, codes, queries, nprobe):
 
 @pytest.mark.parametrize("num_bits", [8, 48, 64])
 @pytest.mark.parametrize("nprobe", [1, 2, 9, 20])
-def test_ivf_ranks_all_rows_of_the_probed_lists(tmp_path, num_bits, nprobe):
-    """Nearly every distance is a tie, so that the k-th row is hardly ever the only one at its distance."""
+@pytest.mark.parametrize("together", [1, 700, 1 << 22])
+def test_ivf_ranks_all_rows_of_the_probed_lists(tmp_path, monkeypatch, num_bits, nprobe, together):
+    """Nearly every distance is a tie, so that the k-th row is hardly ever the only one at its distance.
+
+    Queries are searched one by one, some at a time, and all of one bound together.
+    """
+    monkeypatch.setattr(lists, "TOGETHER_ROWS", together)
     rng = np.random.default_rng(nprobe)
     codes, queries = tied_codes(rng, 2000, num_bits, words=20), tied_codes(rng, 30, num_bits, words=20)
     quantizer = train_quantizer(codes, 20, seed=3)

@@ -54,9 +54,11 @@ def test_more_comes_by_the_button_and_by_scrolling_to_the_end(open_page, url, ne
     expect(page.locator(".card:not(.skeleton)")).to_have_count(12)
     page.get_by_role("button", name="Show more").click()
     expect(page.locator("#live")).to_have_text("24 results shown")
-    for _ in range(4):
-        page.locator(".card").last.scroll_into_view_if_needed()
+    cards = page.locator(".card:not(.skeleton)")
+    while (count := cards.count()) < ROWS:
+        cards.last.scroll_into_view_if_needed()
         page.mouse.wheel(0, 4000)
+        expect(cards).not_to_have_count(count)
     expect(page.locator("#tail-note")).to_have_text("That is all.")
     assert answer_pairs(page) == nearest(5)
     expect(page.get_by_role("button", name="Show more")).to_be_hidden()

@@ -39,17 +39,20 @@ TAKEN = {
 }
 
 
-def check_name(name: str, where: str) -> None:
-    """Refuse the name of an attribute that a corpus or an index uses itself.
+def check_names(names: Sequence[str], where: str) -> None:
+    """Refuse names of attributes that a corpus or an index uses itself, and a name twice.
 
     Raises:
-        InputError: it is one of these names.
+        InputError: there is such a name.
     """
-    if name in TAKEN:
-        raise InputError(
-            f"{where}: {name!r} is no name for an attribute: {TAKEN[name]}. Name the columns to keep with "
-            "--attributes, without it, or rename it"
-        )
+    for name in names:
+        if name in TAKEN:
+            raise InputError(
+                f"{where}: {name!r} is no name for an attribute: {TAKEN[name]}. Name the columns to keep with "
+                "--attributes, without it, or rename it"
+            )
+        if names.count(name) > 1:
+            raise InputError(f"{where}: {name!r} stands twice among the attributes; name each column once")
 
 
 def kept_schema(schema: pa.Schema, names: Sequence[str], where: str) -> pa.Schema:
@@ -61,9 +64,9 @@ def kept_schema(schema: pa.Schema, names: Sequence[str], where: str) -> pa.Schem
     Raises:
         InputError: there is no such column, or two; its name is taken; or Parquet cannot keep its type.
     """
+    check_names(names, where)
     fields = []
     for name in names:
-        check_name(name, where)
         count = schema.names.count(name)
         if count != 1:
             fault = f"no column {name!r}{perhaps(name, schema.names) or '.'}" if count == 0 else f"{count} of {name!r}."

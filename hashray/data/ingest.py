@@ -25,7 +25,7 @@ from pydantic import Field
 from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical, sha256_hex
 from hashray.data import listed
-from hashray.data.attributes import Attributes, check_name, join_schemas, rows_by_id, shares_of, write_pieces
+from hashray.data.attributes import Attributes, check_names, join_schemas, rows_by_id, shares_of, write_pieces
 from hashray.data.census import closing_table, warnings
 from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA
 from hashray.data.images import BadImage, decode
@@ -166,8 +166,7 @@ def ingest(config: IngestConfig) -> Manifest:
     """
     source, store = open_store(config.source).url, open_store(config.out)
     require_apart(source, store.url)
-    for name in config.reader.attributes:
-        check_name(name, source)
+    check_names(config.reader.attributes, source)
     shares = shares_of(config.reader.attributes_file) if config.reader.attributes_file else []
     say(f"listing {source}")
     bounds = (config.seed, config.rows_per_part, config.part_bytes)

@@ -19,12 +19,14 @@ from tiny import files_of, png, write_images, write_tiny_model
 from hashray import artifact
 from hashray.cli import main
 from hashray.data import ingest as module
+from hashray.data.attributes import Attributes, rows_by_id, shares_of, write_pieces
 from hashray.data.corpus import ROW_SCHEMA, open_corpus
 from hashray.data.ingest import IngestConfig, ingest
 from hashray.data.sources import SourceConfig
 from hashray.engine.session import WorkersConfig
 from hashray.errors import AlreadyExists, InputError
 from hashray.search.reader import open_index
+from hashray.storage import open_store
 
 HERE, TWO = WorkersConfig(ray="never"), WorkersConfig(ray="always", workers=2, cpus_per_worker=0.5)
 ROWS = 60
@@ -211,3 +213,21 @@ def test_a_file_of_other_ids_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "0 of 4 rows have attributes" in said and "its column id must hold the ids of the corpus" in said
     with pytest.raises(InputError, match="has no rows of attributes"):
         ingest(config.model_copy(update={"reader": SourceConfig(attributes_file=str(tmp_path / "empty.csv"))}))
+
+
+def test_everything_on_s3(s3_url: str, tmp_path: Path) -> None:
+    """The columns of a source, read by ranges, and the pieces of a file, which every worker fetches once."""
+    write_parquet(tmp_path / "source")
+    store = open_store(s3_url)
+    for name in ("a", "b"):
+        store.write(f"source/{name}.parquet", (tmp_path / f"source/{name}.parquet").read_bytes())
+    config = IngestConfig(source=f"{s3_url}/source", out=f"{s3_url}/out", pool=HERE)
+    ingest(config.model_copy(update={"reader": SourceConfig(attributes=("owner", "number"))}))
+    numbers = [i for i in range(ROWS) if i != BROKEN]
+    expected = {f"{i:03d}": {"owner": described(i)["owner"], "number": i} for i in numbers}
+    assert rows_of(config.out) == expected
+    file, names = f"{s3_url}/source/b.parquet", ("owner", "number")
+    (share,) = shares_of(file)
+    schema, pieces = write_pieces(store, "pieces/", file, names, share, lambda count: None)
+    table, count = rows_by_id(Attributes(schema, file, store, tuple(pieces)), pa.array(["030", "001", "059"]))
+    assert (table.to_pylist(), count) == ([expected["030"], {"owner": None, "number": None}, expected["059"]], 2)

@@ -73,6 +73,7 @@ def test_each_type_comes_back_from_a_corpus(name: str) -> None:
         (["class"], "'class' is no name for an attribute: an index names the classes of a row so. Name the columns"),
         (["id"], "'id' is no name for an attribute: the id of a row is kept already"),
         (["split"], "'split' is no name for an attribute"),
+        (["owner", "owner"], "'owner' stands twice among the attributes; name each column once"),
         (["labels"], "'labels' is no name for an attribute"),
         (["ends"], "attribute 'ends' is run_end_encoded.* which a corpus cannot keep .* write it as text or numbers"),
     ],

@@ -1,7 +1,7 @@
 """The corpus: schema, label protocol, reading. No Ray.
 
-corpus/  rows/part-00000-<plan>.parquet … (id, labels, split) · images/part-00000-<plan>.parquet … (image, uri)
-         classes.json · quarantine.parquet · manifest.json
+corpus/  rows/part-00000-<plan>.parquet … (id, labels, split, and the attributes of each row)
+         images/part-00000-<plan>.parquet … (image, uri) · classes.json · quarantine.parquet · manifest.json
 
 The row tables are small and read by everybody. A part of images has the same rows in the same order as the row table
 of its name. `image` holds the bytes as they were, or is null where the corpus keeps a reference in `uri`. `labels`
@@ -98,7 +98,7 @@ class Corpus:
 
     def read_part(self, record: FileRecord, split: str = "all") -> pa.Table:
         """One part, verified, only the rows of a split: (id, labels, split) and (image, uri) or (feature)."""
-        table, beside = read_table(self.store, record), read_table(self.store, self.beside(record))
+        table, beside = self.part_rows(record, "all"), read_table(self.store, self.beside(record))
         if len(table) != len(beside):
             raise CorruptArtifact(
                 f"{self.store.url}/{record.name} has {len(table)} rows, the file beside it {len(beside)}"
@@ -142,9 +142,13 @@ class Corpus:
         return Rows(ids, np.concatenate(labels))
 
     def part_rows(self, record: FileRecord, split: str) -> pa.Table:
-        """(id, labels, split) of a part's rows of a split, verified; no image is read."""
-        table = read_table(self.store, record)
+        """(id, labels, split) of a part's rows of a split, verified; no image and no attribute is read."""
+        table = read_table(self.store, record, ROW_SCHEMA.names)
         return table if split == "all" else _of_split(table, split)
+
+    def whole_rows(self, record: FileRecord) -> pa.Table:
+        """(id, labels, split) and the attributes of a part's rows, verified."""
+        return read_table(self.store, record)
 
     def label_matrix(self, table: pa.Table) -> NDArray[np.uint8]:
         """Multi-hot labels uint8 [n, num_classes] of rows of this corpus."""

@@ -25,10 +25,12 @@ from pydantic import Field
 from hashray import __version__, artifact
 from hashray.artifact import FileRecord, Manifest, canonical, sha256_hex
 from hashray.data import listed
+from hashray.data.attributes import Attributes, check_names, join_schemas, rows_by_id, shares_of, write_pieces
 from hashray.data.census import closing_table, warnings
 from hashray.data.corpus import IMAGE_SCHEMA, ROW_SCHEMA
 from hashray.data.images import BadImage, decode
 from hashray.data.inventory import Inventory, take_inventory
+from hashray.data.parquet import attributes_at
 from hashray.data.sources import Meaning, SourceConfig, fetch
 from hashray.data.splits import Candidates, Labels, Seen, SplitConfig, SplitRule, class_split, plan_splits
 from hashray.engine.parts import BadRow, Output, Part, PartWorker, part_files, run_parts, write_quarantine
@@ -70,6 +72,7 @@ class Reading:
         listed: url of the files of listed rows.
         labels: class indices by value; splits: the split by value, where folders name splits.
         hashes: where the hashes of the images' bytes go, to compare queries with the others.
+        attributes: the columns of the source or of a file that rows keep.
     """
 
     listed: str
@@ -79,6 +82,7 @@ class Reading:
     keep_bytes: bool
     out: Store
     hashes: str
+    attributes: Attributes | None = None
 
     def rows(self, block: str, group: int) -> list[dict[str, Any]]:
         """The rows of a part: id, uri, labels and split."""
@@ -90,6 +94,19 @@ class Reading:
             split = self.rule.of(item["id"], labels, given)
             rows.append({"id": item["id"], "uri": item["locator"], "labels": labels, "split": split})
         return rows
+
+    def table(self, rows: list[dict[str, Any]]) -> tuple[pa.Table, dict[str, int]]:
+        """The row table of rows, with their attributes; how many of them a file of attributes has."""
+        table = pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
+        if (kept := self.attributes) is None:
+            return table, {}
+        if kept.file is None:
+            columns, notes = attributes_at([row["uri"] for row in rows], kept.schema), {}
+        else:
+            columns, described = rows_by_id(kept, table.column("id").combine_chunks())
+            notes = {"described": described}
+        schema = pa.schema([*ROW_SCHEMA, *kept.schema])
+        return pa.Table.from_arrays([*table.columns, *columns.columns], schema=schema), notes
 
 
 class IngestWorker(PartWorker):
@@ -121,7 +138,8 @@ class IngestWorker(PartWorker):
         image_bytes = sum(len(data) for data in fetched if not isinstance(data, BadImage))
         info = {"splits": splits, "image_bytes": image_bytes}
         beside = {"images": pa.Table.from_pylist(images, schema=IMAGE_SCHEMA)}
-        return Output(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), bad, info, beside=beside)
+        whole, notes = self.reading.table(rows)
+        return Output(whole, bad, info, notes, beside)
 
 
 def _fetch_all(locators: Sequence[str]) -> list[bytes | BadImage]:
@@ -148,13 +166,35 @@ def ingest(config: IngestConfig) -> Manifest:
     """
     source, store = open_store(config.source).url, open_store(config.out)
     require_apart(source, store.url)
+    check_names(config.reader.attributes, source)
+    shares = shares_of(config.reader.attributes_file) if config.reader.attributes_file else []
     say(f"listing {source}")
     bounds = (config.seed, config.rows_per_part, config.part_bytes)
     with take_inventory(source, config.reader, *bounds, config.pool, store) as inventory:
-        return _ingest(config, source, store, inventory)
+        return _ingest(config, source, store, inventory, _attributes(config, store, inventory, shares))
 
 
-def _ingest(config: IngestConfig, source: str, store: Store, inventory: Inventory) -> Manifest:
+def _attributes(
+    config: IngestConfig, store: Store, inventory: Inventory, shares: Sequence[tuple[int, ...]]
+) -> Attributes | None:
+    """The columns that rows keep; a file of them is cut into pieces by tasks."""
+    url, names = config.reader.attributes_file, config.reader.attributes
+    if url is None:
+        return Attributes(inventory.survey.attributes) if names else None
+    place = inventory.store if config.pool.runs_here(inventory.rows <= SHORT_ROWS) else store
+    jobs = {n: (place, inventory.folder, url, names, share) for n, share in enumerate(shares)}
+    answers = inventory.each(write_pieces, jobs, "read attributes", "shares")
+    pieces = tuple(piece for _, some in answers for piece in some)
+    if not pieces:
+        raise InputError(f"{url} has no rows of attributes")
+    schema = join_schemas([schema for schema, _ in answers], url)
+    inventory.survey.notes[f"attributes {', '.join(schema.names)} are read from {url}"] = None
+    return Attributes(schema, url, place, pieces)
+
+
+def _ingest(
+    config: IngestConfig, source: str, store: Store, inventory: Inventory, attributes: Attributes | None
+) -> Manifest:
     classes, labels = name_classes(inventory.meaning)
     counts, splits = _count(inventory, labels), inventory.meaning.splits
     rule = plan_splits(config, counts, lambda n: _candidates(inventory, labels, n), classes)
@@ -165,7 +205,14 @@ def _ingest(config: IngestConfig, source: str, store: Store, inventory: Inventor
     lost = [BadRow(**row._asdict()) for row in inventory.survey.lost]
     result_of = _result_of(config) | {"source": source}
     blocks = [[block.digest, block.part_rows] for block in inventory.blocks]
-    depends_on = {"config": result_of, "blocks": blocks, "classes": classes, "lost": inventory.survey.lost}
+    depends_on: dict[str, Any] = {
+        "config": result_of,
+        "blocks": blocks,
+        "classes": classes,
+        "lost": inventory.survey.lost,
+    }
+    if attributes is not None:
+        depends_on |= {"attributes": [_types(attributes.schema), [piece.sha256 for piece in attributes.pieces]]}
     plan = sha256_hex(canonical(depends_on | {"version": artifact.FORMAT_VERSION}))[:16]
 
     def work() -> Manifest:
@@ -178,7 +225,8 @@ def _ingest(config: IngestConfig, source: str, store: Store, inventory: Inventor
         short = inventory.rows <= SHORT_ROWS
         place = inventory.store if config.pool.runs_here(short) else inventory.copied_to(store)
         hashes = f"progress/hashes-{plan}/"
-        reading = Reading(place.url, labels, splits, rule, config.store == "bytes", store, hashes)
+        keep_bytes = config.store == "bytes"
+        reading = Reading(place.url, labels, splits, rule, keep_bytes, store, hashes, attributes)
         parts = run_parts(
             store, plan, units, IngestWorker, {"reading": reading}, config.pool, "ingest", config.max_bad, short, lost
         )
@@ -186,11 +234,22 @@ def _ingest(config: IngestConfig, source: str, store: Store, inventory: Inventor
         if config.split_protocol == "class-split":
             info["class_split"] = class_split(counts, classes, config)
         info["leaked_queries"] = _leaked(store, hashes)
-        return _publish(store, result_of, classes, parts, lost, info)
+        _say_described(attributes, parts)
+        schema = ROW_SCHEMA if attributes is None else pa.schema([*ROW_SCHEMA, *attributes.schema])
+        return _publish(store, result_of, classes, parts, lost, info, schema)
 
     manifest = run_stage(store, "corpus", plan, work)
     show_table("What ingest saw", ["", ""], closing_table(inventory.survey, inventory.format, final, classes))
     return manifest
+
+
+def _say_described(attributes: Attributes | None, parts: Sequence[Part]) -> None:
+    if attributes is None or attributes.file is None:
+        return
+    rows, described = sum(part.file.rows or 0 for part in parts), sum(part.notes["described"] for part in parts)
+    say(f"{described:,} of {rows:,} rows have attributes in {attributes.file}")
+    if not described:
+        say("warning: none has: its column id must hold the ids of the corpus, for a folder the path of each image")
 
 
 def _result_of(config: IngestConfig) -> dict[str, Any]:
@@ -198,8 +257,9 @@ def _result_of(config: IngestConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude={"out", "max_bad", "pool", "source", "strict"})
     if config.split_protocol != "random":
         del settings["query_rows"], settings["train_rows"]
-    if config.reader.labels:
-        del settings["reader"]["labels"]
+    for name in ("labels", "attributes", "attributes_file"):
+        if getattr(config.reader, name) == SourceConfig.model_fields[name].default:
+            del settings["reader"][name]
     return settings
 
 
@@ -281,6 +341,10 @@ def name_classes(meaning: Meaning) -> tuple[list[str], dict[str, Labels]]:
     }
 
 
+def _types(schema: pa.Schema) -> dict[str, str]:
+    return {field.name: str(field.type) for field in schema}
+
+
 def _publish(
     store: Store,
     config: dict[str, Any],
@@ -288,6 +352,7 @@ def _publish(
     parts: list[Part],
     lost: list[BadRow],
     info: dict[str, Any],
+    schema: pa.Schema,
 ) -> Manifest:
     files: list[FileRecord] = part_files(parts)
     files.append(artifact.write_named(store, "classes.json", canonical(classes)))
@@ -298,7 +363,7 @@ def _publish(
         store,
         Manifest(
             kind="corpus", project_version=__version__, config=config, parents={}, files=tuple(files),
-            columns={field.name: str(field.type) for schema in (ROW_SCHEMA, IMAGE_SCHEMA) for field in schema},
+            columns=_types(schema) | _types(IMAGE_SCHEMA),
             rows_in=rows_in, rows_out=rows_in - bad, rows_quarantined=bad,
             info=info,
         ),

@@ -31,7 +31,7 @@ from hashray.data.images import image_endings
 from hashray.data.listed import Tally, cut_parts
 from hashray.data.listing import Format, SourceConfig, SourceRow, Survey, Unit, look, read_class_names
 from hashray.data.lists import merge_rows
-from hashray.data.sources import Meaning, guess_format, is_random_access, read_values, scan, units_of
+from hashray.data.sources import Meaning, guess_format, is_random_access, read_values, require_columns, scan, units_of
 from hashray.data.splits import Candidates
 from hashray.data.unique import SUSPECTS, Hashes, equal_hashes
 from hashray.engine.reports import Meter
@@ -83,6 +83,7 @@ class Inventory:
         store: holds the blocks.
         tally: how often each value (labels as the source has them) and given split occur.
         meaning: of the values.
+        folder: of the store, for files of this run alone.
         twins: groups of file names that differ only in case or in how accents are encoded, some of them.
     """
 
@@ -95,6 +96,7 @@ class Inventory:
     meaning: Meaning
     pool: WorkersConfig
     short: bool
+    folder: str
     twins: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -104,7 +106,7 @@ class Inventory:
     def smallest(self, count: int) -> list[tuple[str, Candidates]]:
         """The first `count` rows of each value in the seeded order, from each block."""
         jobs = {n: (self.store, block.name, count) for n, block in enumerate(self.blocks)}
-        return [group for groups in self._each(_smallest, jobs, "draw", "blocks") for group in groups.items()]
+        return [group for groups in self.each(_smallest, jobs, "draw", "blocks") for group in groups.items()]
 
     def copied_to(self, store: Store) -> Store:
         """The store of the blocks, where workers of other machines can read them: `store`."""
@@ -117,14 +119,14 @@ class Inventory:
         """Groups of equal ids ("key"), or of ids that differ only in case or accents ("fold"); not all, of many."""
         names, count = [block.hashes for block in self.blocks if block.hashes], -(-self.rows // EQUAL_ROWS)
         shares = {n: (self.store, names, (n, count)) for n in range(count)}
-        suspects = np.concatenate([NO_HASHES, *self._each(_equal_hashes, shares, "compare ids", "shares")])
+        suspects = np.concatenate([NO_HASHES, *self.each(_equal_hashes, shares, "compare ids", "shares")])
         if not len(suspects):
             return []
         blocks = {n: (self.store, block.name, column, suspects) for n, block in enumerate(self.blocks)}
-        ids = self._each(_ids_of, blocks, "read equal ids", "blocks")
+        ids = self.each(_ids_of, blocks, "read equal ids", "blocks")
         return listed.equal_ids((row_id for some in ids for row_id in some), column)
 
-    def _each(self, function: Callable[..., Any], jobs: dict[int, tuple[Any, ...]], title: str, unit: str) -> list[Any]:
+    def each(self, function: Callable[..., Any], jobs: dict[int, tuple[Any, ...]], title: str, unit: str) -> list[Any]:
         """What tasks answer, in the order of the jobs."""
         out: dict[int, Any] = {}
         with Bar(title, len(jobs), unit) as bar:
@@ -195,6 +197,7 @@ def take_inventory(
     """
     survey = look(source, LISTED_AT_ONCE)
     kind = reader.format or guess_format(survey)
+    require_columns(reader, kind, source)
     names = read_class_names(reader.class_names)
     survey, units = units_of(survey, kind)
     size_bytes = 0 if kind == "folder" else sum(size for unit in units for _, size in unit.keys)
@@ -241,7 +244,7 @@ def _take(
     if names:
         meaning = meaning._replace(class_names=names)
     blocks = tuple(Block(file.name, file.part_rows, file.hashes) for file in files if file.part_rows)
-    inventory = Inventory(plan.url, plan.format, survey, plan.store, blocks, total, meaning, pool, short)
+    inventory = Inventory(plan.url, plan.format, survey, plan.store, blocks, total, meaning, pool, short, plan.folder)
     groups = inventory.equal_ids(COMPARED[plan.format]) if plan.format in COMPARED else []
     if plan.format == "parquet":
         _require_unique(groups)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
 from pydantic import Field
 
 from hashray.config import Config
+from hashray.data.attributes import join_schemas
 from hashray.errors import InputError
 from hashray.storage import Store, join, open_store, split_url
 
@@ -38,6 +40,12 @@ class SourceConfig(Config):
     split_column: str | None = Field(None, description="Parquet column of split names")
     labels: bool = Field(
         True, description="Whether labels are read; --no-labels: folders, lists, columns and files name no class"
+    )
+    attributes: tuple[str, ...] = Field(
+        (), description="Columns of a Parquet source (or of --attributes-file) that each row keeps, for --where"
+    )
+    attributes_file: str | None = Field(
+        None, description="Parquet or CSV file with a column id, whose other columns (or --attributes) each row keeps"
     )
 
 
@@ -83,6 +91,7 @@ class Survey:
         notes: what was recognised without being asked for, such as a usual column name.
         class_names: names of the classes that the source itself has, and the file that has them.
         elsewhere: labels of tar shards whose image is in another shard, by sample.
+        attributes: the columns that each row keeps, of the types that hold those of all files.
         complete: whether `keys` are all files, not only the first.
     """
 
@@ -101,6 +110,7 @@ class Survey:
     members_skipped: Counter[str] = field(default_factory=Counter)
     class_names: list[str] | None = None
     elsewhere: dict[str, list[Any]] = field(default_factory=dict)
+    attributes: pa.Schema = field(default_factory=lambda: pa.schema([]))
     complete: bool = True
 
     def add(self, other: Survey) -> None:
@@ -117,6 +127,7 @@ class Survey:
             mine.update(theirs)
         if other.class_names:
             self.name_classes(other.class_names, self.url)
+        self.attributes = join_schemas([self.attributes, other.attributes], self.url)
         for sample, values in other.elsewhere.items():
             self.elsewhere.setdefault(sample, []).extend(values)
 

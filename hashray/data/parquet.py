@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, unquote, urlencode
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hashray.data.attributes import fit, join_schemas, kept_schema
 from hashray.data.labels import split_of_path, split_word, whole_number
 from hashray.data.listing import SourceConfig, SourceRow, Survey, Unit, hive_values
 from hashray.errors import InputError, perhaps
 from hashray.storage import join, open_store, split_url
 
 ENDINGS = (".parquet", ".pq")
+LOCATOR = "parquet:"
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 IMAGES = ("image", "bytes", "jpg", "png", "img", "jpeg", "picture", "photo", "image_bytes", "img_bytes")
 IDS = ("id", "key", "__key__", "path", "filename", "file_name", "image_id")
 LABELS = (
@@ -30,6 +35,7 @@ ABOUT = {
     "sha256", "md5", "exif", "size", "mode", "license", "source", "similarity", "punsafe", "pwatermark", "aesthetic",
     "date",
 }  # fmt: skip
+_one_reader = threading.Lock()  # one thread fills the cache, the others find it filled
 
 
 class Columns(NamedTuple):
@@ -53,7 +59,9 @@ def scan_parquet(survey: Survey, unit: Unit, config: SourceConfig) -> Iterator[S
             with survey.store.open(key, ranged=True) as handle:
                 file = pq.ParquetFile(handle)
                 columns = _columns(file.schema_arrow, hive, config, url)
-                _account(survey, columns, file.schema_arrow.names)
+                kept = _kept(file.schema_arrow, hive, columns, config, url)
+                survey.attributes = join_schemas([survey.attributes, kept], url)
+                _account(survey, columns, file.schema_arrow.names, kept.names)
                 _note_class_names(survey, file.schema_arrow, columns.label, url)
                 for group in range(file.num_row_groups):
                     yield from _scan_group(file, group, columns, key, url, hive)
@@ -78,7 +86,7 @@ def _scan_group(
     if None in ids:
         raise InputError(f"{place}, row {ids.index(None)}: {columns.id!r} is null")
     words = column(columns.split) if columns.split else [split_of_path(key)] * count
-    before = f"parquet:{url}#" + urlencode({"column": columns.image, "group": group})
+    before = f"{LOCATOR}{url}#" + urlencode({"column": columns.image, "group": group})
     for row, row_id, value, word in zip(range(count), ids, column(columns.label), words, strict=True):
         where = f"{place}, row {row}"
         yield SourceRow(str(row_id), f"{before}&row={row}", value, split_word(word, where), size_bytes, where)
@@ -119,7 +127,8 @@ def _columns(schema: pa.Schema, hive: dict[str, str], config: SourceConfig, url:
     row_id, split = column(config.id_column, IDS), column(config.split_column, SPLITS)
     without = not config.labels or (config.label_column == "none" and "none" not in names)
     label = None if without else column(config.label_column, LABELS)
-    left = [name for name in names if name not in (image, row_id, split) and name.lower() not in ABOUT]
+    used = (image, row_id, split, *config.attributes)
+    left = [name for name in names if name not in used and name.lower() not in ABOUT]
     if label is None and left and not without:
         raise InputError(
             f"{url} has no column of a usual label name; name it with --label-column (or --no-labels for "
@@ -128,8 +137,25 @@ def _columns(schema: pa.Schema, hive: dict[str, str], config: SourceConfig, url:
     return Columns(image, row_id, label, split)
 
 
-def _account(survey: Survey, columns: Columns, names: Sequence[str]) -> None:
-    used = [name for name in columns if name]
+def _kept(schema: pa.Schema, hive: dict[str, str], columns: Columns, config: SourceConfig, url: str) -> pa.Schema:
+    """The columns that rows of a file keep as attributes."""
+    if config.attributes_file is not None:
+        return pa.schema([])
+    if columns.image in config.attributes:
+        raise InputError(f"{url}: {columns.image!r} is the column of images; leave it out of --attributes")
+    partitions = [pa.field(name, _hive_value(text).type) for name, text in hive.items() if name not in schema.names]
+    return kept_schema(pa.schema([*schema, *partitions]), config.attributes, url)
+
+
+def _hive_value(text: str) -> pa.Scalar:
+    number = whole_number(text)
+    if text == NO_VALUE:
+        return pa.scalar(None)
+    return pa.scalar(unquote(text) if number is None or abs(number) >= 1 << 63 else number)
+
+
+def _account(survey: Survey, columns: Columns, names: Sequence[str], kept: Sequence[str]) -> None:
+    used = [*(name for name in columns if name), *kept]
     survey.columns_read |= dict.fromkeys(used)
     survey.columns_ignored |= dict.fromkeys(name for name in names if name not in used)
     if columns.label is not None:
@@ -148,6 +174,35 @@ def _note_class_names(survey: Survey, schema: pa.Schema, label: str | None, url:
         survey.name_classes(names, url)
 
 
+class Place(NamedTuple):
+    """Where an image of a Parquet file stands."""
+
+    url: str
+    column: str
+    group: int
+    row: int
+
+
+def read_locator(locator: str) -> Place:
+    """The place that a locator of `scan_parquet` names."""
+    url, _, fragment = locator.removeprefix(LOCATOR).rpartition("#")
+    options = {key: values[0] for key, values in parse_qs(fragment).items()}
+    return Place(url, options["column"], int(options["group"]), int(options["row"]))
+
+
+def image_at(locator: str) -> bytes:
+    """The encoded image of a row; none is no bytes.
+
+    Raises:
+        InputError: the file is gone or broken.
+    """
+    place = read_locator(locator)
+    with _one_reader:
+        column = image_column(place.url, place.column, place.group)
+    data: bytes | None = column[place.row].as_py()
+    return data or b""
+
+
 @lru_cache(maxsize=2)
 def image_column(url: str, column: str, group: int) -> pa.ChunkedArray:
     """The encoded images of one row group, as a binary column. The two that were read last stay in memory.
@@ -164,3 +219,36 @@ def image_column(url: str, column: str, group: int) -> pa.ChunkedArray:
     if pa.types.is_struct(values.type):
         values = pa.chunked_array([chunk.field("bytes") for chunk in values.chunks], values.type.field("bytes").type)
     return values
+
+
+def attributes_at(locators: Sequence[str], schema: pa.Schema) -> pa.Table:
+    """The attributes of images of this source, in their order: columns of the row groups that hold the images.
+
+    Raises:
+        InputError: a file is gone or broken, or a value does not fit the type that all files share.
+    """
+    tables = [schema.empty_table()]
+    for (url, group), some in groupby(map(read_locator, locators), lambda place: (place.url, place.group)):
+        with _one_reader:
+            table = _attributes(url, group, schema)
+        tables.append(table.take(pa.array([place.row for place in some], pa.int64())))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+@lru_cache(maxsize=2)
+def _attributes(url: str, group: int, schema: pa.Schema) -> pa.Table:
+    """The attributes of a row group: columns of the file, else values of its partition."""
+    folder, name = split_url(url)
+    try:
+        with open_store(folder).open(name, ranged=True) as handle:
+            file = pq.ParquetFile(handle)
+            there = [column for column in schema.names if column in file.schema_arrow.names]
+            table = file.read_row_group(group, columns=there).select(there)
+            count = file.metadata.row_group(group).num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{url}, row group {group} cannot be read: {error}") from error
+    hive = hive_values(url)
+    for column in schema.names:
+        if column not in there:
+            table = table.append_column(column, pa.repeat(_hive_value(hive[column]), count))
+    return fit(table, schema, url)

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import NamedTuple
-from urllib.parse import parse_qs
 
 from hashray.data.folders import ANNOTATIONS, read_folders, scan_folder
 from hashray.data.images import image_endings
@@ -24,7 +22,7 @@ from hashray.data.labels import EXPECTED, SPLIT_WORDS, UNREADABLE, Labels, read_
 from hashray.data.listing import Format, SourceConfig, SourceRow, Survey, Unit, look, look_at_level, look_under
 from hashray.data.lists import LIST_ENDINGS, read_fields, scan_lists
 from hashray.data.parquet import ENDINGS as PARQUET_ENDINGS
-from hashray.data.parquet import image_column, scan_parquet
+from hashray.data.parquet import LOCATOR, image_at, scan_parquet
 from hashray.data.tars import refuse_compressed, scan_tars
 from hashray.errors import InputError
 from hashray.storage import Store, join, open_store, split_url
@@ -35,7 +33,6 @@ FORMATS: dict[str, Format] = {
 UNIT_FILES = 20_000  # of a folder
 UNIT_BYTES = 128 << 20  # of containers
 MOST_PREFIXES, MOST_LEVELS = 256, 4
-_one_reader = threading.Lock()
 
 
 class Meaning(NamedTuple):
@@ -55,6 +52,19 @@ class Meaning(NamedTuple):
 def is_random_access(kind: Format) -> bool:
     """Whether each row is an object of its own, so that a corpus may have another order than its source."""
     return kind in ("folder", "list")
+
+
+def require_columns(config: SourceConfig, kind: Format, url: str) -> None:
+    """Refuse attributes of a source that has no columns.
+
+    Raises:
+        InputError: it has none, and no file gives them.
+    """
+    if config.attributes and config.attributes_file is None and kind != "parquet":
+        raise InputError(
+            f"{url}: --attributes names columns of a Parquet source, and this is a {kind} source; write them to a "
+            "Parquet or CSV file with a column id and name it with --attributes-file"
+        )
 
 
 def guess_format(survey: Survey) -> Format:
@@ -215,12 +225,8 @@ def fetch(locator: str) -> bytes:
         InputError: this object alone cannot be read: it is gone, or a local file without permission.
         StorageError: the bucket, the credentials or the endpoint do not work, as for every other object there.
     """
-    if locator.startswith("parquet:"):
-        url, _, fragment = locator.removeprefix("parquet:").rpartition("#")
-        options = {key: values[0] for key, values in parse_qs(fragment).items()}
-        with _one_reader:  # one thread fills the cache, the others find it filled
-            column = image_column(url, options["column"], int(options["group"]))
-        return column[int(options["row"])].as_py() or b""
+    if locator.startswith(LOCATOR):
+        return image_at(locator)
     span = re.fullmatch(r"(.+)#offset=(\d+)&size=(\d+)", locator, re.DOTALL)
     folder, name = split_url(span[1] if span else locator)
     store = _local(folder) if folder.startswith("/") else open_store(folder)

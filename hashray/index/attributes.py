@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from hashray.data.attributes import join_schemas
 from hashray.errors import CorruptArtifact, InputError
 
 
@@ -115,8 +116,4 @@ def joined_schema(tables: Sequence[pa.Table | None]) -> pa.Schema:
     Raises:
         InputError: columns of one name have types that Arrow does not join.
     """
-    schemas = [pa.schema([]), *(table.schema for table in tables if table is not None)]
-    try:
-        return pa.unify_schemas(schemas, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise InputError(f"attributes of one name have types that do not join: {error}") from error
+    return join_schemas([table.schema for table in tables if table is not None])

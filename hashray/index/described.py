@@ -1,7 +1,7 @@
 """Attributes of the rows of an index, from a corpus or from a Parquet or CSV file with a column of ids. No Ray.
 
-A corpus gives `class`, the names of a row's classes (a list), and `split`. A task that builds a shard reads the parts
-of the corpus that its codes come from; a file it reads whole.
+A corpus gives `class`, the names of a row's classes (a list), `split`, and the columns that ingest kept. A task that
+builds a shard reads the parts of the corpus that its codes come from; a file it reads whole.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as csv
-import pyarrow.parquet as pq
 
 from hashray.artifact import FileRecord, Manifest, is_finished
-from hashray.data.corpus import Corpus, open_corpus
+from hashray.data.attributes import read_described
+from hashray.data.corpus import ROW_SCHEMA, Corpus, open_corpus
 from hashray.errors import InputError
 from hashray.index.ids import one_array
 from hashray.storage import open_store, split_url
@@ -39,7 +37,7 @@ class Described:
         if self.parts is None:
             folder, name = split_url(self.url)
             with open_store(folder).open(name) as file:
-                return _read(file, name)
+                return read_described(file, name)
         corpus = open_corpus(self.url)
         records = {self.parts[number].name: self.parts[number] for number in part_numbers}
         return pa.concat_tables([_of_corpus(corpus, record) for record in records.values()])
@@ -65,7 +63,7 @@ def describe_codes(url: str, codes: Manifest, code_parts: Sequence[FileRecord]) 
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
             file.seek(0)
-            table = _read(file, name, ["id"])
+            table = read_described(file, name, ["id"])
     except (pa.ArrowException, KeyError) as error:
         raise InputError(f"{url} is no corpus, and no Parquet or CSV file with a column id: {error}") from error
     if table.num_columns != 1 or table.column("id").null_count:
@@ -73,14 +71,6 @@ def describe_codes(url: str, codes: Manifest, code_parts: Sequence[FileRecord]) 
     if (twice := len(table) - len(table.column("id").unique())) > 0:
         raise InputError(f"{url}: {twice:,} rows have the id of another row; each id needs one row of attributes")
     return Described(url, digest.hexdigest())
-
-
-def _read(file: BinaryIO, name: str, columns: list[str] | None = None) -> pa.Table:
-    if not name.lower().endswith(".csv"):
-        return pq.ParquetFile(file).read(columns, use_threads=False)
-    types, chosen = {"id": pa.string()}, columns or []
-    wanted = csv.ConvertOptions(column_types=types, include_columns=chosen, strings_can_be_null=True)
-    return csv.read_csv(file, convert_options=wanted)
 
 
 def aligned(table: pa.Table, ids: pa.Array) -> pa.Table:
@@ -91,9 +81,11 @@ def aligned(table: pa.Table, ids: pa.Array) -> pa.Table:
 
 
 def _of_corpus(corpus: Corpus, record: FileRecord) -> pa.Table:
-    rows = corpus.part_rows(record, "all")
+    rows = corpus.whole_rows(record)
     labels = rows.column("labels").combine_chunks()
     names = pa.array(corpus.classes, pa.string()).take(pc.list_flatten(labels).cast(pa.int64()))
     ends = np.cumsum([0, *pc.fill_null(pc.list_value_length(labels), 0).to_pylist()])
     classes = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), names)
-    return pa.table({"id": rows.column("id"), "class": classes, "split": rows.column("split")})
+    columns = {"id": rows.column("id"), "class": classes, "split": rows.column("split")}
+    given = rows.drop_columns(ROW_SCHEMA.names)
+    return pa.table(columns | dict(zip(given.column_names, given.columns, strict=True)))

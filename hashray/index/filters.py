@@ -11,6 +11,8 @@ as a Python expression, of which only the forms below count; nothing in it is ev
 from __future__ import annotations
 
 import ast
+import datetime
+import decimal
 import io
 import keyword
 import operator
@@ -39,6 +41,8 @@ COMPARED: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 TEXT_TESTS: dict[str, Callable[..., Any]] = {
     "starts_with": pc.starts_with, "ends_with": pc.ends_with, "contains": pc.match_substring,
 }  # fmt: skip
+
+NEVER = pc.scalar(pa.scalar(None, pa.bool_()))  # what is asked of a column without values
 
 
 class Filter:
@@ -138,9 +142,11 @@ class _Reader:
 
     def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> pc.Expression:
         if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.List | ast.Tuple | ast.Set):
-            kind = self.schema.field(self._name(left)).type
-            kind = kind.value_type if _is_list(kind) else kind
-            chosen = pa.array([self._value(item, kind).as_py() for item in right.elts], kind)
+            kind = self._kind(left)
+            if pa.types.is_null(kind):
+                return NEVER
+            values = [self._value(item, kind) for item in right.elts]
+            chosen = pa.array([value.as_py() for value in values if _holds(kind, value)], _plain(kind))
             inside = self._any(left, lambda values: pc.is_in(values, chosen))
             column = self._column(left)
             inside = column.isin(chosen) if inside is None else inside
@@ -152,8 +158,10 @@ class _Reader:
         if self._is_column(left) and self._is_column(right):
             return compare(self._column(left), self._column(right))
         column, other = (left, right) if self._is_column(left) else (right, left)
-        kind = self.schema.field(self._name(column)).type
-        value = self._value(other, kind.value_type if _is_list(kind) else kind)
+        kind = self._kind(column)
+        if pa.types.is_null(kind):
+            return NEVER
+        value = self._value(other, kind)
         has = self._any(column, lambda values: pc.equal(values, value))
         if has is not None:
             if not isinstance(op, ast.Eq | ast.NotEq):
@@ -167,7 +175,8 @@ class _Reader:
         if not _is_list(self.schema.field(name).type):
             return None
         lists = self.table.column(name).combine_chunks()
-        passed = np.asarray(pc.fill_null(test(pc.list_flatten(lists)), False).to_numpy(zero_copy_only=False), bool)
+        values = pc.list_flatten(lists).cast(_plain(lists.type.value_type))
+        passed = np.asarray(pc.fill_null(test(values), False).to_numpy(zero_copy_only=False), bool)
         mask = np.zeros(len(lists), bool)
         mask[pc.list_parent_indices(lists).to_numpy()[passed]] = True
         answer = f"answer {self.table.num_columns}"
@@ -195,7 +204,15 @@ class _Reader:
         return name
 
     def _column(self, node: ast.expr) -> pc.Expression:
-        return pc.field(self._name(node))
+        """A column, in the type that its values are compared in."""
+        kind = self.schema.field(self._name(node)).type
+        column = pc.field(self._name(node))
+        return column if _plain(kind) == kind else column.cast(_plain(kind))
+
+    def _kind(self, node: ast.expr) -> pa.DataType:
+        """The type of a column's values; of a column of lists, of the values in them."""
+        kind = self.schema.field(self._name(node)).type
+        return kind.value_type if _is_list(kind) else kind
 
     def _value(self, node: ast.expr, kind: pa.DataType) -> pa.Scalar:
         """A constant as a value of an attribute's type: '2026-01-01' is a date for a column of dates."""
@@ -203,13 +220,56 @@ class _Reader:
             value = ast.literal_eval(node)
         except ValueError:
             raise self._refused(node) from None
-        plain = pa.scalar(value)
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if pa.types.is_decimal(kind) and isinstance(value, (int, float, str)):
+            return pa.scalar(_decimal(value, self.where))
+        if pa.types.is_time(kind) and isinstance(value, str):
+            return pa.scalar(_time(value, self.where)).cast(_plain(kind))
+        plain = pa.scalar(value)
         numbers = pa.types.is_integer(kind) and isinstance(value, float)
-        return plain if numbers else plain.cast(kind)
+        return plain if numbers else plain.cast(kind).cast(_plain(kind))
 
     def _refused(self, node: ast.expr) -> InputError:
         return InputError(f"where = {self.where!r}: {ast.unparse(node)!r} is not allowed; allowed is {FORMS}")
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type that values are compared in, which holds all of them: Arrow compares no dictionaries with a list."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        return pa.string() if pa.types.is_string_view(kind) else pa.binary()
+    if pa.types.is_time(kind):
+        return pa.time64("ns")
+    return pa.float32() if pa.types.is_float16(kind) else kind
+
+
+def _holds(kind: pa.DataType, value: pa.Scalar) -> bool:
+    """Whether a column of decimals may hold a value: no row equals one of more digits."""
+    try:
+        value.cast(_plain(kind))
+    except pa.ArrowInvalid:
+        if pa.types.is_decimal(_plain(kind)):
+            return False
+        raise
+    return True
+
+
+def _decimal(value: float | str, where: str) -> decimal.Decimal:
+    try:
+        return decimal.Decimal(str(value))
+    except decimal.InvalidOperation:
+        raise InputError(f"where = {where!r} cannot be answered: {value!r} is no decimal number") from None
+
+
+def _time(text: str, where: str) -> datetime.time:
+    try:
+        time = datetime.time.fromisoformat(text)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is not None:
+        raise InputError(f"where = {where!r} cannot be answered: {text!r} is no time of a day, such as '16:30:00'")
+    return time
 
 
 def _is_list(kind: pa.DataType) -> bool:

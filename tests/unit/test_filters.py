@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
+import decimal
+import operator
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hashray import create_index
 from hashray.artifact.bitmap import Bitmap
@@ -100,6 +106,96 @@ def test_an_expression_of_arrow():
 def test_what_is_refused(where, text):
     with pytest.raises(InputError, match=text):
         Filter(where).rows(TABLE)
+
+
+NAMES, PRICES = ["ann", "bob", "", "Ann"], [decimal.Decimal(text) for text in ("1.50", "-2.25", "0.10", "99.99")]
+TIMES = [dt.time(10), dt.time(11, 30), dt.time(0), dt.time(23, 59, 59)]
+COLUMNS: dict[str, tuple[pa.DataType, list[Any], list[Any]]] = {
+    # what a column holds, and constants that are looked for, with their text
+    "word": (pa.dictionary(pa.int8(), pa.string()), NAMES, [*NAMES, "zed"]),
+    "view": (pa.string_view(), NAMES, [*NAMES, "zed"]),
+    "count": (pa.dictionary(pa.int16(), pa.int64()), [1, 2, 3], [1, 2, 0]),
+    "price": (pa.decimal128(4, 2), PRICES, [*PRICES, 1, 0, -3, 1.5, 0.1, 100000, "1.5", "0.105", "-2.251"]),
+    "wide": (pa.decimal256(45, 20), PRICES, [*PRICES, 2, "0.10"]),
+    "second": (pa.time32("s"), TIMES, ["10:00", "11:30:00", "23:59:59.5", "09:00"]),
+    "micro": (pa.time64("us"), TIMES, ["10:00", "11:30:00", "23:59:59.5", "09:00"]),
+    "nano": (pa.time64("ns"), TIMES, ["10:00", "11:30:00", "23:59:59.5", "09:00"]),
+    "half": (pa.float16(), [0.5, 1.0, -2.0], [0.5, 1, 2.5]),
+}
+OPERATORS = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+def as_python(name: str, constant: Any) -> Any:
+    if COLUMNS[name][1] is PRICES:
+        return decimal.Decimal(str(constant))
+    return dt.time.fromisoformat(constant) if COLUMNS[name][1] is TIMES else constant
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_dictionaries_decimals_and_times_answer_as_python_does(name: str, data: st.DataObject) -> None:
+    kind, held, asked = COLUMNS[name]
+    values = data.draw(st.lists(st.none() | st.sampled_from(held), max_size=12))
+    chosen = data.draw(st.lists(st.sampled_from(asked), min_size=1, max_size=3))
+    constants = [as_python(name, constant) for constant in chosen]
+    written = [str(item) if isinstance(item, decimal.Decimal) else item for item in chosen]
+    table = pa.table({name: pa.chunked_array([pa.array(some, kind) for some in (values[:5], values[5:])])})
+    cases: list[tuple[str, Callable[[Any], bool]]] = [
+        *((f"{name} {sign} {written[0]!r}", lambda v, f=f: f(v, constants[0])) for sign, f in OPERATORS.items()),
+        (f"{written[0]!r} <= {name}", lambda v: constants[0] <= v),
+        (f"{name} in {written!r}", lambda v: v in constants),
+        (f"{name} not in {written!r}", lambda v: v not in constants),
+        (f"not {name} == {written[0]!r}", lambda v: v != constants[0]),
+        (f"is_valid({name})", lambda v: True),
+    ]
+    if held is NAMES:
+        cases += [
+            (f"starts_with({name}, {written[0]!r})", lambda v: v.startswith(constants[0])),
+            (f"ends_with({name}, {written[0]!r})", lambda v: v.endswith(constants[0])),
+            (f"contains({name}, 'nn')", lambda v: "nn" in v),
+        ]
+    for where, is_so in cases:
+        expected = [row for row, value in enumerate(values) if value is not None and is_so(value)]
+        assert Filter(where).rows(table).positions().tolist() == expected, where
+
+
+def test_lists_of_dictionaries_and_columns_without_values() -> None:
+    tags = pa.array([["a"], ["b", "a"], None, []], pa.list_(pa.dictionary(pa.int8(), pa.string())))
+    table = pa.table(
+        {"tags": tags, "nothing": pa.nulls(4), "other": pa.array(["a", "b", None, "a"]).dictionary_encode()}
+    )
+    answers = {
+        "tags == 'a'": [0, 1], "tags in ['b', 'c']": [1], "tags != 'a'": [3], "nothing == 1": [], "nothing != 1": [],
+        "nothing in ['a']": [], "nothing not in ['a']": [], "not nothing > 3": [], "is_null(nothing)": [0, 1, 2, 3],
+        "other == 'a' and tags == 'a'": [0], "other == other": [0, 1, 3],
+    }  # fmt: skip
+    assert {where: Filter(where).rows(table).positions().tolist() for where in answers} == answers
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ("price == 'dear'", "'dear' is no decimal number"),
+        ("price in [True]", "True is no decimal number"),
+        ("price < 1e999", "cannot be answered"),
+        ("micro > 'noon'", "'noon' is no time of a day, such as '16:30:00'"),
+        ("micro > '10:00+02:00'", "is no time of a day"),
+        ("count == 'a'", "cannot be answered"),
+        ("starts_with(count, 'a')", "cannot be answered"),
+    ],
+)
+def test_values_of_other_types_are_refused(where: str, text: str) -> None:
+    table = pa.table({name: pa.array(held[:1], kind) for name, (kind, held, _) in COLUMNS.items()})
+    with pytest.raises(InputError, match=text):
+        Filter(where).rows(table)
 
 
 def test_an_index_without_attributes(tmp_path):

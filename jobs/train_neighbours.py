@@ -1,8 +1,8 @@
 """Train neighbourhood codes, a small head that learns without labels, on Ray Train.
 
-    ray job submit --working-dir . -- python jobs/train_neighbours.py jobs/configs/neighbours_cifar100_split.toml --corpus …
+    ray job submit --working-dir . -- python jobs/train_neighbours.py CONFIG.toml --corpus … --out …
 
-This runs `hashray train` with the same arguments.
+CONFIG.toml is for example jobs/configs/neighbours_cifar100_split.toml. This runs `hashray train` with the same arguments.
 """
 
 import sys

@@ -2,7 +2,8 @@
 
     ray job submit --working-dir . -- python jobs/train_neighbours.py CONFIG.toml --corpus … --out …
 
-CONFIG.toml is for example jobs/configs/neighbours_cifar100_split.toml. This runs `hashray train` with the same arguments.
+CONFIG.toml is for example jobs/configs/neighbours_cifar100_split.toml.
+This runs `hashray train` with the same arguments.
 """
 
 import sys

@@ -71,7 +71,7 @@ def test_from_a_folder_without_classes_to_an_index(tmp_path: Path, capfd: pytest
     other = write_toml(tmp_path / "other.toml", config_of(tmp_path, "adalabelhash"))
     assert main(["train", other, "--corpus", corpus, "--out", str(tmp_path / "m")]) == 2
     assert "50 of 50 train rows have no label, adalabelhash needs one for each" in (text := capfd.readouterr().err)
-    assert "train a method without labels: itq or pca" in " ".join(text.split())
+    assert "train a method without labels: itq or neighbours or pca" in " ".join(text.split())
     sweep = tmp_path / "sweep.toml"
     space = {"space": {"method.num_bits": {"choice": [8, 16]}}, "search": {"trials": 2}}
     sweep.write_bytes(tomli_w.dumps(config_of(tmp_path) | space).encode())

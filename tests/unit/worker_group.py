@@ -27,6 +27,7 @@ DIM, CLASSES = 24, 4
 SMALL: dict[str, dict[str, Any]] = {
     "dseh": {"label_hidden": 32, "semantic_dim": 16, "label_epochs": 30},
     "lcgh": {"hidden": 32, "decoder_hidden": 32},
+    "neighbours": {"hidden": 32},
 }
 
 

@@ -119,10 +119,11 @@ def main() -> None:
             pool=WorkersConfig(ray="never"),
         )  # fmt: skip
         info = build_index(config).info
-        result |= {"build_cpu_s": time.process_time() - start, "shards": len(info["shards"]),
+        result |= {"build_cpu_s": time.process_time() - start,
                    "kind": info["kind"], "nlist": info["nlist"], "nprobe": info["nprobe"],
                    "sample_recall": info["choice"]["candidates"][0]["recall"]}  # fmt: skip
         index = open_index(f"{folder}/index", threads=1)
+        result["shards"] = len(index.pieces)
         ours = np.concatenate(in_batches(lambda some: index.search(some, K)[1], queries))
         result["recall"] = distance_recall(np.where(ours < 0, NUM_BITS + 1, ours), exact)
         contenders = {

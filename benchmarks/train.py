@@ -69,7 +69,11 @@ def ours(
     table = LabelTable.of(torch.as_tensor(labels.astype(np.uint8)))
     source = MemorySlices(plan, images, labels, ids, config.augment, 0, 1)
     loop = Loop(built(config), config, table, source, lambda line, write: None, None, torch.device("cpu"))
-    return lambda: void(loop.run(None, loop.position.epochs_done(loop.phases) + 1))
+
+    def epoch() -> None:
+        loop.run(None, loop.position.epochs_done(loop.phases) + 1)
+
+    return epoch
 
 
 def plain(
@@ -91,10 +95,6 @@ def plain(
             optimizer.step()
 
     return epoch
-
-
-def void(_: object) -> None:
-    """Nothing of it."""
 
 
 def throughput(given: argparse.Namespace) -> dict[str, Any]:

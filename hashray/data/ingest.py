@@ -181,7 +181,7 @@ def _attributes(
     url, names = config.reader.attributes_file, config.reader.attributes
     if url is None:
         return Attributes(inventory.survey.attributes) if names else None
-    place = inventory.store if config.pool.runs_here(inventory.rows <= SHORT_ROWS) else store
+    place = inventory.store if config.pool.runs_here(_is_short(inventory)) else store
     jobs = {n: (place, inventory.folder, url, names, share) for n, share in enumerate(shares)}
     answers = inventory.each(write_pieces, jobs, "read attributes", "shares")
     pieces = tuple(piece for _, some in answers for piece in some)
@@ -222,7 +222,7 @@ def _ingest(
             for group, rows in enumerate(block.part_rows)
         ]
         units = [{"index": i, **unit} for i, unit in enumerate(units)]
-        short = inventory.rows <= SHORT_ROWS
+        short = _is_short(inventory)
         place = inventory.store if config.pool.runs_here(short) else inventory.copied_to(store)
         hashes = f"progress/hashes-{plan}/"
         keep_bytes = config.store == "bytes"
@@ -241,6 +241,10 @@ def _ingest(
     manifest = run_stage(store, "corpus", plan, work)
     show_table("What ingest saw", ["", ""], closing_table(inventory.survey, inventory.format, final, classes))
     return manifest
+
+
+def _is_short(inventory: Inventory) -> bool:
+    return inventory.rows <= SHORT_ROWS
 
 
 def _say_described(attributes: Attributes | None, parts: Sequence[Part]) -> None:

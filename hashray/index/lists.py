@@ -61,10 +61,10 @@ class Lists:
         nearest = lists.copy()
         nearest[:, max(1, lists.shape[1] // BOUND_LISTS) :] = -1
         bounds = self._index.search_preassigned(queries, k, nearest, away)[0][:, -1]
-        bounds, left = np.minimum(bounds, self._index.d), np.arange(len(queries))
+        bounds, left, rows = np.minimum(bounds, self._index.d), np.arange(len(queries)), self._rows[lists].sum(1)
         while len(left):
             short = [np.empty(0, np.int64)]
-            for some in _together(left, bounds, self._rows[lists].sum(1), self._together):
+            for some in _together(left, bounds, rows, self._together):
                 bound = int(bounds[some[0]])
                 limits, near, places = self._within(queries[some], bound, away[some], lists[some])
                 query = np.repeat(np.arange(len(some)), np.diff(limits))

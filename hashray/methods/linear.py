@@ -64,6 +64,11 @@ def principal_directions(covariance: Floats, num_bits: int, least: float = 0.0) 
     return directions
 
 
+def no_direction(rows: int) -> InputError:
+    """The error of training rows that differ in nothing."""
+    return InputError(f"the {rows:,} training rows all have the same features, so no bit can tell them apart")
+
+
 def random_rotation(num_bits: int, seed: int) -> Floats:
     """A random orthogonal matrix float64 [num_bits, num_bits]."""
     rotation, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((num_bits, num_bits)))
@@ -190,9 +195,7 @@ class LinearCodes(Method):
             directions = principal_directions(moments.covariance, self.config.num_bits, least)
         count = int(directions.any(0).sum())
         if not count:
-            raise InputError(
-                f"the {moments.rows:,} training rows all have the same features, so no bit can tell them apart"
-            )
+            raise no_direction(moments.rows)
         self.mean.copy_(torch.as_tensor(moments.mean))
         self.directions.copy_(torch.as_tensor(directions))
         kept = np.einsum("ij,ik,kj->", directions, moments.covariance, directions, optimize=True)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from hashray.errors import InputError
 from hashray.methods.backbone import Trunk
 from hashray.methods.base import LabelTable, Method, MethodConfig, Phase, Term, WorkerGroup
-from hashray.methods.linear import Floats, Moments, principal_directions, rotate_to_signs
+from hashray.methods.linear import Floats, Moments, no_direction, principal_directions, rotate_to_signs
 from hashray.methods.losses import full_precision, outside_autocast, weighted_mean
 
 START_ROWS = 8192  # about as many rows give the anchors and ITQ's rotation: 42 MB of 1,280 features
@@ -140,9 +140,7 @@ class Neighbours(Method):
         directions = principal_directions(moments.covariance, self.width, ROUNDING)
         variance = _variance_along(directions, moments)
         if not variance:
-            raise InputError(
-                f"the {moments.rows:,} training rows all have the same features, so no bit can tell them apart"
-            )
+            raise no_direction(moments.rows)
         self.mean.copy_(torch.as_tensor(moments.mean))
         self.directions.copy_(torch.as_tensor(directions * math.sqrt(self.width / variance)))
 
